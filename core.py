@@ -1,0 +1,555 @@
+"""What all models share: transformer, image encoder, one training function, checkpoints, flags.
+
+    class Config:                                   config = parse(Config, "Stage 1 of ...")
+        steps: int = flag(2000, "gradient steps")   model = Planner(config)
+                                                    fit(model, data.batch, config, "runs/mask.pt")
+
+A model is an nn.Module with `kind` (a string), `config` (its dataclass) and
+`loss(batch) -> (scalar, dict of floats)`.
+Sizes: B batch, L tokens, D width, H W pixels, h w cells of the feature map.
+"""
+
+import argparse
+import dataclasses
+import errno
+import json
+import math
+import os
+import pickle
+import sys
+import time
+import types
+import typing
+import zipfile
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torchvision.models.resnet import BasicBlock
+from tqdm import tqdm
+
+VERSION = 1     # of the checkpoint's layout
+# Fields that may change between a run and its continuation; every other field shapes the weights.
+FREE_FIELDS = {"device", "save_every", "log_every", "data", "out", "preset"}
+
+
+def fail(message):
+    """One line on stderr and exit code 2: the end of every run with a bad input."""
+    print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
+    raise SystemExit(2)
+
+
+# --- networks -------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block.  x (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim, heads, dropout=0.0):
+        super().__init__()
+        if dim % heads:
+            fail(f"width {dim} is not divisible by {heads} heads; choose a multiple")
+        self.heads, self.dropout = heads, dropout
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+        self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x, mask=None):
+        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, L, D)."""
+        B, L, D = x.shape
+        # q, k and v all come from the normalised input: with the norm on q alone, k and v would be
+        # the raw residuals, which grow with depth.
+        qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, L, D/heads)
+        dropout = self.dropout if self.training else 0.0
+        if x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)      # (B, heads, L, D/heads)
+        else:       # the same, written out: in bf16 on a CPU 4.6 times faster forward and backward
+            score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])        # (B, heads, L, L)
+            score = score if mask is None else score.masked_fill(~mask, -math.inf)
+            y = F.dropout(score.softmax(-1), dropout) @ v                   # (B, heads, L, D/heads)
+        y = y.transpose(1, 2).reshape(B, L, D)                              # (B, L, D)
+        x = x + self.drop(self.out(y))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
+
+
+class Transformer(nn.Module):
+    """`depth` blocks and a final LayerNorm.  x (B, L, D) -> (B, L, D)."""
+
+    def __init__(self, dim, depth, heads, dropout=0.0):
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(dim, heads, dropout) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+        for block in self.blocks:
+            # GPT-2: 2 * depth branches add up in the residual; scaled, their sum starts as one.
+            for linear in (block.out, block.down):
+                nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
+
+    def forward(self, x, mask=None):
+        """x (B, L, D) float; mask (L, L) bool, True = may attend -> (B, L, D)."""
+        for block in self.blocks:
+            x = block(x, mask)
+        return self.norm(x)
+
+
+def block_causal_mask(steps, tokens):
+    """A token sees all of its own and of earlier steps.  -> (L, L) bool, L = steps * tokens."""
+    step = torch.arange(steps * tokens) // tokens                           # (L,)
+    return step[:, None] >= step[None, :]                                   # (L, L)
+
+
+class ImageEncoder(nn.Module):
+    """ResNet with GroupNorm.  Images -> feature map (B, D, h, w).
+
+    `blocks` = residual blocks per stage, `channels` = width of the first stage, doubled at each next one:
+    (2, 2, 2, 2) and 64 is ResNet-18 with stride 32; (1, 1, 1) has stride 16. Weights start at random:
+    nothing is downloaded.
+    """
+
+    def __init__(self, dim, blocks=(2, 2, 2, 2), channels=64):
+        super().__init__()
+        if not blocks or min(blocks) < 1 or channels % 16:
+            fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block per stage, "
+                 "channels a multiple of 16")
+        # GroupNorm: BatchNorm's statistics go on moving in a "frozen" encoder, and rollout batches
+        # of one differ from training batches.
+        norm = lambda width: nn.GroupNorm(width // 16, width)
+        stem = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), norm(channels), nn.ReLU(inplace=True),
+                nn.MaxPool2d(3, 2, 1)]
+        body, width = [], channels
+        for stage, count in enumerate(blocks):
+            for block in range(count):
+                new, stride = channels * 2 ** stage, 2 if stage and not block else 1
+                shortcut = nn.Sequential(nn.Conv2d(width, new, 1, stride, bias=False), norm(new))
+                body.append(BasicBlock(width, new, stride, None if new == width else shortcut, norm_layer=norm))
+                width = new
+        self.body, self.head = nn.Sequential(*stem, *body), nn.Conv2d(width, dim, 1)
+        for module in self.body.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.stride = 2 ** (1 + len(blocks))
+        self.to(memory_format=torch.channels_last)      # the faster layout, on CPUs as on GPUs
+
+    def cells(self, size):
+        """Height or width of the feature map of a picture of `size` pixels."""
+        return -(-size // self.stride)
+
+    def forward(self, images):
+        """(B, H, W, 3) uint8 in 0..255, or (B, 3, H, W) float in [-1, 1] -> (B, D, h, w) float."""
+        if images.dtype == torch.uint8:
+            images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
+        x = self.body(images.contiguous(memory_format=torch.channels_last)) # (B, C, h, w)
+        return self.head(x)                                                 # (B, D, h, w)
+
+
+def count(model):
+    """Number of trainable parameters."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@contextmanager
+def full_disk_is_one_line(path):
+    """A full disk is the user's to solve; any other error is ours to show."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"disk full while writing {path}, what was there is untouched; free space, run again")
+
+
+def save(path, **content):
+    """Write all or nothing: a run killed here leaves the previous file whole."""
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with full_disk_is_one_line(path):
+        try:
+            with open(path + ".tmp", "wb") as file:
+                torch.save(content, file)
+                file.flush()
+                os.fsync(file.fileno())     # else a power cut can leave the new name without its data
+        except OSError:
+            os.remove(path + ".tmp")
+            raise
+    os.replace(path + ".tmp", path)
+
+
+def write_text(path, text):
+    """Write a text file all or nothing."""
+    with full_disk_is_one_line(path), open(f"{path}.tmp", "w") as file:
+        file.write(text)
+    os.replace(f"{path}.tmp", path)
+
+
+def load(path, kind=None, made_by=None):
+    """The content of a checkpoint as a dict, on the CPU. `made_by` = the command that makes it."""
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        fail(f"{path} does not exist" + (f"; make it with: {made_by}" if made_by else ""))
+    broken = f"{path} is damaged or no checkpoint; delete it and make it again"
+    broken += f" with: {made_by}" if made_by else ""
+    if not zipfile.is_zipfile(path):    # a truncated file too: a zip's directory is at its end
+        fail(broken)
+    try:
+        with zipfile.ZipFile(path) as file:
+            if file.testzip():      # torch.load checks no checksum: changed bytes would be weights
+                fail(broken)
+        # weights_only runs no code that the file brings
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        fail(f"{broken} ({type(error).__name__})")
+    if not isinstance(content, dict):
+        fail(broken)
+    if kind is not None and content.get("kind") != kind:
+        fail(f"{path} holds a {content.get('kind')}, but a {kind} is needed here")
+    if "version" in content and content["version"] != VERSION:
+        fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
+    return content
+
+
+# --- training -------------------------------------------------------------------------------------
+
+
+def default_device():
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def default_bf16(device):
+    """Is bf16 autocast a gain: a GPU with bf16, or a CPU with avx512_bf16 or amx_bf16."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    if not os.path.exists("/proc/cpuinfo"):
+        return False
+    with open("/proc/cpuinfo") as file:
+        flags = next((line.split() for line in file if line.startswith("flags")), [])
+    return "avx512_bf16" in flags or "amx_bf16" in flags
+
+
+def learning_rate(done, config):
+    """Linear warm-up over `warmup` steps, then a cosine to 0; `done` = steps already made."""
+    if done < config.warmup:
+        return config.lr * (done + 1) / config.warmup
+    progress = (done - config.warmup) / max(1, config.steps - config.warmup)
+    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def join_processes(config):
+    """Join the other processes if torchrun started this one. -> (rank, world, device)."""
+    device = torch.device(config.device or default_device())
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():       # once per process: a second group can race with the first
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def last_seconds(checkpoint):
+    """Training time in seconds, from the log beside a checkpoint; None without one."""
+    log = os.fspath(checkpoint).removesuffix(".pt") + ".jsonl"
+    if not os.path.exists(log):
+        return None
+    with open(log) as file:
+        return json.loads(file.readlines()[-1])["seconds"]
+
+
+def average_gradients(parameters, world):
+    """One flat all_reduce per step, by hand: DistributedDataParallel's wrapper hooks only into
+    forward(), and our models are called through loss()."""
+    for p in parameters:
+        if p.grad is None:      # every process must send the same number of values
+            p.grad = torch.zeros_like(p)
+    flat = torch.cat([p.grad.flatten() for p in parameters])                # (all parameters,)
+    dist.all_reduce(flat)
+    for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters])):
+        p.grad.copy_(grad.view(p.shape))
+
+
+def resume(model, config, path):
+    """Load the weights at `path` into the model, if there are any. -> that checkpoint or None."""
+    if not os.path.exists(path):
+        return None
+    content = load(path, kind=model.kind)
+    old, new = content["config"], as_dict(config)
+    differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in old | new
+                 if k not in FREE_FIELDS and old.get(k) != new.get(k)]
+    if differing:
+        fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
+             "choose another --out, or delete that file")
+    model.load_state_dict(content["model"])
+    return content
+
+
+def make_optimizer(model, config, fused):
+    """AdamW over the trainable parameters, without decay on biases and norms (the 1-D ones)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ], lr=config.lr, fused=fused)
+
+
+def moving_average(model):
+    """A state_dict whose trainable weights are copies; the rest stays shared with the model."""
+    moving = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
+    return {n: v.clone() if n in moving else v for n, v in model.state_dict().items()}
+
+
+@torch.no_grad()
+def update_average(average, model, decay, done):
+    # The plain formula would leave a short run with an average of mostly its random start.
+    decay = min(decay, (done + 1) / (done + 10))
+    for name, p in model.named_parameters(remove_duplicate=False):
+        if p.requires_grad:
+            average[name].lerp_(p, 1 - decay)
+
+
+def draw(model, average, picture, path):
+    """Save picture(model), with averaged weights if there are any; fp32, as numpy has no bf16."""
+    import imageio.v3 as imageio
+    live = {name: value.clone() for name, value in model.state_dict().items()}
+    if average:
+        model.load_state_dict(average)
+    model.eval()
+    with torch.no_grad():
+        png = imageio.imwrite("<bytes>", picture(model), extension=".png")  # of (H, W, 3) uint8
+    with full_disk_is_one_line(path), open(path, "wb") as file:
+        file.write(png)
+    model.load_state_dict(live)
+    model.train()
+
+
+def say(line):
+    tqdm.write(line)        # above the progress bar, not through it
+    sys.stdout.flush()
+
+
+class Log:
+    """The printed lines and <run>.jsonl, the same keys; values are means since the last line."""
+
+    def __init__(self, path, done, config):
+        """Keep the lines up to step `done`: a resumed run writes the later ones again."""
+        self.path, self.config, self.rows = path, config, []
+        self.first, self.begin, self.samples, self.before = done, time.time(), 0, 0.0
+        kept = []
+        if os.path.exists(path):
+            with open(path) as file:
+                # A kill can cut the last line.
+                whole = [json.loads(line) for line in file if line.endswith("\n")]
+            kept = [row for row in whole if row["step"] <= done]
+        if kept:
+            self.before = kept[-1]["seconds"]
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with full_disk_is_one_line(path), open(path + ".tmp", "w") as file:
+            file.writelines(json.dumps(row) + "\n" for row in kept)
+        os.replace(path + ".tmp", path)
+
+    def step(self, done, row, samples):
+        """After every step: `row` = loss and parts, `samples` = size of the batch."""
+        steps, left = done - self.first, self.config.steps - done
+        self.rows.append(row)
+        self.samples += samples
+        if steps == 1:
+            self.warm = time.time()     # the first step also pays for kernels and caches
+        if steps == 11 and left:
+            pace = (time.time() - self.warm) / 10
+            say(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
+        if done % self.config.log_every and left:
+            return
+        seconds = time.time() - self.begin
+        line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
+        line |= {"lr": learning_rate(done - 1, self.config),
+                 "seconds": round(self.before + seconds, 2),
+                 "samples_per_second": round(self.samples / seconds, 1)}
+        self.rows = []
+        say(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
+        with full_disk_is_one_line(self.path), open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def start(model, config, path, note, rank, world, device):
+    """Weights, optimiser, average: as left at `path`, or new -> (optimizer, average, done)."""
+    model.to(device).train()
+    content = resume(model, config, path)
+    if world > 1:
+        for value in model.state_dict().values():       # each process drew its own random weights
+            whole = value.contiguous()
+            dist.broadcast(whole, 0)
+            value.copy_(whole)
+    optimizer = make_optimizer(model, config, fused=device.type == "cuda")
+    average = moving_average(model) if config.ema else None
+    done = content["step"] if content else 0
+    if content:
+        optimizer.load_state_dict(content["optimizer"])
+        for name in average or ():
+            average[name].copy_(content["ema"][name])
+    if rank == 0:
+        say(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
+            + f": {count(model):,} trainable parameters, {config.steps} steps"
+            + (f", {note}" if note else "") + f" -> {path}")
+        if done:
+            state = "continuing" if done < config.steps else "finished, nothing to do"
+            say(f"{path} is at step {done}: {state}")
+    return optimizer, average, done
+
+
+def fit(model, batches, config, path, picture=None, note="", extra=None):
+    """Train `model` for config.steps; return it in eval(), with averaged weights if config.ema > 0.
+
+    batches(step) -> dict of arrays, a function of the step alone. Run again with the same config
+    after an interruption, it continues from `path` and ends with the weights of an unbroken run.
+    Writes <run>.pt (= path), <run>.jsonl (log) and <run>.png (picture(model): (H, W, 3) uint8).
+    `extra`: plain values that the checkpoint keeps beside the config, to rebuild the model from.
+    """
+    path = os.fspath(path)
+    rank, world, device = join_processes(config)
+    optimizer, average, done = start(model, config, path, note, rank, world, device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    run, log = path.removesuffix(".pt"), None
+    if rank == 0 and done < config.steps:
+        log = Log(run + ".jsonl", done, config)
+    bar = tqdm(total=config.steps, initial=done, unit="step",
+               disable=rank > 0 or done >= config.steps or not sys.stderr.isatty())
+    while done < config.steps:
+        # Seeded per step, dropout and noise leave no generator state to store in the checkpoint.
+        torch.manual_seed((config.seed << 32) + done * world + rank)
+        batch = {k: torch.as_tensor(v).to(device) for k, v in batches(done * world + rank).items()}
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(done, config)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.bf16)):
+            loss, parts = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        if world > 1:
+            average_gradients(parameters, world)
+        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
+        row = {"loss": float(loss.detach())} | {k: float(v) for k, v in parts.items()}
+        # The gradient too: a finite loss with an infinite gradient writes NaN into the weights.
+        if not math.isfinite(row["loss"]) or not math.isfinite(float(norm)):
+            fail(f"not finite at step {done + 1}: {row}, gradient norm {float(norm)}; the last "
+                 f"checkpoint is untouched: try a lower --lr (now {config.lr}) or --no-bf16")
+        optimizer.step()
+        if average:
+            update_average(average, model, config.ema, done)
+        done += 1
+        bar.update()
+        if log:
+            log.step(done, row, world * len(next(iter(batch.values()))))
+        if log and (done % config.save_every == 0 or done == config.steps):
+            save(path, kind=model.kind, config=as_dict(config), model=model.state_dict(),
+                 optimizer=optimizer.state_dict(), ema=average, step=done, version=VERSION,
+                 extra=extra)
+            if picture:
+                draw(model, average, picture, run + ".png")
+    bar.close()
+    if dist.is_initialized():
+        dist.barrier()          # nobody reads the file before it is written
+    if average:
+        model.load_state_dict(average)
+    return model.eval()
+
+
+# --- command line ---------------------------------------------------------------------------------
+
+
+def flag(default, help, choices=None, minimum=None):
+    """A dataclass field that is a flag. Default None: the preset (or the machine) decides."""
+    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    def error(self, message):
+        fail(f"{message} (python {self.prog} --help lists the flags)")
+
+
+def default_text(field, presets):
+    if field.default is not None:
+        return str(field.default)
+    if any(field.name in preset for preset in presets.values()):
+        return ", ".join(f"{name}: {preset.get(field.name)}" for name, preset in presets.items())
+    machine = {"device": "cuda if available, else cpu", "bf16": "on where the hardware has it"}
+    return machine.get(field.name, "none")
+
+
+def make_parser(Config, description):
+    """One --kebab-case flag per field; what is not given stays out of the parser's result."""
+    presets, hints = getattr(Config, "PRESETS", {}), typing.get_type_hints(Config)
+    parser = OneLineParser(description=description, allow_abbrev=False,
+                           argument_default=argparse.SUPPRESS)
+    if presets:
+        parser.add_argument("--preset", choices=list(presets), help="sizes for all fields that are "
+                            "not given (default: paper with a CUDA device, else laptop)")
+    for field in dataclasses.fields(Config):
+        if field.name == "preset":
+            continue
+        hint, options = hints[field.name], {}
+        if types.NoneType in typing.get_args(hint):         # int | None
+            hint = typing.get_args(hint)[0]
+        if typing.get_origin(hint) is tuple:                # tuple[int, ...]: --blocks 2 2 2 2
+            hint, options = typing.get_args(hint)[0], {"nargs": "+"}
+        if hint is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {"type": hint, "choices": field.metadata["choices"]}
+        text = f"{field.metadata['help']} (default: {default_text(field, presets)})"
+        name = "--" + field.name.replace("_", "-")
+        parser.add_argument(name, help=text.replace("%", "%%"), **options)
+    return parser
+
+
+def parse(Config, description, argv=None):
+    """Command line -> Config: the given flags, else the preset's values, else the defaults."""
+    given = vars(make_parser(Config, description).parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    fields = {field.name: field for field in dataclasses.fields(Config)}
+    presets, values = getattr(Config, "PRESETS", {}), {}
+    if presets:
+        preset, why = given.pop("preset", None), "asked for"
+        if preset is None and torch.cuda.is_available():
+            preset, why = "paper", "CUDA device found; --preset laptop for a quick look"
+        elif preset is None:
+            preset, why = "laptop", "no CUDA device; --preset paper for the paper's sizes"
+        print(f"preset {preset} ({why})", flush=True)
+        values = presets[preset] | ({"preset": preset} if "preset" in fields else {})
+    config = Config(**(values | given))
+    if "device" in fields and config.device is None:
+        config.device = default_device()
+    if "device" in fields and config.device != "cpu" and not (
+            config.device.startswith("cuda") and torch.cuda.is_available()):
+        fail(f"--device {config.device}: this machine has {default_device()}")
+    if "bf16" in fields and config.bf16 is None:
+        config.bf16 = default_bf16(config.device)
+    for name, field in fields.items():
+        value, minimum = getattr(config, name), field.metadata.get("minimum")
+        if None not in (value, minimum) and not value >= minimum:       # "not >=" refuses nan too
+            fail(f"--{name.replace('_', '-')} {value} is too small: give {minimum} or more")
+    return config
+
+
+def as_dict(config):
+    """Config -> plain dict, for checkpoints."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(Config, values):
+    """Plain dict -> Config; refuses fields that it does not know."""
+    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(Config)})
+    if unknown:
+        fail(f"{Config.__name__} has no field {', '.join(unknown)}: the checkpoint is from another "
+             "version of this code; train it again")
+    return Config(**values)

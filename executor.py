@@ -1,0 +1,363 @@
+"""Mask2Act stage 2 (section 3.3): from plans and a few action-labelled demonstrations to actions.
+
+    python executor.py --planner runs/libero_spatial/mask.pt                          # the paper: latent plan
+    python executor.py --planner runs/libero_spatial/mask.pt --plan-form explicit     # ours: the plan in numbers
+    python executor.py --planner none --suite libero_spatial                          # behavioural cloning
+
+The executor E (eq. 4) sees the last h steps of third-person picture (through the frozen planner's encoder), wrist
+picture (through its own), robot state and plan, and says the next actions.  Frozen outputs are computed once.
+
+Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk, G goals per frame.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import core
+import extract
+import mask_planner
+import sims
+from core import flag
+
+STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
+GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
+DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
+
+
+@dataclass
+class Config:
+    planner: str = flag("", "checkpoint of stage 1, or none: behavioural cloning")
+    plan_form: str = flag("latent", "latent: the plan tokens (the paper); explicit: where the objects will be, in numbers",
+                          choices=["latent", "explicit"])
+    suite: str = flag("libero_spatial", "suite, for --planner none; otherwise the planner's")
+    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the planner's, or all")
+    demos: int | None = flag(None, "videos per task, as for the planner: goal pictures come from them", minimum=1)
+    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of the videos)", minimum=1)
+    steps: int | None = flag(None, "gradient steps", minimum=1)
+    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU", choices=["laptop", "paper"])
+    width: int | None = flag(None, "width of the transformer", minimum=8)
+    depth: int | None = flag(None, "transformer blocks", minimum=1)
+    blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of its own image encoders")
+    channels: int | None = flag(None, "channels of their first stage, doubled at each next one", minimum=16)
+    history: int | None = flag(None, "looks h that the executor remembers", minimum=1)
+    chunk: int = flag(8, "actions predicted at once (1: the paper)", minimum=1)
+    execute: int = flag(4, "of these, actions executed before the next look", minimum=1)
+    third_person: bool | None = flag(None, "third-person picture as input; by default not with the explicit plan")
+    wrist: bool = flag(True, "wrist picture as input")
+    cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
+    batch: int = flag(32, "samples per step", minimum=1)
+    lr: float = flag(5e-4, "peak learning rate", minimum=0)
+    seed: int = flag(0, "seed of weights and batches", minimum=0)
+    data: str = flag("data", "folder of the data files")
+    out: str = flag("runs", "folder of the runs")
+    device: str | None = flag(None, "cpu or cuda")
+    bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
+
+    weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
+    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=2000, width=128, depth=3, blocks=(1, 1, 1), channels=32,
+                           history=1),
+               "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4, blocks=(2, 2, 2, 2),
+                          channels=64, history=10)}
+
+
+def plan_name(config):
+    """none, mask or mask-explicit, as in results and file names."""
+    return "none" if config.planner == "none" else "mask" + "-explicit" * (config.plan_form == "explicit")
+
+
+def random_shift(images, pad=4):
+    """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).  images (B, H, W, 3) -> the same shape."""
+    B, H, W, _ = images.shape
+    move = torch.randint(-pad, pad + 1, (2, B, 1))
+    rows = (torch.arange(H) + move[0]).clamp(0, H - 1).to(images.device)  # (B, H)
+    columns = (torch.arange(W) + move[1]).clamp(0, W - 1).to(images.device)  # (B, W)
+    b = torch.arange(B, device=images.device)[:, None, None]
+    return images[b, rows[:, :, None], columns[:, None, :]]
+
+
+class MapToken(nn.Module):
+    """A map of features -> one token: spatial-softmax key points, which say where, beside a thin flattened map."""
+
+    def __init__(self, width, n, dim, points=32, channels=8):
+        super().__init__()
+        self.side = round(n ** 0.5)
+        self.norm = nn.LayerNorm(width)
+        self.points, self.thin = nn.Linear(width, points), nn.Linear(width, channels)
+        self.out = nn.Linear(2 * points + n * channels, dim)
+
+    def forward(self, x):
+        """x (..., n, D) -> (..., dim)."""
+        x = self.norm(x)
+        centre = torch.linspace(-1, 1, self.side, device=x.device)
+        grid = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1).reshape(-1, 2)  # (n, 2) x, y
+        share = self.points(x).softmax(-2)  # (..., n, points)
+        where = (share.transpose(-1, -2) @ grid.to(share.dtype)).flatten(-2)  # (..., 2 points)
+        return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
+
+
+class Executor(nn.Module):
+    """E of eq. 4, one network for every plan."""
+    kind = "executor"
+
+    def __init__(self, config, extra):
+        """extra  what else the checkpoint holds: planner's config or None, suite, tasks, size, goals per task."""
+        super().__init__()
+        self.config, self.extra = config, extra
+        c, self.look = config, config.third_person
+        size, D = extra["size"], c.width
+        if extra["planner"]:
+            self.planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, extra["planner"]))
+            self.planner.requires_grad_(False)
+            W, n, numbers = self.planner.config.width, self.planner.n, self.planner.locator.N * self.planner.locator.K1
+            self.numbers = numbers * mask_planner.LOCATIONS if c.plan_form == "explicit" else 0
+        else:  # behavioural cloning: the same encoder, trained; the goal picture beside the present one says the task
+            self.planner, self.numbers = None, 0
+            self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            W, n = 2 * D, self.encoder.cells(size) ** 2
+        if self.look:
+            self.image = MapToken(W, n, D)
+        if c.wrist:
+            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
+        if self.planner and c.plan_form == "latent":
+            self.latent = MapToken(W, n, D)
+        if self.numbers:
+            self.explicit = nn.Sequential(nn.Linear(self.numbers, D), nn.GELU(), nn.Linear(D, D))
+        self.state = nn.Linear(8, D)
+        self.tokens = self.look + c.wrist + 3  # image, wrist, state, plan, action
+        self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
+        self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
+        self.gpt = core.Transformer(D, c.depth, max(4, D // 64), 0.1)
+        self.head = nn.Sequential(nn.Linear(D + self.numbers, 256), nn.GELU(), nn.Linear(256, c.chunk * 7))
+        self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("std", torch.ones(8))
+        self.register_buffer("goals", torch.zeros(len(extra["tasks"]), extra["goals"], size, size, 3, dtype=torch.uint8))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.planner:
+            self.planner.eval()  # frozen is more than no gradient
+        return self
+
+    @torch.no_grad()
+    def features(self, frames, goal):
+        """What the frozen planner says.  frames (B, h, H, W, 3) uint8 as it wants them, goal (B, H, W, 3) uint8 ->
+        {"image": (B, n, D)} of the last frame and {"plan": (B, n, D)} or {"numbers": (B, N, K + 1, 5)}."""
+        x = self.planner.encode(torch.cat([goal[:, None], frames], 1))  # (B, 1 + h, n, D)
+        plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
+        features = {"image": x[:, -1]} if self.look else {}
+        return features | ({"numbers": self.planner.locator(plan)} if self.numbers else {"plan": plan})
+
+    def forward(self, batch):
+        """batch: image, plan (B, T, n, D) or numbers (B, T, N, K + 1, 5); for cloning frames, goal (B, T, H, W, 3) uint8;
+        wrist (B, T, H, W, 3) uint8; state (B, T, 8) -> actions (B, T, C, 7) in about [-1, 1]."""
+        B, T = batch["state"].shape[:2]
+        shift = random_shift if self.training else lambda images: images
+        encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2).unflatten(0, (B, T))
+        tokens = []
+        if self.look and self.planner:
+            tokens.append(self.image(batch["image"]))  # (B, T, D)
+        elif self.look:
+            both = torch.cat([batch["frames"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
+            x = self.encoder(shift(both.flatten(0, 1))).flatten(2).transpose(1, 2).unflatten(0, (B, 2, T))
+            tokens.append(self.image(torch.cat([x[:, 0], x[:, 1]], -1)))  # (B, T, D)
+        if self.config.wrist:
+            tokens.append(self.wrist(encode(self.wrist_encoder, batch["wrist"])))
+        tokens.append(self.state((batch["state"] - self.mean) / self.std))
+        numbers = batch["numbers"].flatten(2) * 4 - 2 if self.numbers else None  # (B, T, numbers), about unit variance
+        plan = self.explicit(numbers) if self.numbers else self.latent(batch["plan"]) if self.planner else None
+        tokens.append(torch.zeros_like(tokens[-1]) if plan is None else plan)
+        tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
+        x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
+        L = T * self.tokens
+        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L]).unflatten(1, (T, self.tokens))[:, :, -1]  # (B, T, D)
+        if self.numbers:
+            x = torch.cat([x, numbers.to(x.dtype)], -1)  # again beside the action head (ATM's late fusion)
+        return self.head(x).unflatten(-1, (self.config.chunk, 7))  # (B, T, C, 7)
+
+    def loss(self, batch):
+        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T, C, 7) -> MSE, parts."""
+        if self.planner and "frames" in batch:
+            B, T = batch["state"].shape[:2]
+            said = self.features(batch["frames"].flatten(0, 1), batch["goal"].flatten(0, 1))
+            batch = batch | {k: v.unflatten(0, (B, T)) for k, v in said.items()}
+        error = F.mse_loss(self(batch).float(), batch["action"], reduction="none")  # (B, T, C, 7)
+        return error.mean(), {"motion": error[..., :6].mean().item(), "gripper": error[..., 6].mean().item()}
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+class ActionData:
+    """Batches for stage 2: frames of the action demonstrations, actions, and goals from the videos."""
+
+    def __init__(self, config, executor, demos, videos):
+        self.c, self.executor, self.demos, self.videos = config, executor, demos, videos
+        planner = executor.planner
+        self.h, self.stride = (planner.config.history, planner.config.stride) if planner else (1, 1)
+        state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
+        executor.mean.copy_(torch.from_numpy(state.mean(0)))
+        executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
+        self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if planner and config.cache else None
+
+    def every(self):
+        """All frames of the demonstrations: episode (frames,), t (frames,)."""
+        episode = np.repeat(np.arange(len(self.demos.length)), self.demos.length)
+        return episode, np.arange(len(self.demos)) - self.demos.start[episode]
+
+    def goal_of(self, row, draw):
+        """Goal number `draw` (...) of demonstration frame `row` (...): a video of the same task, another if there is one."""
+        episode = np.searchsorted(self.demos.start, row, "right") - 1
+        task = self.demos.task[episode]
+        per_task = len(self.videos.length) // len(self.videos.tasks)
+        own = episode % (len(self.demos.length) // len(self.demos.tasks))
+        # a hash of the row: cached and uncached training, and every resumption, see the same goals
+        other = (own + 1 + (row * 7919 + draw * 104729) % max(1, per_task - 1)) % per_task
+        return task * per_task + other
+
+    def pictures(self, row, draw):
+        """row, draw (...) -> frames (..., h, H, W, 3), goal (..., H, W, 3), uint8."""
+        episode = np.searchsorted(self.demos.start, row, "right") - 1
+        t = (row - self.demos.start[episode])[..., None] + self.stride * np.arange(1 - self.h, 1)
+        goal = self.goal_of(row, draw)
+        return (self.demos.gather("obs/agentview_rgb", episode[..., None], t),
+                self.videos.gather("obs/agentview_rgb", goal, self.videos.length[goal] - 1))
+
+    def compute(self, what, size=64):
+        """The frozen planner's outputs for all frames and DRAWS goals -> dict of (DRAWS, frames, ...) float16."""
+        device = next(self.executor.parameters()).device
+        out = []
+        for first in tqdm(range(0, len(self.demos), size), desc=what, mininterval=5):
+            rows = np.arange(first, min(first + size, len(self.demos)))
+            for draw in range(DRAWS):
+                frames, goal = (torch.as_tensor(x, device=device) for x in self.pictures(rows, draw))
+                with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
+                    said = self.executor.features(frames, goal)
+                out.append({k: v.half().cpu() for k, v in said.items()})
+        # the list holds DRAWS entries per slice of frames
+        return {k: torch.stack([torch.cat([o[k] for o in out[d::DRAWS]]) for d in range(DRAWS)]) for k in out[0]}
+
+    def __call__(self, step):
+        """The batch of one training step, a function of (seed, step)."""
+        c = self.c
+        episode, t, rng = self.demos.draw(step, c.batch, c.seed)
+        draw = rng.integers(DRAWS, size=len(t))
+        past = np.maximum(t[:, None] + c.execute * np.arange(1 - c.history, 1), 0)  # (B, T): the times of the looks
+        e = episode[:, None]
+        row = self.demos.start[e] + past  # (B, T)
+        ahead = past[..., None] + np.arange(c.chunk)  # (B, T, C)
+        batch = {"state": np.concatenate([self.demos.gather(k, e, past) for k in STATE], -1),
+                 "action": self.demos.gather("actions", e[..., None], ahead)}
+        if c.wrist:
+            batch["wrist"] = self.demos.gather("obs/eye_in_hand_rgb", e, past)
+        if self.cached:
+            # float16 in memory; the networks expect what autocast or float32 gives
+            return batch | {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
+        frames, goal = self.pictures(row, np.broadcast_to(draw[:, None], row.shape))
+        return batch | {"frames": frames if self.executor.planner else frames[:, :, -1], "goal": goal}
+
+
+# ---------------------------------------------------------------------------------------------- acting
+
+class Policy:
+    """A trained executor as a closed loop: `wants_frame`, then `policy(frame)` -> the next action (7,)."""
+
+    def __init__(self, executor):
+        self.executor, self.c = executor.eval(), executor.config
+        self.device = next(executor.parameters()).device
+
+    def reset(self, task, goal=0):
+        """Starts an episode.  task: index into the executor's tasks; goal: which of the carried goal pictures."""
+        goals = self.executor.goals[task]
+        self.goal = goals[goal % len(goals)]  # (H, W, 3)
+        self.looks, self.queue, self.frames = [], [], []
+
+    @property
+    def wants_frame(self):
+        """Whether the next call looks at its frame; in between, actions of the last chunk are executed."""
+        return not self.queue
+
+    @torch.no_grad()
+    def __call__(self, frame):
+        if self.queue:
+            return self.queue.pop(0)
+        tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
+        state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
+        now = {"state": tensor(state), "wrist": tensor(frame["eye_in_hand_rgb"])}
+        picture = tensor(frame["agentview_rgb"])
+        if self.executor.planner:
+            # the planner's own history, at its own stride, when this executor looks that often
+            h = self.executor.planner.config.history
+            self.frames = (self.frames or [picture] * h)[1 - h:] + [picture] if h > 1 else [picture]
+            now |= self.executor.features(torch.stack(self.frames, 1), self.goal[None])
+        else:
+            now |= {"frames": picture, "goal": self.goal[None]}
+        self.looks = (self.looks + [now])[-self.c.history:]
+        batch = {k: torch.stack([look[k] for look in self.looks], 1) for k in now}  # (1, T, ...)
+        chunk = self.executor(batch)[0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, 7)
+        self.queue = list(chunk[:min(self.c.execute, self.c.chunk)])
+        return self.queue.pop(0)
+
+
+def load_executor(path, device="cpu"):
+    """A trained executor with its planner, from its checkpoint alone."""
+    content = core.load(path, kind=Executor.kind, made_by="python executor.py --planner runs/<suite>/mask.pt")
+    executor = Executor(core.from_dict(Config, content["config"]), content["extra"])
+    executor.load_state_dict(content["model"])
+    return executor.to(device).eval().requires_grad_(False)
+
+
+def build(config):
+    """Planner, data and a new executor -> executor, ActionData, path of its checkpoint."""
+    if not config.planner:
+        core.fail("no --planner: give a checkpoint of stage 1 (python mask_planner.py makes runs/<suite>/mask.pt), or none")
+    planner = None
+    if config.planner != "none":
+        planner = mask_planner.load_planner(config.planner, config.device)
+        config.suite, config.demos = planner.config.suite, planner.config.demos
+        config.tasks = config.tasks or planner.config.tasks
+    if config.third_person is None:
+        # ours: beside the plan in numbers a third-person picture is one more thing to overfit
+        config.third_person = config.plan_form == "latent" or not planner
+    if config.action_demos > config.demos:
+        core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: give --demos {config.action_demos}")
+    names = sims.choose_tasks(config.suite, config.tasks)
+    if not planner:
+        extract.ensure(config.suite, names, config.demos, config.data, extract.Config.PRESETS[config.preset]["size"])
+    videos = extract.Episodes(config.data, config.suite, names, config.demos)
+    demos = extract.Episodes(config.data, config.suite, names, config.action_demos)
+    if planner and planner.config.size != videos.size:
+        core.fail(f"{config.planner} was trained on {planner.config.size} px, {config.data}/ holds {videos.size} px: "
+                  "give the --data folder it was trained on")
+    goals = min(GOALS, config.demos)
+    extra = {"planner": core.as_dict(planner.config) if planner else None, "suite": config.suite, "tasks": names,
+             "size": videos.size, "goals": goals,
+             "seconds": {"data": round(videos.seconds), "planner": core.last_seconds(config.planner)}}
+    torch.manual_seed(config.seed)
+    executor = Executor(config, extra).to(config.device)
+    if planner:
+        executor.planner.load_state_dict(planner.state_dict())
+    for k in range(len(names)):
+        last = np.flatnonzero(videos.task == k)[-goals:]  # the latest videos: the first ones lend their actions
+        executor.goals[k] = torch.as_tensor(videos.gather("obs/agentview_rgb", last, videos.length[last] - 1))
+    default = Config.PRESETS[config.preset]["action_demos"]
+    name = f"{plan_name(config)}_executor" + f"_d{config.action_demos}" * (config.action_demos != default)
+    path = Path(config.out) / config.suite / (name + f"_s{config.seed}" * (config.seed > 0) + ".pt")
+    return executor, ActionData(config, executor, demos, videos), path
+
+
+def main(argv=None):
+    config = core.parse(Config, "Stage 2 of Mask2Act: learn actions from plans and a few demonstrations.", argv)
+    executor, data, path = build(config)
+    note = f"plan {plan_name(config)}, {config.action_demos} action demonstrations per task, {len(data.demos)} frames"
+    core.fit(executor, data, config, path, note=note, extra=executor.extra)
+    print(f"next: python rollout.py {path}")
+
+
+if __name__ == "__main__":
+    main()

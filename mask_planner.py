@@ -1,0 +1,382 @@
+"""Mask2Act stage 1 (section 3.2): learn from action-free video where the masks of robot and objects will be.
+
+    python mask_planner.py --suite libero_spatial                     # makes the data first if there is none
+    python mask_planner.py --suite libero_spatial --show              # predicted beside true masks, as a picture
+
+The planner P sees the goal image and the last h frames and writes a plan (eq. 1); the decoder D moves any binary
+mask of now into the future, given the plan (eq. 2); soft aggregation makes the objects share the pixels (eq. 3).
+The executor later sees the plan only: no masks are needed at test time.
+
+Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask pixels.
+"""
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import core
+import extract
+import sims
+from core import flag
+
+# Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of delta t; an episode
+# takes about 110 steps, so the longest horizon reaches across one phase of it (approach, carry).
+HORIZONS = (4, 8, 16, 32)
+LOCATIONS = 5  # numbers per object and time that say where it is: centroid x y, size, lowest point x y
+
+
+@dataclass
+class Config:
+    suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
+    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    demos: int | None = flag(None, "action-free videos per task", minimum=1)
+    steps: int | None = flag(None, "gradient steps", minimum=1)
+    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU", choices=["laptop", "paper"])
+    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
+    width: int | None = flag(None, "width of the transformer", minimum=8)
+    depth: int | None = flag(None, "transformer blocks", minimum=1)
+    blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of the image encoder")
+    channels: int | None = flag(None, "channels of its first stage, doubled at each next one", minimum=16)
+    history: int | None = flag(None, "frames h that the planner sees", minimum=1)
+    stride: int = flag(4, "control steps between these frames", minimum=1)
+    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)", minimum=1)
+    batch: int = flag(32, "samples per step", minimum=1)
+    lr: float = flag(5e-4, "peak learning rate", minimum=0)
+    seed: int = flag(0, "seed of weights and batches", minimum=0)
+    data: str = flag("data", "folder of the data files")
+    out: str = flag("runs", "folder of the runs")
+    device: str | None = flag(None, "cpu or cuda")
+    show: bool = flag(False, "only draw predicted against true masks of the trained planner")
+    bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
+
+    weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
+    PRESETS = {
+        "laptop": dict(demos=20, steps=2500, size=96, width=128, depth=3, blocks=(1, 1, 1), channels=32,
+                       history=1),
+        # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
+        "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6, blocks=(2, 2, 2, 2), channels=64,
+                      history=10)}
+
+
+# ---------------------------------------------------------------------------------------------- losses
+
+def soft_aggregate(prob):
+    """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
+
+    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is proportional to the odds p / (1 - p).
+    """
+    background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
+    p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
+    return torch.log(p / (1 - p))
+
+
+def bootstrapped_cross_entropy(logits, target, hardest):
+    """Cross-entropy of the hardest pixels of each mask (XMem).  The curve rises while `hardest` falls: by design.
+
+    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1]: the fraction of pixels kept -> scalar.
+    """
+    loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
+    kept = max(1, int(hardest * loss.shape[1]))
+    return loss.topk(kept, 1).values.mean()
+
+
+def dice(prob, target):
+    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).
+
+    prob (B, N, H, W), target (B, N, H, W) of 0 and 1 -> (B, N).
+    """
+    m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
+    return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
+
+
+def hardest_fraction(progress):
+    """XMem's schedule as fractions of the training: all pixels until 20 %, then falling to 15 % of them at 70 %."""
+    return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
+
+
+# ---------------------------------------------------------------------------------------------- geometry
+
+def binary_masks(masks, N):
+    """masks (..., H, W) of 0..N integers -> (..., N, H, W) float of 0 and 1; one map per object."""
+    return (masks.unsqueeze(-3) == torch.arange(1, N + 1, device=masks.device)[:, None, None]).float()
+
+
+def locate(m):
+    """Where a mask is, in numbers (ours).  m (..., H, W) of 0 and 1 -> (..., 5) in [0, 1], and present (...) bool.
+
+    centroid x, y; size = square root of its share of the picture; lowest point x, y (for the robot, which reaches in
+    from above: its fingertips): the mean of its lowest rows, which hold about a twentieth of its pixels.
+    """
+    H, W = m.shape[-2:]
+    y = (torch.arange(H, device=m.device) + 0.5).div(H)[:, None].expand(H, W)
+    x = (torch.arange(W, device=m.device) + 0.5).div(W).expand(H, W)
+    area = m.sum((-1, -2))
+    mean = lambda weight: torch.stack([(weight * v).sum((-1, -2)) for v in (x, y)], -1) / weight.sum(
+        (-1, -2)).clamp(min=1e-6)[..., None]  # (..., 2)
+    row = m.sum(-1)  # (..., H) pixels per row
+    lower = row.flip(-1).cumsum(-1).flip(-1) - row  # (..., H) pixels in the rows below it
+    lowest = m * (lower < 0.05 * area[..., None])[..., None]  # (..., H, W)
+    size = (area / (H * W)).sqrt()[..., None]
+    return torch.cat([mean(m), size, mean(lowest)], -1), area > 0
+
+
+def iou(m, g):
+    """Intersection over union of boolean masks (..., H, W) -> (...); nan where both are empty."""
+    union = (m | g).sum((-1, -2)).float()
+    return torch.where(union > 0, (m & g).sum((-1, -2)) / union, torch.nan)
+
+
+# ---------------------------------------------------------------------------------------------- networks
+
+class Decoder(nn.Module):
+    """D of eq. 2: one object's binary mask now, and the plan -> its mask at every horizon.
+
+    Objects pass independently, so there may be any number of them.
+    """
+
+    def __init__(self, width, K):
+        super().__init__()
+        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.GELU())
+        self.down1, self.down2, self.down3 = conv(1, 32, 2), conv(32, 64, 2), conv(64, 64, 2)
+        self.plan = nn.Conv2d(width, 128, 1)
+        self.fuse = nn.Sequential(conv(64 + 128, 128, 1), conv(128, 128, 1))
+        self.up2, self.up1 = conv(128 + 64, 64, 1), conv(64 + 32, 32, 1)
+        self.out = nn.Conv2d(32, K, 1)
+
+    def forward(self, plan, masks):
+        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W)."""
+        B, N, H, W = masks.shape
+        grow = lambda x, like: F.interpolate(x, size=like.shape[-2:], mode="bilinear")
+        d1 = self.down1(masks.flatten(0, 1)[:, None])  # (B N, 32, H/2, W/2)
+        d2 = self.down2(d1)  # (B N, 64, H/4, W/4)
+        d3 = self.down3(d2)  # (B N, 64, H/8, W/8)
+        p = grow(self.plan(plan), d3).repeat_interleave(N, 0)  # (B N, 128, H/8, W/8)
+        x = self.fuse(torch.cat([d3, p], 1))  # (B N, 128, H/8, W/8)
+        x = self.up2(torch.cat([grow(x, d2), d2], 1))  # (B N, 64, H/4, W/4)
+        x = self.up1(torch.cat([grow(x, d1), d1], 1))  # (B N, 32, H/2, W/2)
+        logit = grow(self.out(x), masks)  # (B N, K, H, W)
+        return logit.float().sigmoid().unflatten(0, (B, N))  # (B, N, K, H, W)
+
+
+class Locator(nn.Module):
+    """Says the plan in numbers (ours): where each object is now and at every horizon, by attention over the tokens."""
+
+    def __init__(self, width, n, N, K):
+        super().__init__()
+        self.N, self.K1 = N, K + 1
+        self.grid = n
+        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(),
+                                 nn.Linear(256, N * (K + 1) * (1 + LOCATIONS)))
+
+    def forward(self, tokens):
+        """tokens (..., n, D) -> (..., N, K + 1, 5), normalised as `locate`."""
+        h = self.grid
+        out = self.mlp(tokens).float().unflatten(-1, (self.N, self.K1, 1 + LOCATIONS))  # (..., n, N, K + 1, 6)
+        share = out[..., :1].softmax(-5 + 1)  # over the n tokens
+        centre = (torch.arange(h, device=tokens.device) + 0.5) / h
+        y, x = [c.reshape(-1) for c in torch.meshgrid(centre, centre, indexing="ij")]  # (n,) each
+        base = torch.stack([x, y, torch.full_like(x, 0.2), x, y], -1)[:, None, None]  # (n, 1, 1, 5)
+        return (share * (base + out[..., 1:])).sum(-4)  # (..., N, K + 1, 5)
+
+
+class MaskPlanner(nn.Module):
+    """P and D of section 3.2."""
+    kind = "mask_planner"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.encoder = core.ImageEncoder(config.width, config.blocks, config.channels)
+        self.side = self.encoder.cells(config.size)  # the feature map is side x side
+        self.n = self.side ** 2
+        self.place = nn.Parameter(torch.randn(self.n, config.width) * 0.02)
+        self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)  # goal first
+        self.gpt = core.Transformer(config.width, config.depth, max(4, config.width // 64))
+        self.decoder = Decoder(config.width, len(HORIZONS))
+        self.locator = Locator(config.width, self.side, config.objects, len(HORIZONS))
+        self.register_buffer("mask", core.block_causal_mask(1 + config.history, self.n), persistent=False)
+        self.register_buffer("progress", torch.zeros(()))  # share of the training done, for the bootstrapping
+
+    def encode(self, images):
+        """images (..., H, W, 3) uint8 -> tokens (..., n, D)."""
+        x = self.encoder(images.flatten(0, -4))  # (B, D, h, w)
+        return x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
+
+    def forward(self, frames, goal):
+        """Eq. 1: frames (B, T, H, W, 3) uint8, oldest first, goal (B, H, W, 3) uint8 -> plan (B, T, n, D)."""
+        # differs: n tokens per picture (a map), where PLEX has one; pooling to one token loses where things are
+        x = torch.cat([self.encode(goal)[:, None], self.encode(frames)], 1)  # (B, 1 + T, n, D)
+        return self.plan_from(x)
+
+    def plan_from(self, x):
+        """x (B, 1 + T, n, D): encoded goal, then frames -> plan (B, T, n, D)."""
+        L = x.shape[1] * self.n
+        x = x + self.place + self.time[:x.shape[1]]
+        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L])  # (B, (1 + T) n, D)
+        return x.unflatten(1, (-1, self.n))[:, 1:]  # (B, T, n, D)
+
+    def as_map(self, tokens):
+        """tokens (B, n, D) -> map (B, D, h, w)."""
+        return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+    def predict(self, frames, goal, masks):
+        """masks (B, N, H, W) of 0 and 1 at the last frame -> probabilities (B, N, K, H, W)."""
+        return self.decoder(self.as_map(self(frames, goal)[:, -1]), masks)
+
+    @torch.no_grad()
+    def plan(self, frames, goal):
+        """What the executor sees: plan tokens (B, T, n, D).  No gradient; the decoder is not run."""
+        return self(frames, goal)
+
+    def loss(self, batch):
+        """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H/2, W/2) of 0..N: now, then future.
+
+        -> scalar, parts.  ours: the loss covers the last frame of the history only.
+        """
+        N, K = self.config.objects, len(HORIZONS)
+        masks = batch["masks"].long()
+        masks = masks * (masks <= N)  # objects beyond the tracked ones are background
+        m = binary_masks(masks, N)  # (B, 1 + K, N, H, W)
+        tokens = self(batch["frames"], batch["goal"])[:, -1]  # (B, n, D)
+        prob = self.decoder(self.as_map(tokens), m[:, 0])  # (B, N, K, H, W)
+        logits = soft_aggregate(prob).transpose(1, 2).flatten(0, 1)  # (B K, N + 1, H, W)
+        future, now = m[:, 1:].flatten(0, 1), m[:, :1].expand(-1, K, -1, -1, -1).flatten(0, 1)  # (B K, N, H, W)
+        ce = bootstrapped_cross_entropy(logits, masks[:, 1:].flatten(0, 1), hardest_fraction(float(self.progress)))
+        seen = torch.maximum(future, now).amax((2, 3))  # (B K, N); an object seen in neither picture would count as solved
+        d = (dice(logits.softmax(1)[:, 1:], future) * seen).sum() / seen.sum().clamp(min=1)
+        # differs: the plan also has to say in numbers where the masks are, and its gradient reaches the planner. With
+        # the gradient stopped the numbers were three times less exact after 500 steps, the masks no better.
+        where, present = locate(m)  # (B, 1 + K, N, 5), (B, 1 + K, N)
+        error = F.smooth_l1_loss(self.locator(tokens), where.transpose(1, 2), reduction="none", beta=0.02)
+        shown = present.transpose(1, 2)[..., None].float()  # (B, N, 1 + K, 1)
+        located = (error * shown).sum() / shown.sum().clamp(min=1) / LOCATIONS
+        if self.training:
+            self.progress += 1 / self.config.steps
+        return ce + d + 10 * located, {"ce": ce.item(), "dice": d.item(), "located": located.item()}
+
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def half(masks):
+    """Masks (..., H, W) at half the resolution: every second pixel."""
+    return masks[..., ::2, ::2]
+
+
+def double(masks, shape):
+    """The inverse, for drawing: masks (h, w) at full resolution, shape (H, W)."""
+    return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
+
+
+def make_batch(episodes, episode, t, rng, config):
+    """The planner's view of frames t (B,) of some episodes, as a dict of arrays (see MaskPlanner.loss)."""
+    past = t[:, None] + config.stride * np.arange(1 - config.history, 1)  # (B, T)
+    ahead = t[:, None] + np.array([0, *HORIZONS])  # (B, 1 + K)
+    goal = episodes.goal_of(episode, rng)
+    return {"frames": episodes.gather("obs/agentview_rgb", episode[:, None], past),
+            "goal": episodes.gather("obs/agentview_rgb", goal, episodes.length[goal] - 1),
+            "masks": half(episodes.gather("masks", episode[:, None], ahead))}
+
+
+@torch.no_grad()
+def validate(planner, episodes, samples=600, seed=1):
+    """Mask IoU per horizon beside copying the last mask, on held-out episodes.
+
+    Returns {group: {"planner": (K,), "copy": (K,), "n": (K,)}} for robot, moving and static: an object is moving at
+    a horizon if its mask then overlaps the present one by less than 0.7.
+    """
+    config, device = planner.config, next(planner.parameters()).device
+    planner.eval()
+    total = {g: np.zeros((3, len(HORIZONS))) for g in ("robot", "moving", "static")}
+    for step in range(-(-samples // 50)):
+        episode, t, rng = episodes.draw(step, 50, seed)
+        batch = {k: torch.as_tensor(v, device=device) for k, v in make_batch(episodes, episode, t, rng, config).items()}
+        m = binary_masks(batch["masks"].long(), config.objects)  # (B, 1 + K, N, H, W)
+        prob = planner.predict(batch["frames"], batch["goal"], m[:, 0])  # (B, N, K, H, W)
+        label = soft_aggregate(prob).argmax(1)  # (B, K, H, W) in 0..N
+        ours = iou(binary_masks(label, config.objects).bool(), m[:, 1:].bool())  # (B, K, N)
+        copied = iou(m[:, :1].bool().expand_as(m[:, 1:]), m[:, 1:].bool())  # (B, K, N)
+        robot = torch.zeros_like(copied, dtype=torch.bool)
+        robot[..., 0] = True
+        groups = {"robot": robot, "moving": ~robot & (copied < 0.7), "static": ~robot & (copied >= 0.7)}
+        for g, chosen in groups.items():
+            chosen = chosen & ~copied.isnan()
+            for row, value in enumerate((ours, copied, torch.ones_like(ours))):
+                total[g][row] += torch.where(chosen, value, 0).sum((0, 2)).cpu().numpy()
+    return {g: {"planner": a / np.maximum(n, 1), "copy": b / np.maximum(n, 1), "n": n} for g, (a, b, n) in total.items()}
+
+
+def table(scores):
+    """The scores of `validate` as lines of text."""
+    lines = ["held-out mask IoU    " + "".join(f"   +{k:<3d} copy" for k in HORIZONS)]
+    for group, s in scores.items():
+        cells = "".join(f"   {a:.2f} {b:.2f}" for a, b in zip(s["planner"], s["copy"]))
+        lines.append(f"  {group:18s} {cells}   (n {int(s['n'][-1])})")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def show(planner, episodes, columns=4, seed=3):
+    """Rows of (now; predicted | true at every horizon), masks drawn on the frames -> (., ., 3) uint8."""
+    config, device = planner.config, next(planner.parameters()).device
+    episode, t, rng = episodes.draw(0, columns, seed)
+    batch = make_batch(episodes, episode, t, rng, config)
+    tensor = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
+    m = binary_masks(tensor["masks"][:, 0].long(), config.objects)  # (B, N, H, W)
+    label = soft_aggregate(planner.predict(tensor["frames"], tensor["goal"], m)).argmax(1).cpu().numpy()  # (B, K, H, W)
+    full = lambda masks: double(masks, (config.size, config.size))
+    rows = []
+    for b in range(columns):
+        future = episodes.gather("obs/agentview_rgb", episode[b], t[b] + np.array(HORIZONS))  # (K, H, W, 3)
+        cells = [batch["goal"][b], extract.draw_masks(batch["frames"][b, -1], full(batch["masks"][b, 0]))]
+        for k in range(len(HORIZONS)):
+            cells += [extract.draw_masks(batch["frames"][b, -1], full(label[b, k])),
+                      extract.draw_masks(future[k], full(batch["masks"][b, 1 + k]))]
+        rows.append(np.concatenate(cells, 1))
+    titles = ["goal", "now"] + [f"{w} +{k}" for k in HORIZONS for w in ("plan", "true")]
+    head = np.concatenate([extract.caption(np.full((1, config.size, 3), 255, np.uint8), w) for w in titles], 1)
+    return np.concatenate([head, *rows])
+
+
+def load_planner(path, device="cpu"):
+    """A trained MaskPlanner, frozen."""
+    content = core.load(path, kind=MaskPlanner.kind, made_by="python mask_planner.py --suite libero_spatial")
+    planner = MaskPlanner(core.from_dict(Config, content["config"]))
+    planner.load_state_dict(content["model"])
+    return planner.to(device).eval().requires_grad_(False)
+
+
+def main(argv=None):
+    config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
+    names = sims.choose_tasks(config.suite, config.tasks)
+    path = Path(config.out) / config.suite / "mask.pt"
+    if config.show and not path.exists():
+        core.fail(f"no planner {path} to show: train it with python mask_planner.py --suite {config.suite}")
+    extract.ensure(config.suite, names, config.demos, config.data, config.size)
+    videos = extract.Episodes(config.data, config.suite, names, config.demos)
+    held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    torch.manual_seed(config.seed)
+    planner = MaskPlanner(config)
+
+    def batches(step):
+        episode, t, rng = videos.draw(step, config.batch, config.seed)
+        return make_batch(videos, episode, t, rng, config)
+
+    note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames"
+    if config.show:
+        planner = load_planner(path, config.device)
+    else:
+        planner = core.fit(planner, batches, config, path, lambda p: show(p, held_out), note)
+    print(table(validate(planner, held_out)))
+    if config.show:
+        import imageio.v3 as iio
+        iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))
+    print(f"picture: {path.with_suffix('.png')}   next: python executor.py --planner {path}", file=sys.stdout)
+
+
+if __name__ == "__main__":
+    main()

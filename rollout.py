@@ -1,0 +1,311 @@
+"""Episodes in the simulator: success rates with intervals, films, results, tables.
+
+    python rollout.py runs/libero_spatial/mask_executor.pt              # 10 tasks x 10 bundled initial states
+    python rollout.py --policy expert --suite libero_spatial            # the upper bound
+    python rollout.py --table                                           # README's table and plot from results/*.json
+
+An episode succeeds when LIBERO's goal predicates hold at any step within the horizon, as LIBERO itself counts; for
+the expert, which lets go and retreats, they must still hold at the end.  The bundled initial states are never
+trained on.  A crash ends the evaluation: it is an error, not a failed episode.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import core
+import executor
+import experts
+import extract
+import mask_planner
+import sims
+from core import fail, flag
+
+FILM_SCALE = 3  # films are enlarged by this factor
+COLOURS = {"none": "#888888", "mask": "#d62728", "mask-explicit": "#1f77b4", "expert": "#2ca02c"}
+
+
+@dataclass
+class Config:
+    policy: str = flag("executor", "executor: the given checkpoints; expert: the scripted demonstrator",
+                       choices=["executor", "expert"])
+    suite: str = flag("libero_spatial", "suite, for --policy expert; otherwise the executor's")
+    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the executor's, or all")
+    episodes: int = flag(10, "episodes per task", minimum=1)
+    scenes: int | None = flag(None, "use sampled scenes with seeds from this one on, instead of the bundled states",
+                              minimum=0)
+    noise: float = flag(0.0, "standard deviation of noise on the executed motion, for --policy expert", minimum=0)
+    films: bool = flag(True, "write an mp4 of each task's first success and first failure")
+    render: str = flag("fast", "fast, or faithful: LIBERO's own look; must be the one trained on",
+                       choices=["fast", "faithful"])
+    workers: int = flag(2, "processes", minimum=1)
+    results: str = flag("results", "folder of the results")
+    device: str | None = flag(None, "cpu or cuda")
+    table: bool = flag(False, "only make README's table and the plot from the results")
+
+
+# ---------------------------------------------------------------------------------------------- episodes
+
+def film_frame(frame, policy, sim):
+    """One picture of a film: third-person view, with the plan's masks decoded at two horizons, and the wrist view."""
+    planner = policy.executor.planner if policy else None
+    views = [("now", frame["agentview_rgb"])]
+    if planner:
+        now = mask_planner.binary_masks(torch.as_tensor(mask_planner.half(frame["masks"]))[None].long(),
+                                        planner.config.objects)  # (1, N, H/2, W/2)
+        history = torch.stack(policy.frames, 1)  # (1, h, H, W, 3): what the policy has just seen
+        with torch.no_grad():
+            prob = planner.predict(history, policy.goal[None], now.to(policy.device))
+        label = mask_planner.soft_aggregate(prob).argmax(1)[0].cpu().numpy()  # (K, H/2, W/2)
+        for k in (1, 3):
+            views.append((f"plan +{mask_planner.HORIZONS[k]}", extract.draw_masks(
+                frame["agentview_rgb"], mask_planner.double(label[k], frame["masks"].shape))))
+    views.append(("wrist", frame["eye_in_hand_rgb"]))
+    large = [np.kron(v, np.ones((FILM_SCALE, FILM_SCALE, 1), np.uint8)) for _, v in views]
+    return np.concatenate([extract.caption(v, name, 16) for (name, _), v in zip(views, large)], 1)
+
+
+def play(sim, actor, start, film):
+    """One episode from the frame after reset.  actor: a Policy, or (Expert, noise, rng).
+
+    -> success, steps, list of film pictures (empty unless `film`).
+    """
+    policy = actor if isinstance(actor, executor.Policy) else None
+    frame, pictures, success = start, [], False
+    for steps in range(1, sim.horizon + 1):
+        if policy:
+            look = policy.wants_frame
+            if look and frame is None:
+                frame = sim.frame(masks=film)
+            action = policy(frame)
+            if film and look:
+                pictures.append(film_frame(frame, policy, sim))
+        else:
+            expert, noise, rng = actor
+            action = expert(sim)
+            if film and steps % 4 == 1:
+                pictures.append(film_frame(sim.frame(), None, sim))
+            action = action + np.append(rng.normal(0, noise, 6), 0)
+        _, success = sim.step(action, observe=False)
+        frame = None
+        if success if policy else actor[0].done:
+            break
+    return success, steps, pictures
+
+
+def write_film(path, pictures):
+    """Pictures (list of (H, W, 3) uint8) -> mp4 at 5 per second, real time for looks 4 steps apart; and a still, .png."""
+    import imageio.v2 as iio
+    path.parent.mkdir(parents=True, exist_ok=True)
+    height, width = pictures[0].shape[0] // 2 * 2, pictures[0].shape[1] // 2 * 2  # the codec wants even numbers
+    with iio.get_writer(path, fps=5, macro_block_size=2, quality=7) as film:
+        for picture in pictures:
+            film.append_data(picture[:height, :width])
+    chosen = np.linspace(0, len(pictures) - 1, min(4, len(pictures))).astype(int)
+    iio.imwrite(path.with_suffix(".png"), np.concatenate([pictures[k] for k in chosen]))
+
+
+def run_task(job):
+    """Worker: all checkpoints on some scenes of one task -> {checkpoint: [success, ...]}, in the scenes' order."""
+    config, checkpoints, suite, task, scenes, size = job
+    torch.set_num_threads(1)
+    observe = config.policy == "executor" or config.films
+    sim = sims.Sim(suite, task, size, config.render, observe)
+    done = {}
+    for checkpoint in checkpoints:
+        policy = executor.Policy(executor.load_executor(checkpoint, config.device)) if checkpoint else None
+        done[checkpoint], filmed = [], set()
+        for scene in scenes:
+            where = {"seed": scene} if config.scenes is not None else {"init": scene}
+            film = config.films and len(filmed) < 2
+            frame = sim.reset(**where)
+            if policy:
+                policy.reset(policy.executor.extra["tasks"].index(task), goal=scene)
+            actor = policy or (experts.Expert(sim, seed=scene), config.noise, np.random.default_rng([scene, 1]))
+            success, steps, pictures = play(sim, actor, frame, film)
+            done[checkpoint].append((bool(success), steps))
+            if film and success not in filmed:
+                filmed.add(success)
+                folder = Path(str(checkpoint or f"runs/{suite}/expert").removesuffix(".pt") + "_films")
+                write_film(folder / f"{task}_{'success' if success else 'failure'}.mp4", pictures)
+            run_task.progress.put(1)
+    sim.close()
+    return task, done
+
+
+def evaluate(config, checkpoints, suite, names, size):
+    """-> {checkpoint: {task: [(success, steps), ...]}} over config.episodes scenes of each task."""
+    first = config.scenes if config.scenes is not None else 0
+    if config.scenes is None and config.episodes > sims.INITS:
+        fail(f"--episodes {config.episodes}: there are {sims.INITS} bundled initial states; or give --scenes 1000")
+    scenes = list(range(first, first + config.episodes))
+    pieces = config.workers if len(names) < 2 * config.workers else 1  # few tasks: split each among the processes
+    jobs = [(config, checkpoints, suite, name, scenes[k::pieces], size)
+            for name in names for k in range(pieces) if scenes[k::pieces]]
+    total = len(names) * len(scenes) * len(checkpoints)
+    found = {c: {name: [] for name in names} for c in checkpoints}
+    with extract.pool(config.workers, run_task) as (workers, queue):
+        results = workers.imap_unordered(run_task, jobs)
+        for task, done in extract.watch(results, queue, len(jobs), total, "rollout"):
+            for checkpoint, outcome in done.items():
+                found[checkpoint][task] += outcome
+    return found
+
+
+# ---------------------------------------------------------------------------------------------- results
+
+def wilson(k, n, z=1.96):
+    """95 % Wilson interval of k successes in n episodes -> (low, high)."""
+    p, zz = k / n, z * z / n
+    middle, half = (p + zz / 2) / (1 + zz), z * np.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def commit():
+    """The source's git commit, '+' if changed since; None outside a repository."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True,
+                                        cwd=Path(__file__).parent).stdout.strip()
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")) or None
+
+
+def result(config, checkpoint, suite, outcomes, seconds):
+    """The JSON of one evaluation; design and names as in README."""
+    tasks = {t: {"success": sum(s for s, _ in o), "episodes": len(o), "steps": round(float(np.mean([n for _, n in o])), 1)}
+             for t, o in outcomes.items()}
+    k, n = (sum(t[key] for t in tasks.values()) for key in ("success", "episodes"))
+    about = {"suite": suite, "plan": "expert", "preset": None, "videos": None, "action_demos": None, "seed": None}
+    spent = {}
+    if checkpoint:
+        content = core.load(checkpoint, kind=executor.Executor.kind)
+        c = core.from_dict(executor.Config, content["config"])
+        about |= {"plan": executor.plan_name(c), "preset": c.preset, "videos": c.demos,
+                  "action_demos": c.action_demos, "seed": c.seed, "steps": content["step"]}
+        spent = content["extra"]["seconds"] | {"executor": core.last_seconds(checkpoint)}
+    about["scenes"] = "bundled initial states" if config.scenes is None else f"seeds from {config.scenes}"
+    if config.noise:
+        about["noise"] = config.noise
+    return about | {
+        "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)], "tasks": tasks, "unseen": None,
+        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
+        "versions": sims.versions(), "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
+        "seconds": spent | {"rollout": round(seconds)}}
+
+
+def result_path(folder, r):
+    """results/<suite>_<plan>_<preset>_d<action demos>_s<seed>.json; the expert's has its scenes instead."""
+    if r["plan"] == "expert":
+        return Path(folder) / f"{r['suite']}_expert_{r['scenes'].replace(' ', '_')}.json"
+    return Path(folder) / f"{r['suite']}_{r['plan']}_{r['preset']}_d{r['action_demos']}_s{r['seed']}.json"
+
+
+def pooled(folder):
+    """All results, training seeds pooled -> list of dicts with suite, plan, ..., seeds, success, episodes, interval."""
+    rows = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        r = json.loads(path.read_text())
+        key = (r["suite"], r["plan"], r["preset"], r["videos"], r["action_demos"], r["scenes"])
+        row = rows.setdefault(key, dict(zip(("suite", "plan", "preset", "videos", "action_demos", "scenes"), key))
+                              | {"seeds": 0, "success": 0, "episodes": 0})
+        row["seeds"] += 1
+        row["success"] += r["success"]
+        row["episodes"] += r["episodes"]
+    for row in rows.values():
+        row["interval"] = wilson(row["success"], row["episodes"])
+    return sorted(rows.values(), key=lambda r: (r["suite"], r["action_demos"] or 99, r["plan"]))
+
+
+def make_table(folder, readme="README.md"):
+    """Prints the results as a table, writes it between README's markers, and draws the plot."""
+    rows = pooled(folder)
+    if not rows:
+        fail(f"no results in {folder}/: python rollout.py <checkpoint> makes one")
+    lines = ["| suite | plan | videos per task | action demos per task | seeds | success | 95 % interval |",
+             "|---|---|---|---|---|---|---|"]
+    for r in rows:
+        low, high = r["interval"]
+        lines.append(f"| {r['suite']} | {r['plan']} | {r['videos'] or '-'} | {r['action_demos'] or '-'} | "
+                     f"{r['seeds'] if r['preset'] else '-'} | {r['success']}/{r['episodes']} = "
+                     f"{100 * r['success'] / r['episodes']:.1f} % | {100 * low:.1f} - {100 * high:.1f} |")
+    text = "\n".join(lines)
+    print(text)
+    begin, end = "<!-- results -->\n", "\n<!-- /results -->"
+    page = Path(readme).read_text() if Path(readme).exists() else ""
+    if begin in page:
+        head, rest = page.split(begin, 1)
+        core.write_text(readme, head + begin + text + end + rest.split(end, 1)[1])
+    plot(rows, Path(folder) / "curve.png")
+
+
+def plot(rows, path):
+    """Success against action demonstrations per task, one line per plan and suite, with 95 % intervals."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    learned = [r for r in rows if r["action_demos"]]
+    suites = sorted({r["suite"] for r in learned})
+    if not suites:
+        return
+    figure, axes = plt.subplots(1, len(suites), figsize=(5 * len(suites), 3.6), squeeze=False)
+    for axis, suite in zip(axes[0], suites):
+        for plan in sorted({r["plan"] for r in learned if r["suite"] == suite}):
+            line = [r for r in learned if (r["suite"], r["plan"]) == (suite, plan)]
+            x, y = [r["action_demos"] for r in line], [100 * r["success"] / r["episodes"] for r in line]
+            low, high = np.array([r["interval"] for r in line]).T * 100
+            axis.errorbar(x, y, [y - low, high - y], marker="o", capsize=3, label=plan, color=COLOURS.get(plan))
+        axis.set(title=suite, xlabel="action demonstrations per task", ylabel="success, %", ylim=(0, 100), xscale="log")
+        ticks = sorted({r["action_demos"] for r in learned if r["suite"] == suite})
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"plot: {path}")
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    checkpoints, rest = argv[:first_flag], argv[first_flag:]
+    config = core.parse(Config, "rollout.py CHECKPOINT [CHECKPOINT ...]: success rates in the simulator.", rest)
+    if config.table:
+        return make_table(config.results)
+    size, suite = 128, config.suite
+    if config.policy == "executor":
+        if not checkpoints:
+            fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or --policy expert")
+        extras = [core.load(c, kind=executor.Executor.kind, made_by="python executor.py --planner runs/<suite>/mask.pt")
+                  ["extra"] for c in checkpoints]
+        if any((e["suite"], e["size"], e["tasks"]) != tuple(extras[0][k] for k in ("suite", "size", "tasks")) for e in extras):
+            fail("these checkpoints are of different suites, tasks or sizes: evaluate them one by one")
+        suite, size = extras[0]["suite"], extras[0]["size"]
+        names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))
+        unknown = [n for n in names if n not in extras[0]["tasks"]]
+        if unknown:
+            fail(f"{checkpoints[0]} was not trained on {unknown[0]}")
+    else:
+        checkpoints, names = [None], sims.choose_tasks(suite, config.tasks)
+    begin = time.time()
+    found = evaluate(config, checkpoints, suite, names, size)
+    seconds = (time.time() - begin) / len(checkpoints)
+    for checkpoint in checkpoints:
+        r = result(config, checkpoint, suite, found[checkpoint], seconds)
+        for task, count in r["tasks"].items():
+            print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   ({count['steps']:.0f} steps)")
+        path = result_path(config.results, r)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        core.write_text(path, json.dumps(r, indent=1) + "\n")
+        low, high = r["interval"]
+        print(f"{suite} {r['plan']}: {r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} % "
+              f"[{100 * low:.1f}, {100 * high:.1f}]   {seconds / 60:.1f} minutes -> {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""executor.py: what it sees in training is what it sees when acting; the planner stays frozen."""
+
+import os
+import shutil
+from copy import deepcopy
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import core
+import executor
+import mask_planner
+from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill
+
+LATENT_ONLY = ["--no-third-person", "--no-wrist"]
+VARIANTS = {**PLANS, "explicit and picture": ["--plan-form", "explicit", "--third-person"],
+            "plan and state only": LATENT_ONLY, "four looks": ["--history", "4"],
+            "cloning, two looks": [*PLANS["none"], "--history", "2"]}
+
+
+@pytest.fixture
+def build(data, planner_path, tmp_path):
+    """build(*flags) -> a new executor, its data, the path of its checkpoint."""
+
+    def build(*flags, planner=planner_path):
+        argv = [*EXECUTOR, "--planner", str(planner), *flags, "--data", str(data), "--out", str(tmp_path)]
+        return executor.build(core.parse(executor.Config, "", argv))
+
+    return build
+
+
+def tensors(batch):
+    return {k: torch.as_tensor(v) for k, v in batch.items()}
+
+
+def frame_of(videos, episode, t):
+    """A row of the data file as the simulator would give it live."""
+    frame = {k: videos.arrays[f"obs/{k}"][episode][t] for k in
+             ("agentview_rgb", "eye_in_hand_rgb", "ee_states", "gripper_states", "joint_states")}
+    return frame | {"masks": videos.arrays["masks"][episode][t]}
+
+
+# --- network --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
+def test_shapes_and_gradients(build, flags):
+    """Every trainable parameter gets a gradient, no frozen one does."""
+    model, actions, _ = build(*flags)
+    batch, c = tensors(actions(0)), model.config
+    with torch.no_grad():
+        assert model.eval()(batch if model.planner else batch).shape == (4, c.history, 8, 7)
+    torch.manual_seed(0)
+    loss, _ = model.train().loss(batch)
+    loss.backward()
+    idle = [n for n, p in model.named_parameters() if p.requires_grad and (p.grad is None or p.grad.abs().max() == 0)]
+    assert not idle
+    assert all(p.grad is None for n, p in model.named_parameters() if n.startswith("planner."))
+
+
+def test_loss_equals_a_loop(build):
+    model, actions, _ = build()
+    batch = tensors(actions(0))
+    with torch.no_grad():
+        loss, parts = model.eval().loss(batch)
+        said = model(batch)
+    squares = {"motion": [], "gripper": []}
+    for b, t, c, k in np.ndindex(*said.shape):
+        squares["motion" if k < 6 else "gripper"].append((said[b, t, c, k] - batch["action"][b, t, c, k]).item() ** 2)
+    assert parts == pytest.approx({k: np.mean(v) for k, v in squares.items()}, rel=1e-4)
+    assert loss.item() == pytest.approx(np.mean(squares["motion"] + squares["gripper"]), rel=1e-4)
+
+
+def test_actions_are_causal_over_the_history(build):
+    model, actions, _ = build("--history", "3")
+    batch = tensors(actions(0))
+    changed = {k: v.clone() for k, v in batch.items()}
+    for k in ("image", "plan", "wrist", "state"):
+        changed[k][:, 2] = changed[k][:, 2].flip(0)
+    with torch.no_grad():
+        a, b = model.eval()(batch), model(changed)
+        assert torch.equal(a[:, :2], b[:, :2]) and not torch.allclose(a[:, 2], b[:, 2])
+        first = {k: v[:, :1] for k, v in batch.items()}
+        torch.testing.assert_close(model(first), a[:, :1], atol=1e-4, rtol=1e-4)
+
+
+def test_random_shift():
+    """Each picture by its own whole number of pixels, up to 4 each way, edges repeated; H != W."""
+    B, H, W = 300, 13, 17
+    y, x = np.mgrid[:H, :W]
+    picture = torch.from_numpy(np.stack([y, x, y + x], -1).astype(np.uint8))
+    shifted = executor.random_shift(picture.expand(B, H, W, 3)).numpy().astype(int)
+    assert shifted.shape == (B, H, W, 3)
+    moves = set()
+    for one in shifted:
+        dy, dx = one[6, 8, :2] - [6, 8]
+        moves.add((dy, dx))
+        rows, columns = np.clip(y + dy, 0, H - 1), np.clip(x + dx, 0, W - 1)
+        assert np.array_equal(one, np.stack([rows, columns, rows + columns], -1))
+    assert {dy for dy, _ in moves} == {dx for _, dx in moves} == set(range(-4, 5)) and len(moves) > 60
+
+
+def test_pictures_are_shifted_in_training_only(build, monkeypatch):
+    model, actions, _ = build()
+    batch, calls = tensors(actions(0)), []
+    monkeypatch.setattr(executor, "random_shift", lambda images: calls.append(images.shape) or images)
+    model.eval()(batch)
+    assert not calls
+    model.train()(batch)
+    assert calls == [(4, SIZE, SIZE, 3)]
+
+
+def test_key_points_lie_where_the_feature_is():
+    token = executor.MapToken(8, 16, 6).eval()
+    token.norm.forward = lambda x: x
+    token.points.weight.data.zero_()
+    token.points.weight.data[:, 0] = 100
+    seen = {}
+    token.out.forward = lambda x: seen.setdefault("x", x)
+    x = torch.zeros(1, 16, 8)
+    x[0, 1 * 4 + 3, 0] = 1      # row 1, column 3 of 4
+    token(x)
+    where = seen["x"][0, :64].view(32, 2)
+    torch.testing.assert_close(where, torch.tensor([1.0, -1 / 3]).expand(32, 2), atol=1e-4, rtol=1e-4)
+
+
+# --- the frozen planner ---------------------------------------------------------------------------
+
+
+def test_planner_stays_in_eval(build):
+    model, _, _ = build()
+    model.train()
+    assert model.training and model.wrist_encoder.training
+    assert not any(m.training for m in model.planner.modules())
+    assert not any(p.requires_grad for p in model.planner.parameters())
+
+
+@pytest.mark.parametrize("plan", ["mask", "mask-explicit"])
+def test_training_leaves_the_planner_unchanged(executor_paths, planner_path, plan):
+    planner, trained = core.load(planner_path)["model"], core.load(executor_paths[plan])["model"]
+    for name, value in planner.items():
+        assert torch.equal(trained[f"planner.{name}"], value), name
+
+
+@pytest.mark.parametrize("flags", [[], ["--plan-form", "explicit"], ["--history", "2"]])
+def test_cached_and_uncached_training_see_the_same(build, flags):
+    (model, cached, _), (_, live, _) = build(*flags), build(*flags, "--no-cache")
+    assert cached.cached and not live.cached
+    for step in (0, 3):
+        a, b = tensors(cached(step)), tensors(live(step))
+        assert all(torch.equal(a[k], b[k]) for k in a.keys() & b.keys()) and {"state", "action", "wrist"} <= a.keys()
+        for mode in (True, False):
+            losses = []
+            for batch in (a, b):
+                torch.manual_seed(step)
+                losses.append(model.train(mode).loss(batch)[0].item())
+            assert losses[0] == pytest.approx(losses[1], rel=0.01)
+    frames, goal = (x.flatten(0, 1) for x in (b["frames"], b["goal"]))
+    for k, v in model.features(frames, goal).items():
+        torch.testing.assert_close(a[k].flatten(0, 1), v, atol=0.01, rtol=0.01)
+
+
+def test_goals_are_of_another_video_of_the_task(build):
+    _, actions, _ = build("--action-demos", "1")
+    row = np.arange(len(actions.demos))
+    goals = np.stack([actions.goal_of(row, draw) for draw in range(executor.DRAWS)])
+    assert (goals == 1).all(), "episode 0 is the demonstration, 1 the only other video"
+    actions.videos, actions.demos = deepcopy(actions.videos), deepcopy(actions.demos)
+    actions.videos.length, actions.videos.tasks = np.full(12, 10), ["a", "b"]       # 6 videos of each of 2 tasks
+    actions.demos.length, actions.demos.tasks = np.full(4, 10), ["a", "b"]          # 2 demonstrations of each
+    actions.demos.task, actions.demos.start = np.array([0, 0, 1, 1]), np.arange(5) * 10
+    row = np.arange(40)
+    goals = np.stack([actions.goal_of(row, draw) for draw in range(executor.DRAWS)])
+    own = np.array([0, 1, 6, 7])[row // 10]
+    assert (goals // 6 == row // 20).all() and (goals != own).all() and len(set(goals[:, :10].ravel())) == 5
+
+
+# --- data -----------------------------------------------------------------------------------------
+
+
+def test_batch_is_what_the_file_holds(build, videos):
+    _, actions, _ = build("--history", "2", "--chunk", "6", "--no-cache")
+    last = videos.length[1] - 1
+    actions.demos.draw = lambda *rest: (np.array([0, 1]), np.array([3, last]), np.random.default_rng(0))
+    batch = actions(0)
+    at = np.array([[0, 3], [last - 4, last]])     # looks are 4 steps apart, and none is before the start
+    for i, e in np.ndindex(2, 2):
+        frame = frame_of(videos, i, at[i, e])
+        assert np.array_equal(batch["wrist"][i, e], frame["eye_in_hand_rgb"])
+        assert np.array_equal(batch["state"][i, e], np.append(frame["ee_states"], frame["gripper_states"]))
+        assert np.array_equal(batch["frames"][i, e, 0], frame["agentview_rgb"])
+        ahead = np.minimum(at[i, e] + np.arange(6), last if i else 10 ** 6)
+        assert np.array_equal(batch["action"][i, e], videos.arrays["actions"][i][ahead])
+        assert np.array_equal(batch["goal"][i, e], videos.arrays["obs/agentview_rgb"][1 - i][-1])
+
+
+def test_states_are_normalised_by_the_data(build, videos):
+    model, _, _ = build("--action-demos", "1")
+    state = np.concatenate([videos.arrays[k][0] for k in executor.STATE], 1)
+    np.testing.assert_allclose(model.mean, state.mean(0), atol=1e-5)
+    np.testing.assert_allclose(model.std, state.std(0).clip(1e-3), atol=1e-5)
+    assert {"mean", "std", "goals"} <= model.state_dict().keys()
+
+
+def test_carried_goals_are_the_videos_last_frames(build, videos):
+    model, _, _ = build()
+    assert model.goals.shape == (1, 2, SIZE, SIZE, 3)
+    for goal, pictures in zip(model.goals[0], videos.arrays["obs/agentview_rgb"]):
+        assert np.array_equal(goal, pictures[-1])
+
+
+def test_one_batch_is_overfitted(build):
+    model, actions, _ = build()
+    batch = tensors(actions(0))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 2e-3)
+    first = model.eval().loss(batch)[0].item()
+    torch.manual_seed(0)
+    for _ in range(80):
+        loss, _ = model.train().loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    last = model.eval().loss(batch)[0].item()
+    assert last < 0.3 * first, (first, last)
+
+
+# --- checkpoints ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_checkpoint_alone_gives_the_same_executor(build, plan):
+    model, actions, path = build(*PLANS[plan], "--steps", "2")
+    model = core.fit(model, actions, model.config, path, extra=model.extra)
+    again, batch = executor.load_executor(path), tensors(actions(0))
+    assert not again.training and not any(p.requires_grad for p in again.parameters())
+    with torch.no_grad():
+        assert torch.equal(model(batch), again(batch))
+
+
+def test_names_tell_runs_apart(build):
+    names = [build(*flags)[2].name for flags in (
+        [], PLANS["mask-explicit"], PLANS["none"], ["--action-demos", "1"], ["--seed", "3"])]
+    assert names == ["mask_executor_d2.pt", "mask-explicit_executor_d2.pt", "none_executor_d2.pt",
+                     "mask_executor_d1.pt", "mask_executor_d2_s3.pt"]
+
+
+def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys):
+    argv = [*EXECUTOR, "--steps", "6", "--planner", str(planner_path), "--data", str(data)]
+    executor.main([*argv, "--out", str(tmp_path / "whole")])
+    run_and_kill("executor", "step", [*argv, "--out", str(tmp_path / "broken")])
+    whole, broken = (tmp_path / name / SUITE / "mask_executor_d2.pt" for name in ("whole", "broken"))
+    assert core.load(broken)["step"] == 2
+    capsys.readouterr()
+    executor.main([*argv, "--out", str(tmp_path / "broken")])
+    assert "at step 2: continuing" in capsys.readouterr().out
+    one, other = core.load(whole), core.load(broken)
+    assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
+
+
+# --- acting ---------------------------------------------------------------------------------------
+
+
+def test_policy_executes_its_chunk_in_order(executor_paths, videos):
+    model = executor.load_executor(executor_paths["mask"])
+    policy, said = executor.Policy(model), []
+    forward = model.forward
+    model.forward = lambda batch: said.append(forward(batch)) or said[-1]
+    policy.reset(0)
+    looks, actions = [], []
+    for t in range(9):
+        looks.append(policy.wants_frame)
+        actions.append(policy(frame_of(videos, 0, t) if policy.wants_frame else None))
+    assert looks == [t % 4 == 0 for t in range(9)] and len(said) == 3
+    wanted = [said[k][0, -1].clamp(-1, 1).numpy() for k in range(3)]
+    assert np.array_equal(actions, np.concatenate([wanted[0][:4], wanted[1][:4], wanted[2][:1]]))
+    policy.reset(0)
+    assert policy.wants_frame, "what is left of the last episode's chunk is forgotten"
+
+
+@pytest.mark.parametrize("plan, history, look", [("mask", 1, 1), ("mask", 3, 2), ("mask-explicit", 2, 1), ("none", 1, 3)])
+def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, look):
+    """Frames of the data file as live frames: pixels, states and features equal the training batch's.
+
+    history: of the planner, look: of the executor.
+    """
+    planner = mask_planner.MaskPlanner(mask_planner.Config(
+        tasks="0", demos=2, steps=5, preset="laptop", size=SIZE, width=32, depth=1, blocks=(1, 1, 1), channels=16,
+        history=history, device="cpu", bf16=False))
+    core.save(tmp_path / "p.pt", kind=planner.kind, config=core.as_dict(planner.config), model=planner.state_dict())
+    model, actions, _ = build("--history", str(look), "--no-cache", *PLANS[plan] if plan == "none" else
+                              (*PLANS[plan], "--third-person"), planner=tmp_path / "p.pt")
+    t = 8
+    actions.demos.draw = lambda *rest: (np.array([0]), np.array([t]), np.random.default_rng(0))
+    trained, live, pictures = tensors(actions(0)), {}, []
+    model.forward = lambda batch: live.update(batch) or torch.zeros(1, look, 8, 7)
+    if model.planner:
+        features = model.features
+        model.features = lambda frames, goal: pictures.append((frames, goal)) or features(frames, goal)
+    policy = executor.Policy(model)
+    policy.reset(0, goal=1)     # the last frame of video 1, as goal_of gives for video 0
+    for step in range(t + 1):
+        policy(frame_of(videos, 0, step) if policy.wants_frame else None)
+    assert torch.equal(live["state"], trained["state"]) and torch.equal(live["wrist"], trained["wrist"])
+    if plan == "none":
+        assert torch.equal(live["frames"], trained["frames"]) and torch.equal(live["goal"], trained["goal"])
+        return
+    for k, (frames, goal) in enumerate(pictures[-look:]):
+        assert torch.equal(frames, trained["frames"][:, k]) and torch.equal(goal, trained["goal"][:, k])
+    said = features(trained["frames"].flatten(0, 1), trained["goal"].flatten(0, 1))
+    assert said.keys() <= live.keys() and len(said) == 2
+    for k, v in said.items():
+        torch.testing.assert_close(live[k][0], v, atol=1e-4, rtol=1e-4)
+
+
+# --- bad input ------------------------------------------------------------------------------------
+
+
+def test_bad_input_is_one_line(build, data, planner_path, executor_paths, tmp_path, refused):
+    refused(lambda: executor.main(["--preset", "laptop"]), "--planner", "none", "python mask_planner.py")
+    refused(lambda: build(planner=tmp_path / "no.pt"), "no.pt", "python mask_planner.py")
+    refused(lambda: build(planner=executor_paths["mask"]), executor_paths["mask"], "mask_planner", "executor")
+    refused(lambda: build("--action-demos", "3"), "--action-demos 3", "2 videos")
+    refused(lambda: build("--action-demos", "0"), "--action-demos 0", "1 or more")
+    refused(lambda: build("--plan-form", "poem"), "poem", "explicit")
+    refused(lambda: build("--tasks", "77"), "77", "0 to 9")
+    refused(lambda: build("--planner", "none", "--suite", "libero_space"), "libero_space")
+    refused(lambda: build("--data", str(tmp_path / "nowhere")), "nowhere", "python extract.py")
+    (tmp_path / "cut.pt").write_bytes(planner_path.read_bytes()[:1000])
+    refused(lambda: build(planner=tmp_path / "cut.pt"), "cut.pt", "python mask_planner.py")
+
+
+def test_data_of_another_size_is_refused(build, planner_path, tmp_path, refused):
+    content = core.load(planner_path)
+    planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, content["config"] | {"size": 64}))
+    core.save(tmp_path / "p.pt", **content | {"config": core.as_dict(planner.config), "model": planner.state_dict()})
+    refused(lambda: build(planner=tmp_path / "p.pt"), "64 px", "96 px", "--data")
+
+
+def test_another_run_is_not_overwritten(data, planner_path, tmp_path, refused):
+    argv = [*EXECUTOR, "--planner", str(planner_path), "--steps", "1", "--data", str(data), "--out", str(tmp_path)]
+    executor.main(argv)
+    path = tmp_path / SUITE / "mask_executor_d2.pt"
+    before = path.read_bytes()
+    refused(lambda: executor.main([*argv, "--batch", "2"]), path, "batch 4 there, 2 here", "--out")
+    assert path.read_bytes() == before
