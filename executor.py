@@ -59,7 +59,7 @@ class Config:
     bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
-    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=2000, width=128, depth=3, blocks=(1, 1, 1), channels=32,
+    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=1500, width=128, depth=3, blocks=(1, 1, 1), channels=32,
                            history=1),
                "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4, blocks=(2, 2, 2, 2),
                           channels=64, history=10)}
@@ -149,7 +149,11 @@ class Executor(nn.Module):
     def features(self, frames, goal):
         """What the frozen planner says.  frames (B, h, H, W, 3) uint8 as it wants them, goal (B, H, W, 3) uint8 ->
         {"image": (B, n, D)} of the last frame and {"plan": (B, n, D)} or {"numbers": (B, N, K + 1, 5)}."""
-        x = self.planner.encode(torch.cat([goal[:, None], frames], 1))  # (B, 1 + h, n, D)
+        return self.features_of(self.planner.encode(torch.cat([goal[:, None], frames], 1)))
+
+    @torch.no_grad()
+    def features_of(self, x):
+        """The same from encoded pictures x (B, 1 + h, n, D), the goal first."""
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
         features = {"image": x[:, -1]} if self.look else {}
         return features | ({"numbers": self.planner.locator(plan)} if self.numbers else {"plan": plan})
@@ -220,27 +224,28 @@ class ActionData:
         other = (own + 1 + (row * 7919 + draw * 104729) % max(1, per_task - 1)) % per_task
         return task * per_task + other
 
-    def pictures(self, row, draw):
-        """row, draw (...) -> frames (..., h, H, W, 3), goal (..., H, W, 3), uint8."""
+    def frames(self, row):
+        """What the planner sees at demonstration frame `row` (...): frames (..., h, H, W, 3) uint8."""
         episode = np.searchsorted(self.demos.start, row, "right") - 1
         t = (row - self.demos.start[episode])[..., None] + self.stride * np.arange(1 - self.h, 1)
-        goal = self.goal_of(row, draw)
-        return (self.demos.gather("obs/agentview_rgb", episode[..., None], t),
-                self.videos.gather("obs/agentview_rgb", goal, self.videos.length[goal] - 1))
+        return self.demos.gather("obs/agentview_rgb", episode[..., None], t)
 
     def compute(self, what, size=64):
         """The frozen planner's outputs for all frames and DRAWS goals -> dict of (DRAWS, frames, ...) float16."""
-        device = next(self.executor.parameters()).device
-        out = []
-        for first in tqdm(range(0, len(self.demos), size), desc=what, mininterval=5):
-            rows = np.arange(first, min(first + size, len(self.demos)))
-            for draw in range(DRAWS):
-                frames, goal = (torch.as_tensor(x, device=device) for x in self.pictures(rows, draw))
-                with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
-                    said = self.executor.features(frames, goal)
-                out.append({k: v.half().cpu() for k, v in said.items()})
-        # the list holds DRAWS entries per slice of frames
-        return {k: torch.stack([torch.cat([o[k] for o in out[d::DRAWS]]) for d in range(DRAWS)]) for k in out[0]}
+        device, planner = next(self.executor.parameters()).device, self.executor.planner
+        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16))
+        rows, out = np.arange(len(self.demos)), [[] for _ in range(DRAWS)]
+        with torch.no_grad(), autocast:
+            last = self.videos.gather("obs/agentview_rgb", np.arange(len(self.videos.length)), self.videos.length - 1)
+            goals = torch.cat([planner.encode(torch.as_tensor(part, device=device))
+                               for part in np.array_split(last, -(-len(last) // size))])  # (videos, n, D)
+            for part in tqdm(np.array_split(rows, -(-len(rows) // size)), desc=what, mininterval=5):
+                frames = planner.encode(torch.as_tensor(self.frames(part), device=device))  # (size, h, n, D)
+                for draw in range(DRAWS):
+                    goal = goals[torch.as_tensor(self.goal_of(part, draw))]  # (size, n, D)
+                    said = self.executor.features_of(torch.cat([goal[:, None], frames], 1))
+                    out[draw].append({k: v.half().cpu() for k, v in said.items()})
+        return {k: torch.stack([torch.cat([piece[k] for piece in pieces]) for pieces in out]) for k in out[0][0]}
 
     def __call__(self, step):
         """The batch of one training step, a function of (seed, step)."""
@@ -258,8 +263,9 @@ class ActionData:
         if self.cached:
             # float16 in memory; the networks expect what autocast or float32 gives
             return batch | {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
-        frames, goal = self.pictures(row, np.broadcast_to(draw[:, None], row.shape))
-        return batch | {"frames": frames if self.executor.planner else frames[:, :, -1], "goal": goal}
+        frames, goal = self.frames(row), self.goal_of(row, draw[:, None])
+        return batch | {"frames": frames if self.executor.planner else frames[:, :, -1],
+                        "goal": self.videos.gather("obs/agentview_rgb", goal, self.videos.length[goal] - 1)}
 
 
 # ---------------------------------------------------------------------------------------------- acting

@@ -16,6 +16,7 @@ the videos, and of these the first `--action-demos` also lend their actions.  Pi
 contiguous, so that training maps them into memory instead of reading them.
 """
 import errno
+import gc
 import json
 import os
 import shutil
@@ -69,7 +70,7 @@ def record(sim, seed, noise):
     rng = np.random.default_rng(seed)
     frame, expert = sim.reset(seed=seed), experts.Expert(sim, seed=seed)
     rows = []
-    while not expert.done and len(rows) < sim.horizon:
+    while not expert.done and len(rows) < 2 * sim.horizon:
         action = expert(sim)  # (7,)
         row = frame | {"actions": action, "states": sim.state()}
         strayed = action + np.append(rng.normal(0, noise, 6), 0)
@@ -99,6 +100,8 @@ def extract_chunk(job):
     if getattr(extract_chunk, "key", None) != key:
         if hasattr(extract_chunk, "sim"):
             extract_chunk.sim.close()
+            del extract_chunk.sim  # a simulator with its textures takes over a gigabyte: never two at a time
+            gc.collect()
         extract_chunk.sim, extract_chunk.key = sims.Sim(suite, task, size, render), key
     for i in indices:
         begin = time.time()

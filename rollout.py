@@ -235,11 +235,10 @@ def make_table(folder, readme="README.md"):
                      f"{100 * r['success'] / r['episodes']:.1f} % | {100 * low:.1f} - {100 * high:.1f} |")
     text = "\n".join(lines)
     print(text)
-    begin, end = "<!-- results -->\n", "\n<!-- /results -->"
+    begin, end = "<!-- results -->", "<!-- /results -->"
     page = Path(readme).read_text() if Path(readme).exists() else ""
-    if begin in page:
-        head, rest = page.split(begin, 1)
-        core.write_text(readme, head + begin + text + end + rest.split(end, 1)[1])
+    if begin in page and end in page:
+        core.write_text(readme, f"{page.split(begin)[0]}{begin}\n{text}\n{end}{page.split(end)[1]}")
     plot(rows, Path(folder) / "curve.png")
 
 

@@ -214,7 +214,10 @@ class Sim:
         from libero.libero.envs.env_wrapper import ControlEnv
         self.init_file = os.path.join(get_libero_path("init_states"), self.suite, f"{self.task}.pruned_init")
         bddl = bddl_file(self.suite, self.task)
-        env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True).env
+        # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled evaluation states were
+        # made with robosuite's default noise of 0.02 rad per joint; a policy never shown any of it fails there
+        env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True,
+                         initialization_noise="default").env
         env._initialize_sim()  # compiled again, before any reset has moved a fixture
         model = env.sim.model._model
         pristine = model.body_pos.copy(), model.body_quat.copy()

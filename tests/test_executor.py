@@ -1,10 +1,7 @@
 """executor.py: what it sees in training is what it sees when acting; the planner stays frozen."""
 
-import os
-import shutil
 from copy import deepcopy
 
-import h5py
 import numpy as np
 import pytest
 import torch
@@ -25,7 +22,7 @@ def build(data, planner_path, tmp_path):
     """build(*flags) -> a new executor, its data, the path of its checkpoint."""
 
     def build(*flags, planner=planner_path):
-        argv = [*EXECUTOR, "--planner", str(planner), *flags, "--data", str(data), "--out", str(tmp_path)]
+        argv = [*EXECUTOR, "--planner", str(planner), "--data", str(data), "--out", str(tmp_path), *flags]
         return executor.build(core.parse(executor.Config, "", argv))
 
     return build

@@ -1,0 +1,83 @@
+"""The scripted demonstrator on the real simulator: it succeeds and stays successful, repeats exactly, keeps to [-1, 1]."""
+
+import numpy as np
+import pytest
+
+import experts
+import sims
+
+STAND_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
+
+
+def demonstrate(sim, seed, noise=0.0):
+    """One demonstration -> actions (T, 7) executed, states (T, S) after them, success after a further half second."""
+    sim.reset(seed=seed)
+    expert, rng = experts.Expert(sim, seed=seed), np.random.default_rng([seed, 1])
+    actions, states = [], []
+    while not expert.done and len(actions) < sim.horizon:
+        action = expert(sim)
+        assert action.shape == (7,) and action.dtype == np.float32 and np.abs(action).max() <= 1
+        action[:6] += noise * rng.standard_normal(6)
+        actions.append(np.clip(action, -1, 1))
+        sim.step(actions[-1], observe=False)
+        states.append(sim.state())
+    assert expert.done and np.array_equal(expert(sim), STAND_STILL)
+    for _ in range(10):  # what was let go has landed, what was badly placed has fallen
+        _, success = sim.step(STAND_STILL, observe=False)
+    return np.array(actions), np.array(states), success
+
+
+@pytest.fixture(scope="module", params=[("libero_spatial", 0), ("libero_object", 0)], ids=["rim", "pinch"])
+def scene(request):
+    sim = sims.Sim(*request.param, observe=False)
+    yield sim
+    sim.close()
+
+
+def test_success_outlasts_the_release(scene):
+    assert demonstrate(scene, seed=3)[2]
+    aperture = abs(scene.frame()["gripper_states"]).sum()
+    assert aperture > 0.07  # metres: the hand is open and holds nothing
+
+
+def test_noise_on_the_executed_motion_is_corrected(scene):
+    assert demonstrate(scene, seed=4, noise=0.1)[2]
+
+
+def test_replayed_actions_give_the_same_states_to_the_bit(scene):
+    actions, states, _ = demonstrate(scene, seed=5, noise=0.1)
+    scene.reset(seed=5)
+    for action, state in zip(actions, states):
+        scene.step(action, observe=False)
+        assert np.array_equal(scene.state(), state)
+
+
+def test_same_scene_same_actions(scene):
+    first, again = demonstrate(scene, seed=6)[0], demonstrate(scene, seed=6)[0]
+    assert np.array_equal(first, again)
+
+
+def test_a_goal_without_a_script_is_refused(scene):
+    scene.reset(seed=3)
+    goal, scene.goal = scene.goal, [["turnon", "flat_stove_1"]]
+    with pytest.raises(ValueError, match="turnon"):
+        experts.Expert(scene)
+    scene.goal = goal
+
+
+def test_distance_to_boxes_agrees_with_their_corners(scene):
+    scene.reset(seed=3)
+    geoms = experts.solid(scene, scene.goal[0][1])
+    centre, R, half = experts.boxes(scene, geoms)
+    assert np.allclose(experts.distance(scene, experts.corners(scene, geoms).reshape(-1, 3), geoms), 0, atol=1e-12)
+    g = 0
+    outside = centre[g] + R[g] @ (half[g] + [0.03, 0, 0.04])  # 5 cm off an edge of box 0
+    assert np.isclose(experts.distance(scene, outside, geoms[:1]), 0.05)
+
+
+@pytest.mark.parametrize("angle", np.radians([-170, -90, -20, 0, 35, 90, 150]))
+def test_the_fingers_lie_along_the_axis(angle):
+    axis = np.array([np.cos(angle), np.sin(angle), 0])
+    yaw = experts.yaw_of(axis)
+    assert np.radians(-77.5) <= yaw < np.radians(102.5)
+    assert np.isclose(abs(experts.turned(yaw)[:, 0] @ axis), 1)
