@@ -55,7 +55,7 @@ class Config:
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
     PRESETS = {
-        "laptop": dict(demos=20, steps=2500, size=96, width=128, depth=3, blocks=(1, 1, 1), channels=32,
+        "laptop": dict(demos=20, steps=2000, size=96, width=128, depth=3, blocks=(1, 1, 1), channels=32,
                        history=1),
         # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
         "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6, blocks=(2, 2, 2, 2), channels=64,

@@ -199,10 +199,18 @@ def result(config, checkpoint, suite, outcomes, seconds):
 
 
 def result_path(folder, r):
-    """results/<suite>_<plan>_<preset>_d<action demos>_s<seed>.json; the expert's has its scenes instead."""
-    if r["plan"] == "expert":
-        return Path(folder) / f"{r['suite']}_expert_{r['scenes'].replace(' ', '_')}.json"
-    return Path(folder) / f"{r['suite']}_{r['plan']}_{r['preset']}_d{r['action_demos']}_s{r['seed']}.json"
+    """results/<suite>_<plan>_<preset>_d<action demos>_s<seed>.json; the expert's has neither demos nor seed.
+
+    What is not all tasks on the bundled states says so in its name, and never takes a full result's place.
+    """
+    name = f"{r['suite']}_{r['plan']}"
+    if r["plan"] != "expert":
+        name += f"_{r['preset']}_d{r['action_demos']}_s{r['seed']}"
+    if len(r["tasks"]) < len(sims.tasks(r["suite"])):
+        name += f"_{len(r['tasks'])}tasks"
+    if "bundled" not in r["scenes"]:
+        name += "_" + r["scenes"].replace(" ", "_")
+    return Path(folder) / f"{name}.json"
 
 
 def pooled(folder):
@@ -210,8 +218,10 @@ def pooled(folder):
     rows = {}
     for path in sorted(Path(folder).glob("*.json")):
         r = json.loads(path.read_text())
-        key = (r["suite"], r["plan"], r["preset"], r["videos"], r["action_demos"], r["scenes"])
-        row = rows.setdefault(key, dict(zip(("suite", "plan", "preset", "videos", "action_demos", "scenes"), key))
+        r["of"] = len(r["tasks"])
+        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of")
+        key = tuple(r[name] for name in names)
+        row = rows.setdefault(key, dict(zip(names, key))
                               | {"seeds": 0, "success": 0, "episodes": 0})
         row["seeds"] += 1
         row["success"] += r["success"]
@@ -226,11 +236,11 @@ def make_table(folder, readme="README.md"):
     rows = pooled(folder)
     if not rows:
         fail(f"no results in {folder}/: python rollout.py <checkpoint> makes one")
-    lines = ["| suite | plan | videos per task | action demos per task | seeds | success | 95 % interval |",
-             "|---|---|---|---|---|---|---|"]
+    lines = ["| suite | plan | tasks | videos per task | action demos per task | seeds | success | 95 % interval |",
+             "|---|---|---|---|---|---|---|---|"]
     for r in rows:
         low, high = r["interval"]
-        lines.append(f"| {r['suite']} | {r['plan']} | {r['videos'] or '-'} | {r['action_demos'] or '-'} | "
+        lines.append(f"| {r['suite']} | {r['plan']} | {r['of']} | {r['videos'] or '-'} | {r['action_demos'] or '-'} | "
                      f"{r['seeds'] if r['preset'] else '-'} | {r['success']}/{r['episodes']} = "
                      f"{100 * r['success'] / r['episodes']:.1f} % | {100 * low:.1f} - {100 * high:.1f} |")
     text = "\n".join(lines)
@@ -247,7 +257,7 @@ def plot(rows, path):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    learned = [r for r in rows if r["action_demos"]]
+    learned = [r for r in rows if r["action_demos"] and r["of"] == len(sims.tasks(r["suite"]))]
     suites = sorted({r["suite"] for r in learned})
     if not suites:
         return

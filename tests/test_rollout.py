@@ -237,7 +237,8 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
 
 def written(folder, plan, seed, success, demos=10, **changes):
     r = {"suite": SUITE, "plan": plan, "preset": "laptop", "videos": 20, "action_demos": demos, "seed": seed,
-         "success": success, "episodes": 100, "scenes": "bundled initial states"} | changes
+         "success": success, "episodes": 100, "scenes": "bundled initial states",
+         "tasks": dict.fromkeys(sims.tasks(SUITE), {})} | changes
     folder.mkdir(exist_ok=True)
     rollout.result_path(folder, r).write_text(json.dumps(r))
 
@@ -254,6 +255,14 @@ def test_training_seeds_are_pooled(tmp_path):
     assert (row["seeds"], row["success"], row["episodes"]) == (3, 210, 300)
     assert row["interval"] == pytest.approx(rollout.wilson(210, 300))
     assert rows["mask", 2]["success"] == 30
+
+
+def test_a_trial_of_some_tasks_is_kept_apart(tmp_path):
+    folder = tmp_path / "results"
+    written(folder, "mask", 0, 60)
+    written(folder, "mask", 0, 1, tasks=dict.fromkeys(sims.tasks(SUITE)[:2], {}))
+    written(folder, "mask", 0, 2, scenes="seeds from 1000")
+    assert sorted((r["of"], r["success"]) for r in rollout.pooled(folder)) == [(2, 1), (10, 2), (10, 60)]
 
 
 @pytest.mark.parametrize("old", ["", "old\n"])
