@@ -48,7 +48,7 @@ class Config:
     chunk: int = flag(8, "actions predicted at once (1: the paper)", minimum=1)
     execute: int = flag(4, "of these, actions executed before the next look", minimum=1)
     third_person: bool | None = flag(None, "third-person picture as input; by default not with the explicit plan")
-    wrist: bool = flag(True, "wrist picture as input")
+    wrist: bool | None = flag(None, "wrist picture as input; by default not with the explicit plan")
     cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
     batch: int = flag(32, "samples per step", minimum=1)
     lr: float = flag(5e-4, "peak learning rate", minimum=0)
@@ -327,9 +327,10 @@ def build(config):
         planner = mask_planner.load_planner(config.planner, config.device)
         config.suite, config.demos = planner.config.suite, planner.config.demos
         config.tasks = config.tasks or planner.config.tasks
-    if config.third_person is None:
-        # ours: beside the plan in numbers a third-person picture is one more thing to overfit
-        config.third_person = config.plan_form == "latent" or not planner
+    # ours: beside the plan in numbers and the robot's state, pictures are more to overfit (and nine tenths of the time)
+    pictures = config.plan_form == "latent" or not planner
+    config.third_person = pictures if config.third_person is None else config.third_person
+    config.wrist = pictures if config.wrist is None else config.wrist
     if config.action_demos > config.demos:
         core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: give --demos {config.action_demos}")
     names = sims.choose_tasks(config.suite, config.tasks)
