@@ -86,7 +86,7 @@ def test_replaying_actions_and_noise_gives_the_states(data_file, sim):
         seed, noise = int(demo.attrs["seed"]), float(demo.attrs["noise"])
         actions, states = demo["actions"][:], demo["states"][:]
         assert seed % extract.RETRY == 2 and noise == extract.Config.noise
-        rng, frame, drift = np.random.default_rng(seed), sim.reset(seed=seed), np.zeros(6)
+        rng, frame = np.random.default_rng(seed), sim.reset(seed=seed)
         assert all(np.array_equal(demo[key][0], frame[name]) for key, name in
                    (("obs/agentview_rgb", "agentview_rgb"), ("obs/eye_in_hand_rgb", "eye_in_hand_rgb"),
                     ("masks", "masks"), ("obs/ee_states", "ee_states")))
@@ -94,9 +94,7 @@ def test_replaying_actions_and_noise_gives_the_states(data_file, sim):
             assert np.array_equal(sim.state(), states[t]), t
             if t == 30:
                 assert np.array_equal(sim.frame()["agentview_rgb"], demo["obs/agentview_rgb"][t])
-            drift = extract.MEMORY * drift + np.sqrt(1 - extract.MEMORY ** 2) * rng.normal(
-                0, noise * extract.NOISE_SHARE)
-            sim.step(action + np.append(drift, 0), observe=False)
+            sim.step(action + np.append(rng.normal(0, noise, 6), 0), observe=False)
         assert sim.success()
 
 
