@@ -371,7 +371,9 @@ def main(argv=None):
         planner = load_planner(path, config.device)
     else:
         planner = core.fit(planner, batches, config, path, lambda p: show(p, held_out), note)
-    print(table(validate(planner, held_out)))
+    scores = table(validate(planner, held_out))
+    print(scores)
+    core.write_text(path.with_suffix(".txt"), scores + "\n")
     if config.show:
         import imageio.v3 as iio
         iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))

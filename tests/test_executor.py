@@ -141,7 +141,7 @@ def test_training_leaves_the_planner_unchanged(executor_paths, planner_path, pla
         assert torch.equal(trained[f"planner.{name}"], value), name
 
 
-@pytest.mark.parametrize("flags", [[], ["--plan-form", "explicit"], ["--history", "2"]])
+@pytest.mark.parametrize("flags", [[], ["--plan-form", "explicit", "--wrist"], ["--history", "2"]])
 def test_cached_and_uncached_training_see_the_same(build, flags):
     (model, cached, _), (_, live, _) = build(*flags), build(*flags, "--no-cache")
     assert cached.cached and not live.cached
@@ -287,7 +287,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
         history=history, device="cpu", bf16=False))
     core.save(tmp_path / "p.pt", kind=planner.kind, config=core.as_dict(planner.config), model=planner.state_dict())
     model, actions, _ = build("--history", str(look), "--no-cache", *PLANS[plan] if plan == "none" else
-                              (*PLANS[plan], "--third-person"), planner=tmp_path / "p.pt")
+                              (*PLANS[plan], "--third-person", "--wrist"), planner=tmp_path / "p.pt")
     t = 8
     actions.demos.draw = lambda *rest: (np.array([0]), np.array([t]), np.random.default_rng(0))
     trained, live, pictures = tensors(actions(0)), {}, []

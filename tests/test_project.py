@@ -99,7 +99,7 @@ def test_presets_leave_nothing_open(name, preset):
     assert all(presets[preset].keys() == other.keys() for other in presets.values())
     config = core.parse(Config, "", ["--device", "cpu"] + (["--preset", preset] if presets else []))
     open_fields = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None}
-    assert open_fields <= {"third_person", "scenes"}
+    assert open_fields <= {"third_person", "wrist", "scenes"}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -177,7 +177,7 @@ def test_readme_commands_run(data, tmp_path):
     made = {p.name for p in runs.glob("*.pt")}
     assert {"mask.pt", "mask_executor_d2.pt", "mask-explicit_executor_d2.pt", "none_executor_d2.pt"} <= made
     assert (runs / "mask.png").exists() and (data / f"{SUITE}.png").exists()
-    assert list((tmp_path / "results").glob("*.json")) and (tmp_path / "results" / "curve.png").exists()
+    assert list((tmp_path / "results").glob("*.json"))
     assert "1/1" in (tmp_path / "README.md").read_text() or "0/1" in (tmp_path / "README.md").read_text()
 
 

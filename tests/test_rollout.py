@@ -216,7 +216,7 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
     paths = [copied(executor_paths[plan], tmp_path) for plan in ("mask", "none")]
     rollout.main([*map(str, paths), *WORKER, "--episodes", "1", "--results", str(tmp_path / "results")])
     results = {p.name: json.loads(p.read_text()) for p in (tmp_path / "results").glob("*.json")}
-    assert sorted(results) == [f"{SUITE}_{plan}_laptop_d2_s0.json" for plan in ("mask", "none")]
+    assert sorted(results) == [f"{SUITE}_{plan}_laptop_d2_s0_1tasks.json" for plan in ("mask", "none")]
     for path, r in zip(paths, (results[k] for k in sorted(results))):
         plan = path.name.split("_")[0]
         assert (r["suite"], r["plan"], r["preset"], r["videos"], r["action_demos"], r["seed"]) == (
