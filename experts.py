@@ -20,7 +20,7 @@ OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
 PALM = 0.031  # height of the palm above the grip site
 PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
 # ---- where to grasp, metres
-BITE = 0.033  # a tall object is held this far below its top: the palm stops short of it
+BITE = 0.033  # a tall object is aimed at this far below its top; ARRIVED stops the hand before the palm touches it
 FLOOR_GAP = 0.012  # the fingertips reach 9 mm below the grip site and must not scrape what the object stands on
 # A thing wider than the opening is held by its rim: (cost, bite below the rim, distance inside it).  A deep bite slips
 # least; the shallow ones keep the palm above a drawer's walls, the last one brings the outer finger close to the rim.
@@ -37,6 +37,7 @@ ARRIVED = 0.008  # metres
 PATIENCE = 30  # steps; then both tolerances grow: an outstretched arm creeps over the last centimetre
 HOVER = 0.060  # metres above the grasp at which the hand arrives
 CLEAR = (0.050, 0.030)  # metres above everything on the way: of the empty hand, of the carried object's underside
+STUCK = 12  # steps without coming 2 mm closer: the hand stands on something
 SLIPPED = 0.035  # metres between hand and grasp point: the object was missed or lost
 SQUEEZE = 9  # steps; the gripper's command needs 8 from fully open to fully closed
 LET_GO = 0.008  # metres the fingers must open before the hand rises, or a wide object comes along
@@ -197,8 +198,9 @@ def pose(sim, name):
 # ---------------------------------------------------------------------------------------------- the demonstrator
 
 class Expert:
-    """Demonstrates the task of a freshly reset Sim.  `done` turns true once all is released and the hand withdrawn.
+    """Demonstrates the task of a freshly reset Sim.
 
+    done  turns true, with an action that stands still, once all is released and the hand withdrawn
     seed  varies the height of approach by +-1 cm; all else follows from the scene
     """
 
@@ -239,6 +241,7 @@ class Expert:
         return bool(self.sim.env._eval_predicate(goal))
 
     def lowest(self, name):
+        """Height of the object's underside, metres."""
         return corners(self.sim, solid(self.sim, name))[..., 2].min()
 
     def destination(self, target):
@@ -254,6 +257,7 @@ class Expert:
         return p + R @ grasp[0], turned(yaw_of(R @ grasp[1]))
 
     def highest_on_way(self, name, start, end, radius):
+        """Height, metres, of the highest thing other than the object near the straight way from start to end (3,)."""
         others = [solid(self.sim, other) for other in self.sim.env.obj_body_id if other != name]
         return top_beside(self.sim, np.concatenate(others), start, end, radius)
 
@@ -266,15 +270,20 @@ class Expert:
     # ---- the plan; each method yields actions
 
     def demonstrate(self):
+        """The whole plan: every goal in turn, again if it does not hold."""
         for goal in self.sim.goal:
             for _ in range(ATTEMPTS):
                 if not self.holds(goal):
                     yield from self.pick_and_place(goal)
 
     def pick_and_place(self, goal):
+        """One attempt at ['on', object, object] or ['in', object, region]; a missed or lost object ends it early."""
         _, name, target = goal
-        grasp = yield from self.reach(name)
+        grasp, blocked = yield from self.reach(name)
         R = self.grasp_pose(name, grasp)[1]
+        if blocked:
+            yield from self.rise(R)
+            return
         yield from self.squeeze(R)
 
         def lost():
@@ -286,8 +295,8 @@ class Expert:
         yield from self.let_go(R)
 
     def reach(self, name):
-        """Over the object and down to it, along a funnel.  Returns the grasp."""
-        planned, axis = np.zeros((3, 3)), None
+        """Over the object and down to it, along a funnel.  Returns the grasp and whether something was in the way."""
+        planned, axis, nearest, since = np.zeros((3, 3)), None, np.inf, 0
         for step in range(100):
             slack = 1 + max(0, step - PATIENCE) / 20
             p, R = pose(self.sim, name)
@@ -300,14 +309,19 @@ class Expert:
             point, R = self.grasp_pose(name, grasp)
             aside = np.linalg.norm((point - self.grip)[:2])
             twist = Rotation.from_matrix(R @ self.hand.T).magnitude()
-            if np.linalg.norm(point - self.grip) < ARRIVED * slack and twist < 0.15 * slack:  # 9 degrees
-                break
+            error = np.linalg.norm(point - self.grip)
+            if error < ARRIVED * slack and twist < 0.15 * slack:  # 9 degrees
+                return grasp, False
+            nearest, since = (error, step) if error < nearest - 0.002 else (nearest, since)
+            if step > max(since, PATIENCE) + STUCK:
+                return grasp, True
             aside += 0.05 * max(twist - 0.1, 0)  # the fingertips swing by some 5 cm per rad
             above = np.clip(STEEP * (aside - NEAR * slack), 0, max(level - point[2], 0))
             yield self.towards(point + [0, 0, above], R, -1)
-        return grasp
+        return grasp, True
 
     def squeeze(self, R):
+        """Closes the hand where it is: following the object, which the fingers now move, would chase it."""
         point = self.grip
         for _ in range(SQUEEZE):
             yield self.towards(point, R, 1)
@@ -344,12 +358,17 @@ class Expert:
             yield self.towards(self.grip + [*shift, fall], R, 1)
 
     def let_go(self, R):
-        """Opens the hand, then straight up."""
+        """Opens the hand until it holds nothing, then straight up."""
         point, held = self.grip, self.aperture
         for _ in range(12):
             yield self.towards(point, R, -1)
             if self.aperture > held + LET_GO:
                 break
+        yield from self.rise(R)
+
+    def rise(self, R):
+        """Straight up, the hand open."""
+        point = self.grip
         for _ in range(20):
             if self.grip[2] > point[2] + RETREAT:
                 break
