@@ -133,6 +133,7 @@ class ImageEncoder(nn.Module):
                 body.append(BasicBlock(width, new, stride, None if new == width else shortcut, norm_layer=norm))
                 width = new
         self.body, self.head = nn.Sequential(*stem, *body), nn.Conv2d(width, dim, 1)
+        self.cut, self.fine = len(stem) + sum(blocks[:2]), channels * 2 ** (len(blocks[:2]) - 1)  # see forward
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -143,12 +144,16 @@ class ImageEncoder(nn.Module):
         """Height or width of the feature map of a picture of `size` pixels."""
         return -(-size // self.stride)
 
-    def forward(self, images):
-        """(B, H, W, 3) uint8 in 0..255, or (B, 3, H, W) float in [-1, 1] -> (B, D, h, w) float."""
+    def forward(self, images, fine=False):
+        """(B, H, W, 3) uint8 in 0..255, or (B, 3, H, W) float in [-1, 1] -> (B, D, h, w) float.
+
+        fine: also what the second stage says, of stride 8 (B, `self.fine`, h', w').
+        """
         if images.dtype == torch.uint8:
             images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
-        x = self.body(images.contiguous(memory_format=torch.channels_last)) # (B, C, h, w)
-        return self.head(x)                                                 # (B, D, h, w)
+        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))
+        y = self.head(self.body[self.cut:](x))                              # (B, D, h, w)
+        return (y, x) if fine else y
 
 
 def count(model):

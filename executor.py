@@ -26,6 +26,7 @@ from core import flag
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
+NUMBERS = {"now": (slice(1, None), slice(1)), "ahead": (slice(1, None), slice(None)), "all": (slice(None), slice(None))}
 DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
 
 
@@ -45,13 +46,17 @@ class Config:
     blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of its own image encoders")
     channels: int | None = flag(None, "channels of their first stage, doubled at each next one", minimum=16)
     history: int | None = flag(None, "looks h that the executor remembers", minimum=1)
+    numbers: str = flag("now", "what the explicit plan says: now, where the task's objects are; ahead, also where they "
+                        "will be; all, also the robot", choices=list(NUMBERS))
+    blur: float = flag(1.0, "noise on these numbers in training, percent of the picture's width", minimum=0)
     chunk: int = flag(8, "actions predicted at once (1: the paper)", minimum=1)
     execute: int = flag(4, "of these, actions executed before the next look", minimum=1)
     third_person: bool | None = flag(None, "third-person picture as input; by default not with the explicit plan")
     wrist: bool | None = flag(None, "wrist picture as input; by default not with the explicit plan")
+    dropout: float = flag(0.0, "in the transformer", minimum=0)
     cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
-    batch: int = flag(32, "samples per step", minimum=1)
-    lr: float = flag(5e-4, "peak learning rate", minimum=0)
+    batch: int | None = flag(None, "samples per step; by default 32 with pictures, 128 without", minimum=1)
+    lr: float = flag(1e-3, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
     out: str = flag("runs", "folder of the runs")
@@ -59,7 +64,7 @@ class Config:
     bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
-    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=1500, width=128, depth=3, blocks=(1, 1, 1), channels=32,
+    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=3000, width=128, depth=3, blocks=(1, 1, 1), channels=32,
                            history=1),
                "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4, blocks=(2, 2, 2, 2),
                           channels=64, history=10)}
@@ -113,8 +118,9 @@ class Executor(nn.Module):
         if extra["planner"]:
             self.planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, extra["planner"]))
             self.planner.requires_grad_(False)
-            W, n, numbers = self.planner.config.width, self.planner.n, self.planner.locator.N * self.planner.locator.K1
-            self.numbers = numbers * mask_planner.LOCATIONS if c.plan_form == "explicit" else 0
+            W, n = self.planner.config.width, self.planner.n
+            said = torch.zeros(self.planner.locator.N, self.planner.locator.K1, mask_planner.LOCATIONS)
+            self.numbers = 2 * said[NUMBERS[c.numbers]].numel() if c.plan_form == "explicit" else 0
         else:  # behavioural cloning: the same encoder, trained; the goal picture beside the present one says the task
             self.planner, self.numbers = None, 0
             self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
@@ -128,15 +134,19 @@ class Executor(nn.Module):
             self.latent = MapToken(W, n, D)
         if self.numbers:
             self.explicit = nn.Sequential(nn.Linear(self.numbers, D), nn.GELU(), nn.Linear(D, D))
+            self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
         self.state = nn.Linear(8, D)
-        self.tokens = self.look + c.wrist + 3  # image, wrist, state, plan, action
+        self.tokens = self.look + c.wrist + bool(self.numbers) + 3  # image, wrist, goal, state, plan, action
         self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
-        self.gpt = core.Transformer(D, c.depth, max(4, D // 64), 0.1)
+        self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
         self.head = nn.Sequential(nn.Linear(D + self.numbers, 256), nn.GELU(), nn.Linear(256, c.chunk * 7))
         self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
+        if self.numbers:
+            self.register_buffer("said_mean", torch.zeros_like(said))
+            self.register_buffer("said_std", torch.ones_like(said))
         self.register_buffer("goals", torch.zeros(len(extra["tasks"]), extra["goals"], size, size, 3, dtype=torch.uint8))
 
     def train(self, mode=True):
@@ -149,14 +159,32 @@ class Executor(nn.Module):
     def features(self, frames, goal):
         """What the frozen planner says.  frames (B, h, H, W, 3) uint8 as it wants them, goal (B, H, W, 3) uint8 ->
         {"image": (B, n, D)} of the last frame and {"plan": (B, n, D)} or {"numbers": (B, N, K + 1, 5)}."""
-        return self.features_of(self.planner.encode(torch.cat([goal[:, None], frames], 1)))
+        x, fine = self.planner.encode(frames, fine=True)
+        return self.features_of(torch.cat([self.planner.encode(goal)[:, None], x], 1), fine[:, -1])
 
     @torch.no_grad()
-    def features_of(self, x):
-        """The same from encoded pictures x (B, 1 + h, n, D), the goal first."""
+    def features_of(self, x, fine):
+        """The same from encoded pictures x (B, 1 + h, n, D), the goal first; fine (B, C, h', w') of the last frame."""
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
         features = {"image": x[:, -1]} if self.look else {}
-        return features | ({"numbers": self.planner.locator(plan)} if self.numbers else {"plan": plan})
+        if not self.numbers:
+            return features | {"plan": plan}
+        return features | {"numbers": self.planner.locator(self.planner.as_map(plan), fine), "goal_code": x[:, 0].mean(1)}
+
+    def choose(self, numbers):
+        """What the explicit plan says, (B, T, N, K + 1, 5) in [0, 1] -> what the policy hears of it, (B, T, numbers).
+
+        ours: with noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared
+        by all an object's numbers, as the planner's own errors are; else they would average out.
+        """
+        x = numbers[:, :, *NUMBERS[self.config.numbers]]
+        if self.training:
+            share = self.config.blur / 100 * torch.randn_like(x[:, :1, :, :1])  # (B, 1, N, 1, 5)
+            share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
+            share[..., 2] = 0  # ... and the size stays
+            x = x + share + self.config.blur / 200 * torch.randn_like(x)
+        mean, std = (v[NUMBERS[self.config.numbers]] for v in (self.said_mean, self.said_std))
+        return ((x - mean) / std).flatten(2)  # the size varies a tenth as much as the place, and says how far away it is
 
     def forward(self, batch):
         """batch: image, plan (B, T, n, D) or numbers (B, T, N, K + 1, 5); for cloning frames, goal (B, T, H, W, 3) uint8;
@@ -173,8 +201,12 @@ class Executor(nn.Module):
             tokens.append(self.image(torch.cat([x[:, 0], x[:, 1]], -1)))  # (B, T, D)
         if self.config.wrist:
             tokens.append(self.wrist(encode(self.wrist_encoder, batch["wrist"])))
+        if self.numbers:
+            tokens.append(self.goal(batch["goal_code"]))
         tokens.append(self.state((batch["state"] - self.mean) / self.std))
-        numbers = batch["numbers"].flatten(2) * 4 - 2 if self.numbers else None  # (B, T, numbers), about unit variance
+        numbers = None
+        if self.numbers:  # ours: also what the plan said at the first look, when no arm was in front of anything
+            numbers = torch.cat([self.choose(batch["first"]), self.choose(batch["numbers"])], -1)  # (B, T, numbers)
         plan = self.explicit(numbers) if self.numbers else self.latent(batch["plan"]) if self.planner else None
         tokens.append(torch.zeros_like(tokens[-1]) if plan is None else plan)
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
@@ -207,7 +239,12 @@ class ActionData:
         state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
         executor.mean.copy_(torch.from_numpy(state.mean(0)))
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
-        self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if planner and config.cache else None
+        cached = planner and (config.cache or executor.numbers)  # numbers are too few to be worth saving memory
+        self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if cached else None
+        if executor.numbers:
+            said = self.cached["numbers"].float().flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
+            executor.said_mean.copy_(said.mean(0))
+            executor.said_std.copy_(said.std(0).clamp(min=1e-3))
 
     def every(self):
         """All frames of the demonstrations: episode (frames,), t (frames,)."""
@@ -240,10 +277,10 @@ class ActionData:
             goals = torch.cat([planner.encode(torch.as_tensor(part, device=device))
                                for part in np.array_split(last, -(-len(last) // size))])  # (videos, n, D)
             for part in tqdm(np.array_split(rows, -(-len(rows) // size)), desc=what, mininterval=5):
-                frames = planner.encode(torch.as_tensor(self.frames(part), device=device))  # (size, h, n, D)
+                frames, fine = planner.encode(torch.as_tensor(self.frames(part), device=device), fine=True)  # (size, h, ...)
                 for draw in range(DRAWS):
                     goal = goals[torch.as_tensor(self.goal_of(part, draw))]  # (size, n, D)
-                    said = self.executor.features_of(torch.cat([goal[:, None], frames], 1))
+                    said = self.executor.features_of(torch.cat([goal[:, None], frames], 1), fine[:, -1])
                     out[draw].append({k: v.half().cpu() for k, v in said.items()})
         return {k: torch.stack([torch.cat([piece[k] for piece in pieces]) for pieces in out]) for k in out[0][0]}
 
@@ -262,7 +299,11 @@ class ActionData:
             batch["wrist"] = self.demos.gather("obs/eye_in_hand_rgb", e, past)
         if self.cached:
             # float16 in memory; the networks expect what autocast or float32 gives
-            return batch | {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
+            batch |= {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
+            if self.executor.numbers:
+                first = self.cached["numbers"][draw, self.demos.start[episode]].float()  # (B, N, K + 1, 5)
+                batch["first"] = first[:, None].expand_as(batch["numbers"])
+            return batch
         frames, goal = self.frames(row), self.goal_of(row, draw[:, None])
         return batch | {"frames": frames if self.executor.planner else frames[:, :, -1],
                         "goal": self.videos.gather("obs/agentview_rgb", goal, self.videos.length[goal] - 1)}
@@ -281,7 +322,7 @@ class Policy:
         """Starts an episode.  task: index into the executor's tasks; goal: which of the carried goal pictures."""
         goals = self.executor.goals[task]
         self.goal = goals[goal % len(goals)]  # (H, W, 3)
-        self.looks, self.queue, self.frames = [], [], []
+        self.looks, self.queue, self.frames, self.first = [], [], [], None
 
     @property
     def wants_frame(self):
@@ -294,13 +335,16 @@ class Policy:
             return self.queue.pop(0)
         tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
         state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
-        now = {"state": tensor(state), "wrist": tensor(frame["eye_in_hand_rgb"])}
+        now = {"state": tensor(state)} | ({"wrist": tensor(frame["eye_in_hand_rgb"])} if self.c.wrist else {})
         picture = tensor(frame["agentview_rgb"])
         if self.executor.planner:
             # the planner's own history, at its own stride, when this executor looks that often
             h = self.executor.planner.config.history
             self.frames = (self.frames or [picture] * h)[1 - h:] + [picture] if h > 1 else [picture]
             now |= self.executor.features(torch.stack(self.frames, 1), self.goal[None])
+            if self.executor.numbers:
+                self.first = now["numbers"] if self.first is None else self.first
+                now["first"] = self.first
         else:
             now |= {"frames": picture, "goal": self.goal[None]}
         self.looks = (self.looks + [now])[-self.c.history:]
@@ -331,6 +375,7 @@ def build(config):
     pictures = config.plan_form == "latent" or not planner
     config.third_person = pictures if config.third_person is None else config.third_person
     config.wrist = pictures if config.wrist is None else config.wrist
+    config.batch = config.batch or (32 if config.wrist or config.third_person else 128)
     if config.action_demos > config.demos:
         core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: give --demos {config.action_demos}")
     names = sims.choose_tasks(config.suite, config.tasks)

@@ -38,6 +38,7 @@ import sims
 from core import fail, flag
 
 HELD_OUT = 2  # validation episodes per task
+NOISE = 0.1  # on the executed motion, see `record`
 RETRY = 100_000  # episode i is sampled with seed i; if the expert fails there, with i + RETRY, and so on
 COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]], np.uint8)
 
@@ -49,7 +50,7 @@ class Config:
     demos: int | None = flag(None, "videos per task", minimum=1)
     preset: str | None = flag(None, "sizes for two CPU cores or for one GPU", choices=["laptop", "paper"])
     size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
-    noise: float = flag(0.1, "standard deviation of the noise on the executed action (of 1); the clean one is recorded",
+    noise: float = flag(NOISE, "standard deviation of the noise on the executed action (of 1); the clean one is recorded",
                         minimum=0)
     render: str = flag("fast", "fast, or faithful: LIBERO's own look, ten times slower", choices=["fast", "faithful"])
     workers: int = flag(2, "processes", minimum=1)
@@ -161,18 +162,23 @@ def split_assembled(path, parts):
     os.remove(path)
 
 
-def ensure(suite, tasks, demos, data, size=128, noise=0.1, render="fast", workers=2):
+def ensure(suite, tasks, demos, data, size=128, noise=None, render="fast", workers=2):
     """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
 
     Episode i depends on (task, i) alone, so neither interruptions nor the number of processes change the data.
+    noise  None: that of the episodes that are there, else Config's
     """
     jobs, open_tasks = [], []
     for task in tasks:
         path = Path(data) / suite / f"{task}.hdf5"
         parts = path.with_suffix("")
+        there = NOISE if noise is None else noise
         if path.exists():
             with open_data(path) as f:
                 have, attrs = len(f["data"]), dict(f["data"].attrs)
+                there = float(f["data/demo_0"].attrs["noise"])
+            if noise not in (None, there):
+                fail(f"{path} was made with --noise {there:g}, not {noise:g}: choose another --data folder or delete it")
             if (attrs["size"], attrs["render"]) != (size, render):
                 fail(f"{path} holds {attrs['size']} px {attrs['render']} pictures, not {size} px {render}: "
                      "choose another --data folder or delete it")
@@ -182,14 +188,14 @@ def ensure(suite, tasks, demos, data, size=128, noise=0.1, render="fast", worker
         parts.mkdir(parents=True, exist_ok=True)
         for part in sorted(parts.glob("demo_*.hdf5"))[:1]:  # of an interrupted run, which may have had other flags
             with h5py.File(part) as one:
-                found = one["masks"].shape[1]
-            if found != size:
-                fail(f"{parts}/ holds {found} px pictures of an interrupted extraction, not {size} px: "
-                     "choose another --data folder or delete it")
+                found, there = one["masks"].shape[1], float(one.attrs["noise"])
+            if found != size or noise not in (None, there):
+                fail(f"{parts}/ holds an interrupted extraction of {found} px and noise {there:g}, not {size} px and "
+                     f"{noise or there:g}: choose another --data folder or delete it")
         open_tasks.append(task)
         missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
         pieces = workers if len(tasks) < 2 * workers else 1  # few tasks: split each among the processes
-        jobs += [(suite, task, missing[k::pieces], str(parts), size, noise, render)
+        jobs += [(suite, task, missing[k::pieces], str(parts), size, there, render)
                  for k in range(pieces) if missing[k::pieces]]
     if open_tasks:
         count = sum(len(job[2]) for job in jobs)
@@ -213,9 +219,9 @@ def stop_if_full(error, folder):
 
 
 @contextmanager
-def pool(workers, function):
+def pool(workers, function, opengl=True):
     """Processes of one thread each for `function`, and the queue on which they report finished episodes."""
-    sims.choose_opengl()
+    sims.choose_opengl(needed=opengl)
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}  # inherited by the children
     before = {k: os.environ.get(k) for k in one}
     os.environ.update(one)
@@ -259,6 +265,8 @@ def open_data(path):
         f = h5py.File(path, "r")
         if "data" not in f or not len(f["data"]):
             raise OSError("no episodes")
+        if "size" not in f["data"].attrs or "masks" not in f["data/demo_0"]:
+            fail(f"{path} has no masks and was not made by extract.py: choose another --data folder")
         return f
     except OSError as error:
         fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run "

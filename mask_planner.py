@@ -45,7 +45,7 @@ class Config:
     stride: int = flag(4, "control steps between these frames", minimum=1)
     objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)", minimum=1)
     batch: int = flag(32, "samples per step", minimum=1)
-    lr: float = flag(5e-4, "peak learning rate", minimum=0)
+    lr: float = flag(1e-3, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
     out: str = flag("runs", "folder of the runs")
@@ -163,24 +163,34 @@ class Decoder(nn.Module):
 
 
 class Locator(nn.Module):
-    """Says the plan in numbers (ours): where each object is now and at every horizon, by attention over the tokens."""
+    """Says the plan in numbers (ours): draws from the plan, without any mask, where each object is now and at every
+    horizon, on a grid of a quarter of the picture, and takes centroid, size and lowest point of what it has drawn.
+    """
 
-    def __init__(self, width, n, N, K):
+    def __init__(self, width, fine, N, K):
         super().__init__()
         self.N, self.K1 = N, K + 1
-        self.grid = n
-        self.mlp = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, 256), nn.GELU(),
-                                 nn.Linear(256, N * (K + 1) * (1 + LOCATIONS)))
+        conv = lambda i, o: nn.Sequential(nn.GroupNorm(8, i), nn.GELU(), nn.Conv2d(i, o, 3, 1, 1))
+        self.plan, self.seen = nn.Conv2d(width, 128, 1), nn.Conv2d(fine, 128, 1)
+        self.fuse, self.refine = conv(128, 64), conv(64, 64)
+        self.out = nn.Sequential(nn.GroupNorm(8, 64), nn.GELU(), nn.Conv2d(64, (N + 1) * (K + 1), 1))
 
-    def forward(self, tokens):
-        """tokens (..., n, D) -> (..., N, K + 1, 5), normalised as `locate`."""
-        h = self.grid
-        out = self.mlp(tokens).float().unflatten(-1, (self.N, self.K1, 1 + LOCATIONS))  # (..., n, N, K + 1, 6)
-        share = out[..., :1].softmax(-5 + 1)  # over the n tokens
-        centre = (torch.arange(h, device=tokens.device) + 0.5) / h
-        y, x = [c.reshape(-1) for c in torch.meshgrid(centre, centre, indexing="ij")]  # (n,) each
-        base = torch.stack([x, y, torch.full_like(x, 0.2), x, y], -1)[:, None, None]  # (n, 1, 1, 5)
-        return (share * (base + out[..., 1:])).sum(-4)  # (..., N, K + 1, 5)
+    def draw(self, plan, fine):
+        """plan (B, D, h, w), fine (B, C, h', w') of the last frame -> logits (B, N + 1, K + 1, 2 h', 2 w')."""
+        grow = lambda x, size: F.interpolate(x, size=size, mode="bilinear")
+        h, w = fine.shape[-2:]
+        x = self.fuse(grow(self.plan(plan), (h, w)) + self.seen(fine))  # (B, 64, h', w')
+        x = self.out(self.refine(grow(x, (2 * h, 2 * w))))
+        return x.float().unflatten(1, (self.N + 1, self.K1))
+
+    def forward(self, plan, fine):
+        """-> (B, N, K + 1, 5), as `locate` says it, of what `draw` draws."""
+        return self.read(self.draw(plan, fine))
+
+    def read(self, logits):
+        """logits of `draw` -> (B, N, K + 1, 5); many cells of little probability must not weigh as much as the object."""
+        p = logits.softmax(1)[:, 1:]  # (B, N, K + 1, 2 h', 2 w')
+        return locate(p ** 2 / (p ** 2 + (1 - p) ** 2))[0]
 
 
 class MaskPlanner(nn.Module):
@@ -197,20 +207,25 @@ class MaskPlanner(nn.Module):
         self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)  # goal first
         self.gpt = core.Transformer(config.width, config.depth, max(4, config.width // 64))
         self.decoder = Decoder(config.width, len(HORIZONS))
-        self.locator = Locator(config.width, self.side, config.objects, len(HORIZONS))
+        self.locator = Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
         self.register_buffer("mask", core.block_causal_mask(1 + config.history, self.n), persistent=False)
         self.register_buffer("progress", torch.zeros(()))  # share of the training done, for the bootstrapping
 
-    def encode(self, images):
-        """images (..., H, W, 3) uint8 -> tokens (..., n, D)."""
-        x = self.encoder(images.flatten(0, -4))  # (B, D, h, w)
-        return x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
+    def encode(self, images, fine=False):
+        """images (..., H, W, 3) uint8 -> tokens (..., n, D); with `fine` also finer features (..., C, h', w')."""
+        x, y = self.encoder(images.flatten(0, -4), fine=True)  # (B, D, h, w), (B, C, h', w')
+        x = x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
+        return (x, y.unflatten(0, images.shape[:-3])) if fine else x
 
-    def forward(self, frames, goal):
-        """Eq. 1: frames (B, T, H, W, 3) uint8, oldest first, goal (B, H, W, 3) uint8 -> plan (B, T, n, D)."""
+    def forward(self, frames, goal, fine=False):
+        """Eq. 1: frames (B, T, H, W, 3) uint8, oldest first, goal (B, H, W, 3) uint8 -> plan (B, T, n, D).
+
+        fine: also the last frame's finer features (B, C, h', w'), for the locator.
+        """
         # differs: n tokens per picture (a map), where PLEX has one; pooling to one token loses where things are
-        x = torch.cat([self.encode(goal)[:, None], self.encode(frames)], 1)  # (B, 1 + T, n, D)
-        return self.plan_from(x)
+        x, y = self.encode(frames, fine=True)  # (B, T, n, D), (B, T, C, h', w')
+        plan = self.plan_from(torch.cat([self.encode(goal)[:, None], x], 1))
+        return (plan, y[:, -1]) if fine else plan
 
     def plan_from(self, x):
         """x (B, 1 + T, n, D): encoded goal, then frames -> plan (B, T, n, D)."""
@@ -241,22 +256,27 @@ class MaskPlanner(nn.Module):
         masks = batch["masks"].long()
         masks = masks * (masks <= N)  # objects beyond the tracked ones are background
         m = binary_masks(masks, N)  # (B, 1 + K, N, H, W)
-        tokens = self(batch["frames"], batch["goal"])[:, -1]  # (B, n, D)
-        prob = self.decoder(self.as_map(tokens), m[:, 0])  # (B, N, K, H, W)
+        plan, fine = self(batch["frames"], batch["goal"], fine=True)
+        plan = self.as_map(plan[:, -1])  # (B, D, h, w)
+        prob = self.decoder(plan, m[:, 0])  # (B, N, K, H, W)
         logits = soft_aggregate(prob).transpose(1, 2).flatten(0, 1)  # (B K, N + 1, H, W)
         future, now = m[:, 1:].flatten(0, 1), m[:, :1].expand(-1, K, -1, -1, -1).flatten(0, 1)  # (B K, N, H, W)
         ce = bootstrapped_cross_entropy(logits, masks[:, 1:].flatten(0, 1), hardest_fraction(float(self.progress)))
         seen = torch.maximum(future, now).amax((2, 3))  # (B K, N); an object seen in neither picture would count as solved
         d = (dice(logits.softmax(1)[:, 1:], future) * seen).sum() / seen.sum().clamp(min=1)
-        # differs: the plan also has to say in numbers where the masks are, and its gradient reaches the planner. With
-        # the gradient stopped the numbers were three times less exact after 500 steps, the masks no better.
+        # differs: the plan also has to say without any mask where the masks are, and its gradient reaches the planner
+        drawn = self.locator.draw(plan, fine)  # (B, N + 1, K + 1, 2 h', 2 w')
+        share = F.adaptive_avg_pool2d(m.flatten(0, 1), drawn.shape[-2:]).unflatten(0, m.shape[:2])  # (B, 1 + K, N, ...)
+        share = torch.cat([1 - share.sum(2, keepdim=True), share], 2).transpose(1, 2)  # (B, N + 1, 1 + K, 2 h', 2 w')
+        draw = -(share * drawn.log_softmax(1)).sum(1).mean()
         where, present = locate(m)  # (B, 1 + K, N, 5), (B, 1 + K, N)
-        error = F.smooth_l1_loss(self.locator(tokens), where.transpose(1, 2), reduction="none", beta=0.02)
+        error = F.smooth_l1_loss(self.locator.read(drawn), where.transpose(1, 2), reduction="none", beta=0.02)
         shown = present.transpose(1, 2)[..., None].float()  # (B, N, 1 + K, 1)
         located = (error * shown).sum() / shown.sum().clamp(min=1) / LOCATIONS
         if self.training:
             self.progress += 1 / self.config.steps
-        return ce + d + 10 * located, {"ce": ce.item(), "dice": d.item(), "located": located.item()}
+        loss = ce + d + 5 * draw + 10 * located
+        return loss, {"ce": ce.item(), "dice": d.item(), "draw": draw.item(), "located": located.item()}
 
 
 

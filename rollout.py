@@ -83,7 +83,7 @@ def play(sim, actor, start, film):
         if policy:
             look = policy.wants_frame
             if look and frame is None:
-                frame = sim.frame(masks=film)
+                frame = sim.frame(film, film or policy.c.wrist)
             action = policy(frame)
             if film and look:
                 pictures.append(film_frame(frame, policy, sim))
@@ -151,7 +151,8 @@ def evaluate(config, checkpoints, suite, names, size):
             for name in names for k in range(pieces) if scenes[k::pieces]]
     total = len(names) * len(scenes) * len(checkpoints)
     found = {c: {name: [] for name in names} for c in checkpoints}
-    with extract.pool(config.workers, run_task) as (workers, queue):
+    observe = config.policy == "executor" or config.films
+    with extract.pool(config.workers, run_task, observe) as (workers, queue):
         results = workers.imap_unordered(run_task, jobs)
         for task, done in extract.watch(results, queue, len(jobs), total, "rollout"):
             for checkpoint, outcome in done.items():
@@ -243,13 +244,32 @@ def make_table(folder, readme="README.md"):
         lines.append(f"| {r['suite']} | {r['plan']} | {r['of']} | {r['videos'] or '-'} | {r['action_demos'] or '-'} | "
                      f"{r['seeds'] if r['preset'] else '-'} | {r['success']}/{r['episodes']} = "
                      f"{100 * r['success'] / r['episodes']:.1f} % | {100 * low:.1f} - {100 * high:.1f} |")
-    text = "\n".join(lines)
-    print(text)
-    begin, end = "<!-- results -->", "<!-- /results -->"
+    print("\n".join(lines))
+    insert(readme, "results", lines)
+    insert(readme, "times", times(folder))
+    plot(rows, Path(folder) / "curve.png")
+
+
+def times(folder):
+    """What the steps took, as lines of a table: medians over the results, minutes."""
+    spent = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        r = json.loads(path.read_text())
+        for step, seconds in r["seconds"].items():
+            if seconds and r["preset"] and len(r["tasks"]) == len(sims.tasks(r["suite"])):
+                of = {"data": "data, one core", "planner": "planner"}.get(step, f"{step}, {r['plan']}")
+                of += f", {r['episodes']} episodes" * (step == "rollout")
+                spent.setdefault((r["suite"], r["preset"], of), []).append(seconds / 60)
+    lines = ["| suite | preset | step | minutes |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(key)} | {np.median(minutes):.1f} |" for key, minutes in spent.items()]
+
+
+def insert(readme, name, lines):
+    """Replaces what stands between README's markers of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     page = Path(readme).read_text() if Path(readme).exists() else ""
     if begin in page and end in page:
-        core.write_text(readme, f"{page.split(begin)[0]}{begin}\n{text}\n{end}{page.split(end)[1]}")
-    plot(rows, Path(folder) / "curve.png")
+        core.write_text(readme, "\n".join([page.split(begin)[0] + begin, *lines, end + page.split(end)[1]]))
 
 
 def plot(rows, path):

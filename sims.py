@@ -86,22 +86,25 @@ def quiet_imports():
 # ---------------------------------------------------------------------------------------------- rendering
 
 def choose_opengl(needed=True):
-    """Sets MUJOCO_GL to a headless backend that works here: EGL, else OSMesa, else fails if `needed`.
+    """Sets MUJOCO_GL to a backend that works here: the user's choice, or EGL, else OSMesa, else fails if `needed`.
 
     mujoco reads it once, at import; children inherit it.  Tried in a child process: a driver that hangs or
     crashes must not take the caller along.
     """
-    if os.environ.get("MUJOCO_GL"):
-        return
-    for backend in ("egl", "osmesa"):
+    chosen = os.environ.get("MUJOCO_GL")
+    if chosen and os.environ.get("PLAN2ACT_GL") == chosen:
+        return  # tried before, by this process or its parent
+    for backend in [chosen] if chosen else ["egl", "osmesa"]:
         trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
         try:
             run = subprocess.run(trial, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, timeout=60)
         except subprocess.TimeoutExpired:
             continue
         if run.returncode == 0:
-            os.environ["MUJOCO_GL"] = backend
+            os.environ["MUJOCO_GL"] = os.environ["PLAN2ACT_GL"] = backend
             return
+    if needed and chosen:
+        fail(f"MUJOCO_GL={chosen} does not work here: unset it, and a working one is looked for")
     if needed:
         fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
              "apt-get install libosmesa6")
@@ -317,8 +320,8 @@ class Sim:
         """(S,) float64: time, positions, velocities.  Fixtures are not in it (they follow from the seed)."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
 
-    def frame(self, masks=True):
-        """The current frame as a dict, named as in the data file; without `masks` a third quicker.
+    def frame(self, masks=True, wrist=True):
+        """The current frame as a dict, named as in the data file; without `masks` or `wrist` a third quicker each.
 
         agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 of agentview;
         ee_states (6,) position in metres and axis-angle in radians; joint_states (7,) radians;
@@ -332,7 +335,8 @@ class Sim:
                  "gripper_states": d.qpos[gripper].copy()}
         frame = {k: v.astype(np.float32) for k, v in frame.items()}
         if self.observe:
-            frame |= {f"{ours}_rgb": self.camera.picture(d, theirs) for ours, theirs in CAMERAS.items()}
+            frame |= {f"{ours}_rgb": self.camera.picture(d, theirs) for ours, theirs in CAMERAS.items()
+                      if wrist or ours != "eye_in_hand"}
         if self.observe and masks:
             frame["masks"] = self.camera.mask(d, "agentview", self.label)
         return frame

@@ -205,6 +205,14 @@ def test_episodes_of_another_size_are_not_mixed(copied, task, refused):
     assert sorted(os.listdir(path.with_suffix(""))) == before
 
 
+def test_other_peoples_or_other_noise_is_refused(copied, task, refused):
+    folder, path = copied
+    refused(lambda: extract.ensure(SUITE, [task], 2, folder, SIZE, noise=0.3), "--noise 0.1", "0.3", "--data")
+    with h5py.File(path, "a") as f:
+        del f["data/demo_0/masks"]
+    refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, "no masks", "--data")
+
+
 def die(how):
     os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else core.fail("no such thing: choose another")
 

@@ -113,8 +113,13 @@ def test_loss_equals_a_loop():
     with torch.no_grad():
         now = torch.stack([(batch["masks"][:, 0] == n).float() for n in (1, 2, 3)], 1)
         prob = planner.predict(batch["frames"], batch["goal"], now)         # (B, N, K, H, W)
-        where = planner.locator(planner(batch["frames"], batch["goal"])[:, -1])
-        ce, dices, errors = [], [], []
+        plan, fine = planner(batch["frames"], batch["goal"], fine=True)
+        drawn = planner.locator.draw(planner.as_map(plan[:, -1]), fine)         # (B, N + 1, 1 + K, 16, 16)
+        where = planner.locator(planner.as_map(plan[:, -1]), fine)
+        ce, dices, errors, draw = [], [], [], []
+        for b, k, y, x in np.ndindex(2, 1 + K, 16, 16):     # a cell holds 2 x 2 pixels of the masks
+            cell = batch["masks"][b, k, 2 * y:2 * y + 2, 2 * x:2 * x + 2].flatten().long()
+            draw.append(-drawn[b, :, k, y, x].log_softmax(0)[cell].mean())
         for b, k in np.ndindex(2, K):
             logits = soft_aggregate(prob[b:b + 1, :, k])[0]
             truth = batch["masks"][b, 1 + k].long()
@@ -133,7 +138,9 @@ def test_loss_equals_a_loop():
     assert parts["ce"] == pytest.approx(np.mean(ce), rel=1e-4)
     assert parts["dice"] == pytest.approx(np.mean(dices), rel=1e-4)
     assert parts["located"] == pytest.approx(np.mean(errors), rel=1e-4)
-    assert loss.item() == pytest.approx(parts["ce"] + parts["dice"] + 10 * parts["located"], rel=1e-5)
+    assert parts["draw"] == pytest.approx(np.mean(draw), rel=1e-4)
+    total = parts["ce"] + parts["dice"] + 5 * parts["draw"] + 10 * parts["located"]
+    assert loss.item() == pytest.approx(total, rel=1e-5)
 
 
 def test_objects_beyond_the_tracked_ones_are_background():
@@ -261,16 +268,17 @@ def test_decoder_takes_masks_that_are_not_square():
     assert decoder(torch.randn(2, 32, 3, 4), torch.zeros(2, 5, 22, 30)).shape == (2, 5, K, 22, 30)
 
 
-def test_locator_points_at_the_token_it_attends_to():
-    planner = small()
-    locator, n = planner.locator, planner.side
-    row, column = 1, 2
-    out = torch.zeros(1, n * n, 3, 1 + K, 1 + mask_planner.LOCATIONS)
-    out[0, row * n + column, ..., 0] = 100
-    locator.mlp.forward = lambda tokens: out.flatten(2)
-    x, y, size = (column + 0.5) / n, (row + 0.5) / n, 0.2
-    where = locator(torch.zeros(1, n * n, 32))
-    torch.testing.assert_close(where, torch.tensor([x, y, size, x, y]).expand(1, 3, 1 + K, 5))
+def test_locator_reads_what_it_draws():
+    """A rectangle drawn for one object at one time is where, and as large as, it was drawn; faint cells do not pull."""
+    locator = small().locator
+    logits = torch.zeros(1, 4, 1 + K, 24, 24)
+    logits[:, 0] = 4        # background everywhere, the rest about 2 % each
+    logits[0, 2, 1, 10:14, 3:9] = 14
+    where = locator.read(logits)
+    assert where.shape == (1, 3, 1 + K, 5)
+    # rows 10..13, columns 3..8 of 24; the lowest row holds more than a twentieth of it
+    truth = torch.tensor([6 / 24, 12 / 24, 24 ** 0.5 / 24, 6 / 24, 13.5 / 24])
+    torch.testing.assert_close(where[0, 1, 1], truth, atol=0.01, rtol=0)
 
 
 @pytest.mark.parametrize("history", [1, 2])

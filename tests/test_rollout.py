@@ -238,6 +238,7 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
 def written(folder, plan, seed, success, demos=10, **changes):
     r = {"suite": SUITE, "plan": plan, "preset": "laptop", "videos": 20, "action_demos": demos, "seed": seed,
          "success": success, "episodes": 100, "scenes": "bundled initial states",
+         "seconds": {"data": 600, "planner": None, "executor": 120, "rollout": 90},
          "tasks": dict.fromkeys(sims.tasks(SUITE), {})} | changes
     folder.mkdir(exist_ok=True)
     rollout.result_path(folder, r).write_text(json.dumps(r))
@@ -273,13 +274,16 @@ def test_table_and_plot(tmp_path, monkeypatch, capsys, old):
         written(folder, plan, 0, success)
         written(folder, plan, 0, success - 20, demos=2)
     written(folder, "expert", None, 99, demos=None, preset=None, videos=None)
-    readme.write_text(f"before\n<!-- results -->\n{old}<!-- /results -->\nafter\n")
+    readme.write_text(f"before\n<!-- results -->\n{old}<!-- /results -->\n<!-- times -->\n<!-- /times -->\nafter\n")
     for _ in range(2):      # the second time it replaces its own
         rollout.main(["--results", "results", "--table", "--device", "cpu"])
         text = readme.read_text()
-        assert text.startswith("before\n<!-- results -->\n| suite") and text.endswith("\n<!-- /results -->\nafter\n")
+        assert text.startswith("before\n<!-- results -->\n| suite") and text.endswith("\n<!-- /times -->\nafter\n")
         assert "old" not in text and text.count("70/100 = 70.0 %") == 1 and "60.4 - 78.1" in text
-        assert text.count(f"| {SUITE} |") == 5
+        results, times = text.split("<!-- /results -->")
+        assert results.count(f"| {SUITE} |") == 5
+        assert times.count(f"| {SUITE} |") == 5, "data, and executor and rollout of either plan; the expert has no preset"
+        assert "| data, one core | 10.0 |" in times and "| rollout, none, 100 episodes | 1.5 |" in times
     import imageio.v3 as iio
     assert iio.imread(folder / "curve.png").std() > 10
     assert "70/100" in capsys.readouterr().out

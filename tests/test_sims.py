@@ -284,6 +284,11 @@ def test_no_opengl_is_one_line(monkeypatch, refused):
     sims.choose_opengl(needed=False)
 
 
+def test_the_users_backend_is_tried_too(monkeypatch, refused):
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")
+    refused(sims.choose_opengl, "MUJOCO_GL=nonsense", "unset")
+
+
 def test_hanging_driver_is_no_opengl(monkeypatch, refused):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
 
