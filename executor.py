@@ -26,6 +26,7 @@ from core import flag
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
+NEAR = 0.1  # metres, the unit in which the head hears the way to the waypoint
 NUMBERS = {"now": (slice(1, None), slice(1)), "ahead": (slice(1, None), slice(None)), "all": (slice(None), slice(None))}
 DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
 
@@ -56,7 +57,7 @@ class Config:
     dropout: float = flag(0.0, "in the transformer", minimum=0)
     cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
     batch: int | None = flag(None, "samples per step; by default 32 with pictures, 128 without", minimum=1)
-    lr: float = flag(1e-3, "peak learning rate", minimum=0)
+    lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
     out: str = flag("runs", "folder of the runs")
@@ -65,9 +66,9 @@ class Config:
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
     PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=3000, width=128, depth=3, blocks=(1, 1, 1), channels=32,
-                           history=1),
+                           history=1, lr=1e-3),
                "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4, blocks=(2, 2, 2, 2),
-                          channels=64, history=10)}
+                          channels=64, history=10, lr=5e-4)}
 
 
 def plan_name(config):
@@ -140,7 +141,9 @@ class Executor(nn.Module):
         self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
-        self.head = nn.Sequential(nn.Linear(D + self.numbers, 256), nn.GELU(), nn.Linear(256, c.chunk * 7))
+        mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
+        self.reach = mlp(D + self.numbers, 3)
+        self.head = mlp(D + self.numbers + 3, c.chunk * 7)
         self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
@@ -188,7 +191,7 @@ class Executor(nn.Module):
 
     def forward(self, batch):
         """batch: image, plan (B, T, n, D) or numbers (B, T, N, K + 1, 5); for cloning frames, goal (B, T, H, W, 3) uint8;
-        wrist (B, T, H, W, 3) uint8; state (B, T, 8) -> actions (B, T, C, 7) in about [-1, 1]."""
+        wrist (B, T, H, W, 3) uint8; state (B, T, 8) -> actions (B, T, C, 7) in about [-1, 1], waypoint (B, T, 3)."""
         B, T = batch["state"].shape[:2]
         shift = random_shift if self.training else lambda images: images
         encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2).unflatten(0, (B, T))
@@ -201,7 +204,7 @@ class Executor(nn.Module):
             tokens.append(self.image(torch.cat([x[:, 0], x[:, 1]], -1)))  # (B, T, D)
         if self.config.wrist:
             tokens.append(self.wrist(encode(self.wrist_encoder, batch["wrist"])))
-        if self.numbers:
+        if self.numbers:  # ours: the goal picture's mean token; a place in the picture is another height in another task
             tokens.append(self.goal(batch["goal_code"]))
         tokens.append(self.state((batch["state"] - self.mean) / self.std))
         numbers = None
@@ -214,17 +217,35 @@ class Executor(nn.Module):
         L = T * self.tokens
         x = self.gpt(x.flatten(1, 2), self.mask[:L, :L]).unflatten(1, (T, self.tokens))[:, :, -1]  # (B, T, D)
         if self.numbers:
-            x = torch.cat([x, numbers.to(x.dtype)], -1)  # again beside the action head (ATM's late fusion)
-        return self.head(x).unflatten(-1, (self.config.chunk, 7))  # (B, T, C, 7)
+            x = torch.cat([x, numbers.to(x.dtype)], -1)  # again beside the heads (ATM's late fusion)
+        # ours: first where to, in metres, then how: an action is clipped at a few centimetres' way and says little about
+        # a target further off.  The place is the demonstration's own, where its hand next opens or closes.
+        there = self.reach(x).float()  # (B, T, 3) standardised as the state is
+        way = (there * self.std[:3] + self.mean[:3] - batch["state"][..., :3]) / NEAR  # (B, T, 3)
+        action = self.head(torch.cat([x, way.to(x.dtype)], -1)).unflatten(-1, (self.config.chunk, 7))  # (B, T, C, 7)
+        return action, there
 
     def loss(self, batch):
-        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T, C, 7) -> MSE, parts."""
+        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T, C, 7), and waypoint
+        (B, T, 3): the hand's position where it next opens or closes, metres -> MSE of both, parts."""
         if self.planner and "frames" in batch:
             B, T = batch["state"].shape[:2]
             said = self.features(batch["frames"].flatten(0, 1), batch["goal"].flatten(0, 1))
             batch = batch | {k: v.unflatten(0, (B, T)) for k, v in said.items()}
-        error = F.mse_loss(self(batch).float(), batch["action"], reduction="none")  # (B, T, C, 7)
-        return error.mean(), {"motion": error[..., :6].mean().item(), "gripper": error[..., 6].mean().item()}
+        action, there = self(batch)
+        error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, 7)
+        waypoint = F.mse_loss(there, (batch["waypoint"] - self.mean[:3]) / self.std[:3])
+        parts = {"motion": error[..., :6].mean().item(), "gripper": error[..., 6].mean().item(), "waypoint": waypoint.item()}
+        return error.mean() + 0.3 * waypoint, parts
+
+
+def waypoints(position, gripper):
+    """Where the hand is when its gripper's command next changes, at the end if it does not.
+
+    position (T, 3) metres, gripper (T,) commands -> (T, 3) metres.
+    """
+    changes = np.flatnonzero(np.diff(gripper > 0)) + 1
+    return position[np.append(changes, len(gripper) - 1)[np.searchsorted(changes, np.arange(len(gripper)), "right")]]
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -239,6 +260,8 @@ class ActionData:
         state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
         executor.mean.copy_(torch.from_numpy(state.mean(0)))
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
+        position, gripper = demos.gather("obs/ee_states", *self.every())[:, :3], demos.gather("actions", *self.every())[:, 6]
+        self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b]) for a, b in zip(demos.start, demos.start[1:])])
         cached = planner and (config.cache or executor.numbers)  # numbers are too few to be worth saving memory
         self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if cached else None
         if executor.numbers:
@@ -294,7 +317,7 @@ class ActionData:
         row = self.demos.start[e] + past  # (B, T)
         ahead = past[..., None] + np.arange(c.chunk)  # (B, T, C)
         batch = {"state": np.concatenate([self.demos.gather(k, e, past) for k in STATE], -1),
-                 "action": self.demos.gather("actions", e[..., None], ahead)}
+                 "action": self.demos.gather("actions", e[..., None], ahead), "waypoint": self.waypoint[row]}
         if c.wrist:
             batch["wrist"] = self.demos.gather("obs/eye_in_hand_rgb", e, past)
         if self.cached:
@@ -349,7 +372,7 @@ class Policy:
             now |= {"frames": picture, "goal": self.goal[None]}
         self.looks = (self.looks + [now])[-self.c.history:]
         batch = {k: torch.stack([look[k] for look in self.looks], 1) for k in now}  # (1, T, ...)
-        chunk = self.executor(batch)[0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, 7)
+        chunk = self.executor(batch)[0][0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, 7)
         self.queue = list(chunk[:min(self.c.execute, self.c.chunk)])
         return self.queue.pop(0)
 

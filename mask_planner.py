@@ -26,6 +26,7 @@ from core import flag
 # Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of delta t; an episode
 # takes about 110 steps, so the longest horizon reaches across one phase of it (approach, carry).
 HORIZONS = (4, 8, 16, 32)
+EARLY = 10  # control steps in which the hand has hardly moved
 LOCATIONS = 5  # numbers per object and time that say where it is: centroid x y, size, lowest point x y
 
 
@@ -45,7 +46,7 @@ class Config:
     stride: int = flag(4, "control steps between these frames", minimum=1)
     objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)", minimum=1)
     batch: int = flag(32, "samples per step", minimum=1)
-    lr: float = flag(1e-3, "peak learning rate", minimum=0)
+    lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
     out: str = flag("runs", "folder of the runs")
@@ -56,10 +57,10 @@ class Config:
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
     PRESETS = {
         "laptop": dict(demos=20, steps=2000, size=96, width=128, depth=3, blocks=(1, 1, 1), channels=32,
-                       history=1),
+                       history=1, lr=1e-3),
         # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
         "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6, blocks=(2, 2, 2, 2), channels=64,
-                      history=10)}
+                      history=10, lr=5e-4)}
 
 
 # ---------------------------------------------------------------------------------------------- losses
@@ -292,6 +293,17 @@ def double(masks, shape):
     return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
 
 
+def draw(episodes, step, config):
+    """Random frames for one training step -> episode (B,), t (B,), rng.
+
+    ours: every fourth sample is from an episode's first EARLY steps.  There the picture alone does not tell which of two
+    bowls will move, and a planner that has seen little of it reads that from the hand later and not from the goal.
+    """
+    episode, t, rng = episodes.draw(step, config.batch, config.seed)
+    t[:config.batch // 4] = rng.integers(EARLY, size=config.batch // 4)
+    return episode, t, rng
+
+
 def make_batch(episodes, episode, t, rng, config):
     """The planner's view of frames t (B,) of some episodes, as a dict of arrays (see MaskPlanner.loss)."""
     past = t[:, None] + config.stride * np.arange(1 - config.history, 1)  # (B, T)
@@ -383,8 +395,7 @@ def main(argv=None):
     planner = MaskPlanner(config)
 
     def batches(step):
-        episode, t, rng = videos.draw(step, config.batch, config.seed)
-        return make_batch(videos, episode, t, rng, config)
+        return make_batch(videos, *draw(videos, step, config), config)
 
     note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames"
     if config.show:

@@ -22,7 +22,7 @@ import numpy as np
 HORIZONS = {"libero_spatial": 220, "libero_object": 280}
 SUITES = tuple(HORIZONS)
 CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> LIBERO's
-SETTLE = 10  # steps before an episode starts: objects are placed slightly above their support and must land
+SETTLE = 20  # steps before an episode starts: objects must land, and the bowl on the ramekin tips over in the first 15
 SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
 INITS = 50  # bundled evaluation states per task
 

@@ -48,7 +48,8 @@ def test_shapes_and_gradients(build, flags):
     model, actions, _ = build(*flags)
     batch, c = tensors(actions(0)), model.config
     with torch.no_grad():
-        assert model.eval()(batch if model.planner else batch).shape == (4, c.history, 8, 7)
+        action, waypoint = model.eval()(batch)
+    assert action.shape == (4, c.history, 8, 7) and waypoint.shape == (4, c.history, 3)
     torch.manual_seed(0)
     loss, _ = model.train().loss(batch)
     loss.backward()
@@ -62,12 +63,14 @@ def test_loss_equals_a_loop(build):
     batch = tensors(actions(0))
     with torch.no_grad():
         loss, parts = model.eval().loss(batch)
-        said = model(batch)
+        said, there = model(batch)
     squares = {"motion": [], "gripper": []}
     for b, t, c, k in np.ndindex(*said.shape):
         squares["motion" if k < 6 else "gripper"].append((said[b, t, c, k] - batch["action"][b, t, c, k]).item() ** 2)
-    assert parts == pytest.approx({k: np.mean(v) for k, v in squares.items()}, rel=1e-4)
-    assert loss.item() == pytest.approx(np.mean(squares["motion"] + squares["gripper"]), rel=1e-4)
+    way = [((there[b, t, k] * model.std[k] + model.mean[k] - batch["waypoint"][b, t, k]) / model.std[k]).item() ** 2
+           for b, t, k in np.ndindex(there.shape)]
+    assert parts == pytest.approx({k: np.mean(v) for k, v in squares.items()} | {"waypoint": np.mean(way)}, rel=1e-3)
+    assert loss.item() == pytest.approx(np.mean(squares["motion"] + squares["gripper"]) + 0.3 * np.mean(way), rel=1e-3)
 
 
 def test_actions_are_causal_over_the_history(build):
@@ -77,10 +80,10 @@ def test_actions_are_causal_over_the_history(build):
     for k in ("image", "plan", "wrist", "state"):
         changed[k][:, 2] = changed[k][:, 2].flip(0)
     with torch.no_grad():
-        a, b = model.eval()(batch), model(changed)
+        a, b = model.eval()(batch)[0], model(changed)[0]
         assert torch.equal(a[:, :2], b[:, :2]) and not torch.allclose(a[:, 2], b[:, 2])
         first = {k: v[:, :1] for k, v in batch.items()}
-        torch.testing.assert_close(model(first), a[:, :1], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(model(first)[0], a[:, :1], atol=1e-4, rtol=1e-4)
 
 
 def test_random_shift():
@@ -213,6 +216,24 @@ def test_batch_is_what_the_file_holds(build, videos):
         assert np.array_equal(batch["goal"][i, e], videos.arrays["obs/agentview_rgb"][1 - i][-1])
 
 
+def test_waypoints():
+    """Closes at 2, opens at 5, ends at 7."""
+    gripper, position = np.array([-1, -1, 1, 1, 1, -1, -1, -1]), np.arange(24.0).reshape(8, 3)
+    assert np.array_equal(executor.waypoints(position, gripper)[:, 0] / 3, [2, 2, 5, 5, 5, 7, 7, 7])
+    assert np.array_equal(executor.waypoints(position, -np.ones(8))[:, 0] / 3, [7] * 8)
+
+
+def test_waypoints_are_the_demonstrations_own(build, videos):
+    _, actions, _ = build()
+    for k in range(2):
+        gripper, position = videos.arrays["actions"][k][:, 6], videos.arrays["obs/ee_states"][k][:, :3]
+        close = np.flatnonzero(gripper > 0)[0]
+        assert np.array_equal(actions.waypoint[actions.demos.start[k]], position[close])
+        assert np.array_equal(actions.waypoint[actions.demos.start[k + 1] - 1], position[-1])
+    batch = actions(0)
+    assert batch["waypoint"].shape == (*batch["state"].shape[:2], 3)
+
+
 def test_states_are_normalised_by_the_data(build, videos):
     model, _, _ = build("--action-demos", "1")
     state = np.concatenate([videos.arrays[k][0] for k in executor.STATE], 1)
@@ -253,7 +274,7 @@ def test_checkpoint_alone_gives_the_same_executor(build, plan):
     again, batch = executor.load_executor(path), tensors(actions(0))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     with torch.no_grad():
-        assert torch.equal(model(batch), again(batch))
+        assert torch.equal(model(batch)[0], again(batch)[0])
 
 
 def test_names_tell_runs_apart(build):
@@ -290,7 +311,7 @@ def test_policy_executes_its_chunk_in_order(executor_paths, videos):
         looks.append(policy.wants_frame)
         actions.append(policy(frame_of(videos, 0, t) if policy.wants_frame else None))
     assert looks == [t % 4 == 0 for t in range(9)] and len(said) == 3
-    wanted = [said[k][0, -1].clamp(-1, 1).numpy() for k in range(3)]
+    wanted = [said[k][0][0, -1].clamp(-1, 1).numpy() for k in range(3)]
     assert np.array_equal(actions, np.concatenate([wanted[0][:4], wanted[1][:4], wanted[2][:1]]))
     policy.reset(0)
     assert policy.wants_frame, "what is left of the last episode's chunk is forgotten"
@@ -311,7 +332,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     t = 8
     actions.demos.draw = lambda *rest: (np.array([0]), np.array([t]), np.random.default_rng(0))
     trained, live, pictures = tensors(actions(0)), {}, []
-    model.forward = lambda batch: live.update(batch) or torch.zeros(1, look, 8, 7)
+    model.forward = lambda batch: live.update(batch) or (torch.zeros(1, look, 8, 7), None)
     if model.planner:
         features = model.features
         model.features = lambda frames, goal: pictures.append((frames, goal)) or features(frames, goal)

@@ -204,7 +204,7 @@ def test_tokens_and_map_are_inverse():
     """A map with h != w through encode() and back."""
     planner = small()
     feature = torch.arange(2 * 32 * 3 * 5).view(2, 32, 3, 5).float()
-    planner.encoder.forward = lambda images: feature
+    planner.encoder.forward = lambda images, fine: (feature, feature)
     tokens = planner.encode(torch.zeros(2, 48, 80, 3, dtype=torch.uint8))
     assert tokens.shape == (2, 15, 32) and torch.equal(tokens[:, 7], feature[:, :, 1, 2])
     planner = small()
@@ -316,6 +316,15 @@ def test_batch_is_what_the_file_holds(videos):
     assert np.array_equal(batch["masks"][0], masks[0][[6, 10, 14, 22, 38], ::2, ::2])
     last = videos.length[1] - 1
     assert np.array_equal(batch["masks"][1], masks[1][[last - 1] + [last] * K, ::2, ::2])
+
+
+def test_one_training_frame_in_four_is_an_early_one(videos):
+    """Before the hand has moved only the goal image tells which of two bowls is meant."""
+    config = mask_planner.Config(size=SIZE, batch=400, seed=3)
+    early = videos.draw(7, 400, 3)[1]
+    _, t, _ = mask_planner.draw(videos, 7, config)
+    assert np.array_equal(t[100:], early[100:]) and set(t[:100]) == set(range(mask_planner.EARLY))
+    assert np.array_equal(t, mask_planner.draw(videos, 7, config)[1])
 
 
 def test_validation_compares_with_copying_the_mask(videos):
