@@ -197,7 +197,7 @@ def test_every_scene_is_played_once(monkeypatch, task):
     jobs = []
 
     @contextmanager
-    def pool(workers, function):
+    def pool(workers, function, opengl):
         yield type("Pool", (), {"imap_unordered": lambda self, f, js: jobs.extend(js) or [
             (j[3], {"c": [(True, s) for s in j[4]]}) for j in js]})(), None
 
