@@ -151,7 +151,7 @@ class ImageEncoder(nn.Module):
         """
         if images.dtype == torch.uint8:
             images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
-        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))
+        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))  # (B, C, h', w')
         y = self.head(self.body[self.cut:](x))                              # (B, D, h, w)
         return (y, x) if fine else y
 
@@ -483,6 +483,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def default_text(field, presets):
+    """What --help says is the default of a field: its own, each preset's, or what the machine decides."""
     if field.default is not None:
         return str(field.default)
     if any(field.name in preset for preset in presets.values()):

@@ -27,6 +27,7 @@ from core import flag
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
 NEAR = 0.1  # metres, the unit in which the head hears the way to the waypoint
+# --numbers -> which objects (robot first) and which times (now first) of the explicit plan
 NUMBERS = {"now": (slice(1, None), slice(1)), "ahead": (slice(1, None), slice(None)), "all": (slice(None), slice(None))}
 DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
 
@@ -161,7 +162,8 @@ class Executor(nn.Module):
     @torch.no_grad()
     def features(self, frames, goal):
         """What the frozen planner says.  frames (B, h, H, W, 3) uint8 as it wants them, goal (B, H, W, 3) uint8 ->
-        {"image": (B, n, D)} of the last frame and {"plan": (B, n, D)} or {"numbers": (B, N, K + 1, 5)}."""
+        {"image": (B, n, D)} of the last frame and {"plan": (B, n, D)} or {"numbers": (B, N, K + 1, 5),
+        "goal_code": (B, D)}."""
         x, fine = self.planner.encode(frames, fine=True)
         return self.features_of(torch.cat([self.planner.encode(goal)[:, None], x], 1), fine[:, -1])
 
@@ -190,7 +192,7 @@ class Executor(nn.Module):
         return ((x - mean) / std).flatten(2)  # the size varies a tenth as much as the place, and says how far away it is
 
     def forward(self, batch):
-        """batch: image, plan (B, T, n, D) or numbers (B, T, N, K + 1, 5); for cloning frames, goal (B, T, H, W, 3) uint8;
+        """batch: image, plan (B, T, n, D) or numbers, first (B, T, N, K + 1, 5), goal_code (B, T, D); for cloning frames, goal (B, T, H, W, 3) uint8;
         wrist (B, T, H, W, 3) uint8; state (B, T, 8) -> actions (B, T, C, 7) in about [-1, 1], waypoint (B, T, 3)."""
         B, T = batch["state"].shape[:2]
         shift = random_shift if self.training else lambda images: images
@@ -427,6 +429,7 @@ def build(config):
 
 
 def main(argv=None):
+    """Command line: trains one executor."""
     config = core.parse(Config, "Stage 2 of Mask2Act: learn actions from plans and a few demonstrations.", argv)
     executor, data, path = build(config)
     note = f"plan {plan_name(config)}, {config.action_demos} action demonstrations per task, {len(data.demos)} frames"

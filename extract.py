@@ -371,6 +371,7 @@ def sheet(episodes, columns=6):
 
 
 def main(argv=None):
+    """Command line: makes the episodes that are missing; with --show draws them."""
     config = core.parse(Config, "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout.", argv)
     names = sims.choose_tasks(config.suite, config.tasks)
     ensure(config.suite, names, config.demos, config.data, config.size, config.noise, config.render, config.workers)

@@ -166,6 +166,9 @@ class Decoder(nn.Module):
 class Locator(nn.Module):
     """Says the plan in numbers (ours): draws from the plan, without any mask, where each object is now and at every
     horizon, on a grid of a quarter of the picture, and takes centroid, size and lowest point of what it has drawn.
+
+    Regressed from the plan's tokens instead, the bowl was misplaced by a median of 1.8 pixels of 96 in the first frame
+    of held-out scenes (3,000 steps); drawn, by 0.5 (2,000 steps).
     """
 
     def __init__(self, width, fine, N, K):
@@ -293,7 +296,7 @@ def double(masks, shape):
     return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
 
 
-def draw(episodes, step, config):
+def draw_frames(episodes, step, config):
     """Random frames for one training step -> episode (B,), t (B,), rng.
 
     ours: every fourth sample is from an episode's first EARLY steps.  There the picture alone does not tell which of two
@@ -383,6 +386,7 @@ def load_planner(path, device="cpu"):
 
 
 def main(argv=None):
+    """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
     names = sims.choose_tasks(config.suite, config.tasks)
     path = Path(config.out) / config.suite / "mask.pt"
@@ -395,7 +399,7 @@ def main(argv=None):
     planner = MaskPlanner(config)
 
     def batches(step):
-        return make_batch(videos, *draw(videos, step, config), config)
+        return make_batch(videos, *draw_frames(videos, step, config), config)
 
     note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames"
     if config.show:

@@ -300,6 +300,7 @@ def plot(rows, path):
 
 
 def main(argv=None):
+    """Command line: evaluates checkpoints or the expert and writes one JSON each, or makes README's tables."""
     argv = list(sys.argv[1:] if argv is None else argv)
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     checkpoints, rest = argv[:first_flag], argv[first_flag:]

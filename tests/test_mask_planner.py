@@ -322,9 +322,9 @@ def test_one_training_frame_in_four_is_an_early_one(videos):
     """Before the hand has moved only the goal image tells which of two bowls is meant."""
     config = mask_planner.Config(size=SIZE, batch=400, seed=3)
     early = videos.draw(7, 400, 3)[1]
-    _, t, _ = mask_planner.draw(videos, 7, config)
+    _, t, _ = mask_planner.draw_frames(videos, 7, config)
     assert np.array_equal(t[100:], early[100:]) and set(t[:100]) == set(range(mask_planner.EARLY))
-    assert np.array_equal(t, mask_planner.draw(videos, 7, config)[1])
+    assert np.array_equal(t, mask_planner.draw_frames(videos, 7, config)[1])
 
 
 def test_validation_compares_with_copying_the_mask(videos):
