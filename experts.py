@@ -145,19 +145,24 @@ def pinches(boxed, yaws, axes):
 
 
 def rims(boxed, yaws, axes):
-    """Ways to hold an object by its rim, one finger inside.  Arguments and results as for `pinches`."""
+    """Ways to hold an object by its rim, one finger inside.  Arguments and results as for `pinches`.
+
+    A tilted bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips (first attempts at a
+    bowl tipped by 50 degrees: 60 of 64 held on the raised third of the rim, 21 of 64 on the lowered one).
+    """
     points = boxed.reshape(-1, 3)
     middle = (points.min(0) + points.max(0)) / 2
-    flat = points - middle
+    flat, highest = points - middle, points[:, 2].max()
     for yaw, axis in zip(yaws, axes):
         for side in (axis, -axis):
             along = flat @ side
             sector = (along > 0) & (np.abs(flat[:, :2] @ [-side[1], side[0]]) < 0.36 * along)  # within 20 degrees
             top = points[sector, 2].max()  # of the rim on this side: the object may be tilted
             radius = along[sector & (points[:, 2] > top - 0.01)].max()
+            lowered = max(highest - top - 0.01, 0)
             for cost, bite, inset in RIMS:
                 point = np.array([*(middle + side * (radius - inset))[:2], top - bite])
-                yield cost + 0.02 * (side[1] < 0), yaw, side, point  # equals are decided for one side, always the same
+                yield cost + 30 * lowered + 0.02 * (side[1] < 0), yaw, side, point  # equals are decided for one side, always the same
 
 
 def choose_grasp(sim, name, last=None):
