@@ -26,7 +26,9 @@ from core import flag
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
-NEAR = 0.1  # metres, the unit in which the head hears the way to the waypoint
+FOLLOW = 8  # steps in which the fingers follow a changed command
+AIM = 0.005  # metres, noise on the waypoint that the action head hears in training
+NEAR = 0.1  # metres, the unit in which the heads hear and say ways
 # --numbers -> which objects (robot first) and which times (now first) of the explicit plan
 NUMBERS = {"now": (slice(1, None), slice(1)), "ahead": (slice(1, None), slice(None)), "all": (slice(None), slice(None))}
 DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
@@ -87,6 +89,40 @@ def random_shift(images, pad=4):
     return images[b, rows[:, :, None], columns[:, None, :]]
 
 
+# ---------------------------------------------------------------------------------------------- geometry
+
+def calibrate(felt, seen):
+    """The camera by which the robot sees its hand where it feels it (ours), a pinhole with its axis in the middle.
+
+    felt (F, 3) metres, seen (F, 2) in 0..1, x right, y down -> eye (3,) metres and rays (3, 3): the picture's point
+    (x, y) lies in the direction [x - 1/2, y - 1/2, 1] @ rays.  Robust, since the lowest point of the robot in the
+    picture is not always its fingertips; 0.2 s.
+    """
+    from scipy.optimize import least_squares
+    from scipy.spatial.transform import Rotation
+
+    def error(c):  # place 3, turn 3, focal length in picture widths
+        there = (felt - c[:3]) @ Rotation.from_rotvec(c[3:6]).as_matrix().T  # (F, 3) right, down, ahead
+        return (0.5 + c[6] * there[:, :2] / np.maximum(there[:, 2:], 1e-3) - seen).ravel()
+
+    middle, fits = felt.mean(0), []
+    for yaw in np.arange(4) * np.pi / 2:  # from a metre off on each side and a metre above, looking at the hand
+        offset = np.array([np.cos(yaw), np.sin(yaw), 1.0])
+        ahead, right = -offset / np.linalg.norm(offset), np.array([-np.sin(yaw), np.cos(yaw), 0])
+        turn = Rotation.from_matrix([right, np.cross(ahead, right), ahead]).as_rotvec()
+        fits.append(least_squares(error, [*(middle + offset), *turn, 1.0], loss="soft_l1", f_scale=0.01))
+    c = min(fits, key=lambda fit: fit.cost).x
+    return c[:3], Rotation.from_rotvec(c[3:6]).as_matrix() / np.array([c[6], c[6], 1])[:, None]
+
+
+def ground(points, eye, rays, level):
+    """Points of the picture (..., 2) in 0..1 -> where they are if they lie at height `level` (metres), (..., 2) metres."""
+    x, y = points.float().sub(0.5).split(1, -1)
+    ray = x * rays[0] + y * rays[1] + rays[2]  # (..., 3); not as a matrix product, which autocast would round
+    far = (level - eye[2]) / ray[..., 2:].clamp(max=-0.1)  # a point above the horizon lies far away, not behind the camera
+    return eye[:2] + far * ray[..., :2]
+
+
 class MapToken(nn.Module):
     """A map of features -> one token: spatial-softmax key points, which say where, beside a thin flattened map."""
 
@@ -143,14 +179,18 @@ class Executor(nn.Module):
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
         mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
-        self.reach = mlp(D + self.numbers, 3)
-        self.head = mlp(D + self.numbers + 3, c.chunk * 7)
+        self.pointed = self.numbers // mask_planner.LOCATIONS  # things that the plan names, to which a waypoint may lie
+        self.reach = mlp(D, 3 + self.pointed)
+        self.head = mlp(D + 3, c.chunk * 7)
         self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
         if self.numbers:
             self.register_buffer("said_mean", torch.zeros_like(said))
             self.register_buffer("said_std", torch.ones_like(said))
+            self.register_buffer("eye", torch.tensor([0.0, 0, 1]))
+            self.register_buffer("rays", torch.diag(torch.tensor([1.0, 1, -1])))
+            self.register_buffer("level", torch.zeros(()))
         self.register_buffer("goals", torch.zeros(len(extra["tasks"]), extra["goals"], size, size, 3, dtype=torch.uint8))
 
     def train(self, mode=True):
@@ -176,20 +216,25 @@ class Executor(nn.Module):
             return features | {"plan": plan}
         return features | {"numbers": self.planner.locator(self.planner.as_map(plan), fine), "goal_code": x[:, 0].mean(1)}
 
-    def choose(self, numbers):
-        """What the explicit plan says, (B, T, N, K + 1, 5) in [0, 1] -> what the policy hears of it, (B, T, numbers).
+    def place(self, numbers):
+        """What the planner says, (..., 5) in picture units -> the same with both points in metres on the ground."""
+        points = [ground(numbers[..., k:k + 2], self.eye, self.rays, self.level) for k in (0, 3)]
+        return torch.cat([points[0], numbers[..., 2:3], points[1]], -1)
+
+    def hear(self, batch):
+        """What the explicit plan says at the first look, when no arm was in front of anything, and now:
+        first, numbers (B, T, N, K + 1, 5) -> (B, T, M, 5) in picture units, M = 2 x chosen objects x chosen times.
 
         ours: with noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared
         by all an object's numbers, as the planner's own errors are; else they would average out.
         """
-        x = numbers[:, :, *NUMBERS[self.config.numbers]]
+        x = torch.stack([batch["first"], batch["numbers"]], 2)[:, :, :, *NUMBERS[self.config.numbers]]  # (B, T, 2, N', K', 5)
         if self.training:
-            share = self.config.blur / 100 * torch.randn_like(x[:, :1, :, :1])  # (B, 1, N, 1, 5)
+            share = torch.randn_like(x[:, :1, :1, :, :1])  # (B, 1, 1, N', 1, 5)
             share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
             share[..., 2] = 0  # ... and the size stays
-            x = x + share + self.config.blur / 200 * torch.randn_like(x)
-        mean, std = (v[NUMBERS[self.config.numbers]] for v in (self.said_mean, self.said_std))
-        return ((x - mean) / std).flatten(2)  # the size varies a tenth as much as the place, and says how far away it is
+            x = x + self.config.blur / 100 * (share + torch.randn_like(x) / 2)
+        return x.flatten(2, 4)
 
     def forward(self, batch):
         """batch: image, plan (B, T, n, D) or numbers, first (B, T, N, K + 1, 5), goal_code (B, T, D); for cloning frames, goal (B, T, H, W, 3) uint8;
@@ -209,21 +254,27 @@ class Executor(nn.Module):
         if self.numbers:  # ours: the goal picture's mean token; a place in the picture is another height in another task
             tokens.append(self.goal(batch["goal_code"]))
         tokens.append(self.state((batch["state"] - self.mean) / self.std))
-        numbers = None
-        if self.numbers:  # ours: also what the plan said at the first look, when no arm was in front of anything
-            numbers = torch.cat([self.choose(batch["first"]), self.choose(batch["numbers"])], -1)  # (B, T, numbers)
+        if self.numbers:
+            heard = self.hear(batch)  # (B, T, M, 5)
+            said, chosen = self.place(heard), NUMBERS[self.config.numbers]
+            mean, std = (v[chosen].flatten(0, 1).repeat(2, 1) for v in (self.said_mean, self.said_std))  # (M, 5) each
+            numbers = ((said - mean) / std).flatten(2)  # (B, T, numbers)
         plan = self.explicit(numbers) if self.numbers else self.latent(batch["plan"]) if self.planner else None
         tokens.append(torch.zeros_like(tokens[-1]) if plan is None else plan)
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
         x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
         L = T * self.tokens
         x = self.gpt(x.flatten(1, 2), self.mask[:L, :L]).unflatten(1, (T, self.tokens))[:, :, -1]  # (B, T, D)
-        if self.numbers:
-            x = torch.cat([x, numbers.to(x.dtype)], -1)  # again beside the heads (ATM's late fusion)
         # ours: first where to, in metres, then how: an action is clipped at a few centimetres' way and says little about
         # a target further off.  The place is the demonstration's own, where its hand next opens or closes.
-        there = self.reach(x).float()  # (B, T, 3) standardised as the state is
-        way = (there * self.std[:3] + self.mean[:3] - batch["state"][..., :3]) / NEAR  # (B, T, 3)
+        there = self.reach(x).float()  # (B, T, 3 + M)
+        there, pointer = there[..., :3] * NEAR + self.mean[:3], there[..., 3:].softmax(-1)  # (B, T, 3) metres, (B, T, M)
+        if self.numbers:  # it lies beside one of the things that the plan names, as seen at the waypoint's height
+            things = ground(heard[..., :2], self.eye, self.rays, there[..., 2, None, None])  # (B, T, M, 2) metres
+            there = there + F.pad((pointer[..., None] * (things - self.mean[:2])).sum(2), (0, 1))  # (B, T, 3)
+        # In training the true one, with noise: a head that hears a poor guess learns to do without it
+        aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
+        way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
         action = self.head(torch.cat([x, way.to(x.dtype)], -1)).unflatten(-1, (self.config.chunk, 7))  # (B, T, C, 7)
         return action, there
 
@@ -236,18 +287,20 @@ class Executor(nn.Module):
             batch = batch | {k: v.unflatten(0, (B, T)) for k, v in said.items()}
         action, there = self(batch)
         error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, 7)
-        waypoint = F.mse_loss(there, (batch["waypoint"] - self.mean[:3]) / self.std[:3])
+        waypoint = F.mse_loss(there / NEAR, batch["waypoint"] / NEAR)
         parts = {"motion": error[..., :6].mean().item(), "gripper": error[..., 6].mean().item(), "waypoint": waypoint.item()}
         return error.mean() + 0.3 * waypoint, parts
 
 
 def waypoints(position, gripper):
-    """Where the hand is when its gripper's command next changes, at the end if it does not.
+    """Where the hand is when its gripper's command next changes, at the end if it does not.  While the fingers still
+    follow a change, its own place is the waypoint: whether to close now is often open, where to be then is not.
 
     position (T, 3) metres, gripper (T,) commands -> (T, 3) metres.
     """
     changes = np.flatnonzero(np.diff(gripper > 0)) + 1
-    return position[np.append(changes, len(gripper) - 1)[np.searchsorted(changes, np.arange(len(gripper)), "right")]]
+    passed = np.searchsorted(changes + FOLLOW, np.arange(len(gripper)), "right")  # (T,)
+    return position[np.append(changes, len(gripper) - 1)[passed]]
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -267,7 +320,11 @@ class ActionData:
         cached = planner and (config.cache or executor.numbers)  # numbers are too few to be worth saving memory
         self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if cached else None
         if executor.numbers:
-            said = self.cached["numbers"].float().flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
+            said = self.cached["numbers"].float()  # (DRAWS, frames, N, K + 1, 5)
+            eye, rays = calibrate(position, said[0, :, 0, 0, 3:].numpy())  # the robot's lowest point now is its fingertips
+            for name, value in {"eye": eye, "rays": rays, "level": self.waypoint[:, 2].mean()}.items():
+                getattr(executor, name).copy_(torch.as_tensor(value))
+            said = executor.place(said.to(executor.eye.device)).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
             executor.said_mean.copy_(said.mean(0))
             executor.said_std.copy_(said.std(0).clamp(min=1e-3))
 

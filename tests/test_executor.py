@@ -67,8 +67,7 @@ def test_loss_equals_a_loop(build):
     squares = {"motion": [], "gripper": []}
     for b, t, c, k in np.ndindex(*said.shape):
         squares["motion" if k < 6 else "gripper"].append((said[b, t, c, k] - batch["action"][b, t, c, k]).item() ** 2)
-    way = [((there[b, t, k] * model.std[k] + model.mean[k] - batch["waypoint"][b, t, k]) / model.std[k]).item() ** 2
-           for b, t, k in np.ndindex(there.shape)]
+    way = [((there[b, t, k] - batch["waypoint"][b, t, k]) / executor.NEAR).item() ** 2 for b, t, k in np.ndindex(there.shape)]
     assert parts == pytest.approx({k: np.mean(v) for k, v in squares.items()} | {"waypoint": np.mean(way)}, rel=1e-3)
     assert loss.item() == pytest.approx(np.mean(squares["motion"] + squares["gripper"]) + 0.3 * np.mean(way), rel=1e-3)
 
@@ -128,22 +127,76 @@ def test_key_points_lie_where_the_feature_is():
 
 @pytest.mark.parametrize("what, objects, times", [("now", 2, 1), ("ahead", 2, 5), ("all", 3, 5)])
 def test_the_explicit_plan_in_numbers(build, what, objects, times):
-    """Standardised by the demonstrations; which objects and times is a flag; noise only in training."""
+    """Which objects and times is a flag; noise only in training, the same for the first look and now."""
     model, actions, _ = build("--plan-form", "explicit", "--numbers", what, "--blur", "2")
-    all_said = actions.cached["numbers"].float()  # (DRAWS, frames, N, K + 1, 5)
-    one = model.eval().choose(all_said.transpose(0, 1))  # (frames, DRAWS, numbers)
-    assert one.shape[-1] == objects * times * 5 and model.numbers == 2 * one.shape[-1]
-    torch.testing.assert_close(one.mean((0, 1)), torch.zeros(one.shape[-1]), atol=1e-2, rtol=0)
-    assert 0.3 < one.std((0, 1)).max() < 1.1 and torch.equal(one, model.choose(all_said.transpose(0, 1)))
-    same = all_said[:1, :1].expand(4000, 1, -1, -1, -1)
-    noise = (model.train().choose(same) - model.eval().choose(same)).view(4000, objects, times, 5)
-    std = model.said_std[executor.NUMBERS[what]]
-    noise = noise * std * 100  # percent of the picture
+    said = actions.cached["numbers"].float()[0, :, None]  # (frames, 1, N, K + 1, 5)
+    heard = model.eval().hear({"first": said, "numbers": said})  # (frames, 1, M, 5)
+    assert heard.shape[2] == 2 * objects * times and model.numbers == 5 * heard.shape[2]
+    first, now = heard.chunk(2, 2)
+    assert torch.equal(first, now) and torch.equal(first.unflatten(2, (objects, times)), said[:, :, *executor.NUMBERS[what]])
+    same = said[:1].expand(4000, 1, -1, -1, -1)
+    noise = model.train().hear({"first": same, "numbers": same}) - heard[:1]
+    noise = 100 * noise.view(4000, 2, objects, times, 5).numpy()  # percent of the picture
     x, lowest, size = noise[..., 0], noise[..., 3], noise[..., 2]
     assert x.std(0).mean() == pytest.approx(np.hypot(2, 1), rel=0.1) and size.std(0).mean() == pytest.approx(1, rel=0.1)
-    between = lambda a, b: np.corrcoef(a[:, 0, 0], b)[0, 1]
-    assert between(x, lowest[:, 0, -1]) > 0.7, "an object's places move together"
-    assert abs(between(x, x[:, 1, 0])) < 0.1 and abs(between(x, noise[:, 0, 0, 1])) < 0.1
+    between = lambda a, b: np.corrcoef(a, b)[0, 1]
+    assert between(x[:, 0, 0, 0], lowest[:, 1, 0, -1]) > 0.7, "an object's places move together"
+    assert abs(between(x[:, 0, 0, 0], x[:, 0, 1, 0])) < 0.1 and abs(between(x[:, 0, 0, 0], noise[:, 0, 0, 0, 1])) < 0.1
+
+
+def test_standardised_by_the_demonstrations(build):
+    model, actions, _ = build("--plan-form", "explicit")
+    said = model.place(actions.cached["numbers"].float()).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
+    torch.testing.assert_close(model.said_mean, said.mean(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.said_std, said.std(0).clamp(min=1e-3), atol=1e-4, rtol=1e-3)
+
+
+def test_the_camera_is_found_by_the_hand():
+    """A hand that moves in front of a known camera, seen with noise and now and then elsewhere altogether."""
+    rng = np.random.default_rng(0)
+    eye, ahead, right = np.array([0.7, 0.1, 1.6]), np.array([-0.8, 0, -0.6]), np.array([0, 1.0, 0])
+    turn = np.stack([right, np.cross(ahead, right), ahead], 1)  # (3, 3) columns: right, down, ahead
+    hand = rng.uniform([-0.3, -0.3, 0.9], [0.2, 0.3, 1.3], (2000, 3))
+    there = (hand - eye) @ turn
+    assert there[:, 2].min() > 0.3
+    seen = 0.5 + 1.2 * there[:, :2] / there[:, 2:] + rng.normal(0, 0.005, (2000, 2))
+    seen[::10] = rng.uniform(0, 1, (200, 2))
+    found, rays = (torch.as_tensor(x, dtype=torch.float32) for x in executor.calibrate(hand, seen))
+    assert np.linalg.norm(found.numpy() - eye) < 0.03
+    exact = torch.as_tensor(0.5 + 1.2 * there[:, :2] / there[:, 2:], dtype=torch.float32)
+    back = executor.ground(exact, found, rays, torch.as_tensor(hand[:, 2:], dtype=torch.float32))
+    assert np.linalg.norm(back.numpy() - hand[:, :2], axis=1).max() < 0.015
+
+
+def test_the_ground_of_a_real_scene(build, videos):
+    """By its own hand alone, from two demonstrations, the executor knows where the plate is to a few centimetres."""
+    eye, rays = (torch.as_tensor(x, dtype=torch.float32) for x in executor.calibrate(*hand_and_fingertips(videos)))
+    masks = torch.as_tensor(videos.arrays["masks"][0][:1].copy()).long()
+    plate = mask_planner.locate(mask_planner.binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
+    there = executor.ground(plate, eye, rays, torch.tensor(0.9)).numpy()
+    assert np.linalg.norm(there - videos.arrays["obs/ee_states"][0][-1, :2]) < 0.15, "where the bowl was set down"
+
+
+def hand_and_fingertips(videos):
+    """Where the hand was felt (F, 3) and, in the true masks, seen (F, 2)."""
+    seen = [mask_planner.locate(mask_planner.binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
+            for m in videos.arrays["masks"]]
+    return np.concatenate([s[:, :3] for s in videos.arrays["obs/ee_states"]]), np.concatenate(seen)
+
+
+def test_what_the_action_head_hears(build):
+    """In training the true waypoint with AIM of noise, when acting its own."""
+    model, actions, _ = build("--plan-form", "explicit")
+    heard = []
+    model.head.register_forward_pre_hook(lambda _, x: heard.append(x[0][..., -3:].detach()))
+    batch = tensors(actions(0))
+    with torch.no_grad():
+        _, there = model.eval()(batch)
+        model.train()(batch)
+    own, true = heard
+    torch.testing.assert_close(own, (there - batch["state"][..., :3]) / executor.NEAR)
+    off = true * executor.NEAR + batch["state"][..., :3] - batch["waypoint"]
+    assert 0 < off.abs().max() < 5 * executor.AIM
 
 
 # --- the frozen planner ---------------------------------------------------------------------------
@@ -217,10 +270,10 @@ def test_batch_is_what_the_file_holds(build, videos):
 
 
 def test_waypoints():
-    """Closes at 2, opens at 5, ends at 7."""
-    gripper, position = np.array([-1, -1, 1, 1, 1, -1, -1, -1]), np.arange(24.0).reshape(8, 3)
-    assert np.array_equal(executor.waypoints(position, gripper)[:, 0] / 3, [2, 2, 5, 5, 5, 7, 7, 7])
-    assert np.array_equal(executor.waypoints(position, -np.ones(8))[:, 0] / 3, [7] * 8)
+    """Closes at 2, opens at 12, ends at 23; the fingers follow for 8 steps each time."""
+    gripper, position = np.repeat([-1, 1, -1], [2, 10, 12]), np.arange(72.0).reshape(24, 3)
+    assert np.array_equal(executor.waypoints(position, gripper)[:, 0] / 3, np.repeat([2, 12, 23], [10, 10, 4]))
+    assert np.array_equal(executor.waypoints(position, -np.ones(24))[:, 0] / 3, [23] * 24)
 
 
 def test_waypoints_are_the_demonstrations_own(build, videos):
@@ -284,11 +337,12 @@ def test_names_tell_runs_apart(build):
                      "mask_executor_d1.pt", "mask_executor_d2_s3.pt"]
 
 
-def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys):
-    argv = [*EXECUTOR, "--steps", "6", "--planner", str(planner_path), "--data", str(data)]
+@pytest.mark.parametrize("plan", PLANS)
+def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys, plan):
+    argv = [*EXECUTOR, "--steps", "6", "--planner", str(planner_path), "--data", str(data), *PLANS[plan]]
     executor.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("executor", "step", [*argv, "--out", str(tmp_path / "broken")])
-    whole, broken = (tmp_path / name / SUITE / "mask_executor_d2.pt" for name in ("whole", "broken"))
+    whole, broken = (tmp_path / name / SUITE / f"{plan}_executor_d2.pt" for name in ("whole", "broken"))
     assert core.load(broken)["step"] == 2
     capsys.readouterr()
     executor.main([*argv, "--out", str(tmp_path / "broken")])
