@@ -120,8 +120,8 @@ class ImageEncoder(nn.Module):
         if not blocks or min(blocks) < 1 or channels % 16:
             fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block per stage, "
                  "channels a multiple of 16")
-        # GroupNorm: BatchNorm's statistics go on moving in a "frozen" encoder, and rollout batches
-        # of one differ from training batches.
+        # differs: GroupNorm, where ResNet has BatchNorm: its statistics go on moving in a "frozen"
+        # encoder, and rollout batches of one differ from training batches.
         norm = lambda width: nn.GroupNorm(width // 16, width)
         stem = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), norm(channels), nn.ReLU(inplace=True),
                 nn.MaxPool2d(3, 2, 1)]
