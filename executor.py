@@ -144,6 +144,66 @@ class MapToken(nn.Module):
         return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
 
 
+class Places(nn.Module):
+    """The explicit plan (ours): what the planner says about places in the picture, heard in metres.
+
+    shape  (N, K + 1, 5) of what its locator says;  chosen  which objects and times of it, see NUMBERS
+    blur   noise in training, percent of the picture's width
+    M = 2 x chosen objects x chosen times things are heard of: as seen at the first look and as seen now.
+    """
+
+    def __init__(self, shape, chosen, blur):
+        super().__init__()
+        self.chosen, self.blur, self.M = chosen, blur, 2 * torch.zeros(shape)[chosen][..., 0].numel()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("std", torch.ones(shape))
+        self.register_buffer("eye", torch.tensor([0.0, 0, 1]))
+        self.register_buffer("rays", torch.diag(torch.tensor([1.0, 1, -1])))
+        self.register_buffer("level", torch.zeros(()))
+
+    def fit(self, said, hand, level):
+        """Finds the camera and the spread of the numbers on the demonstrations.
+
+        said (DRAWS, frames, N, K + 1, 5), hand (frames, 3) metres, level: usual height of a waypoint, metres.
+        """
+        eye, rays = calibrate(hand, said[0, :, 0, 0, 3:].numpy())  # the robot's lowest point now is its fingertips
+        for buffer, value in ((self.eye, eye), (self.rays, rays), (self.level, level)):
+            buffer.copy_(torch.as_tensor(value))
+        said = self.in_metres(said.to(self.eye.device)).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
+        self.mean.copy_(said.mean(0))
+        self.std.copy_(said.std(0).clamp(min=1e-3))
+
+    def in_metres(self, numbers):
+        """(..., 5) in picture units -> the same with both points in metres, as if they lay at the usual height."""
+        points = [ground(numbers[..., k:k + 2], self.eye, self.rays, self.level) for k in (0, 3)]
+        return torch.cat([points[0], numbers[..., 2:3], points[1]], -1)
+
+    def hear(self, first, now):
+        """What the planner said at the first look, when no arm was in front of anything, and says now, (B, T, N, K + 1, 5)
+        each -> (B, T, M, 5) in picture units.
+
+        With noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared by all
+        an object's numbers, as the planner's own errors are; else they would average out.
+        """
+        x = torch.stack([first, now], 2)[:, :, :, *self.chosen]  # (B, T, 2, N', K', 5)
+        if self.training:
+            share = torch.randn_like(x[:, :1, :1, :, :1])  # (B, 1, 1, N', 1, 5)
+            share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
+            share[..., 2] = 0  # ... and the size stays
+            x = x + self.blur / 100 * (share + torch.randn_like(x) / 2)
+        return x.flatten(2, 4)
+
+    def forward(self, heard):
+        """heard (B, T, M, 5) -> standardised numbers (B, T, 5 M)."""
+        mean, std = (v[self.chosen].flatten(0, 1).repeat(2, 1) for v in (self.mean, self.std))  # (M, 5) each
+        return ((self.in_metres(heard) - mean) / std).flatten(2)
+
+    def beside(self, heard, pointer, height):
+        """Where the thing is that `pointer` (B, T, M), which sums to one, points at, seen at `height` (B, T) -> (B, T, 2)."""
+        things = ground(heard[..., :2], self.eye, self.rays, height[..., None, None])  # (B, T, M, 2) metres
+        return (pointer[..., None] * things).sum(2)
+
+
 class Executor(nn.Module):
     """E of eq. 4, one network for every plan."""
     kind = "executor"
@@ -158,10 +218,8 @@ class Executor(nn.Module):
             self.planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, extra["planner"]))
             self.planner.requires_grad_(False)
             W, n = self.planner.config.width, self.planner.n
-            said = torch.zeros(self.planner.locator.N, self.planner.locator.K1, mask_planner.LOCATIONS)
-            self.numbers = 2 * said[NUMBERS[c.numbers]].numel() if c.plan_form == "explicit" else 0
         else:  # behavioural cloning: the same encoder, trained; the goal picture beside the present one says the task
-            self.planner, self.numbers = None, 0
+            self.planner = None
             self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
             W, n = 2 * D, self.encoder.cells(size) ** 2
         if self.look:
@@ -171,27 +229,23 @@ class Executor(nn.Module):
             self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
         if self.planner and c.plan_form == "latent":
             self.latent = MapToken(W, n, D)
-        if self.numbers:
-            self.explicit = nn.Sequential(nn.Linear(self.numbers, D), nn.GELU(), nn.Linear(D, D))
+        self.places = None
+        if self.planner and c.plan_form == "explicit":
+            shape = self.planner.locator.N, self.planner.locator.K1, mask_planner.LOCATIONS
+            self.places = Places(shape, NUMBERS[c.numbers], c.blur)
+            self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))
             self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
         self.state = nn.Linear(8, D)
-        self.tokens = self.look + c.wrist + bool(self.numbers) + 3  # image, wrist, goal, state, plan, action
+        self.tokens = self.look + c.wrist + bool(self.places) + 3  # image, wrist, goal, state, plan, action
         self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
         mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
-        self.pointed = self.numbers // mask_planner.LOCATIONS  # things that the plan names, to which a waypoint may lie
-        self.reach = mlp(D, 3 + self.pointed)
+        self.reach = mlp(D, 3 + (self.places.M if self.places else 0))
         self.head = mlp(D + 3, c.chunk * 7)
         self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
-        if self.numbers:
-            self.register_buffer("said_mean", torch.zeros_like(said))
-            self.register_buffer("said_std", torch.ones_like(said))
-            self.register_buffer("eye", torch.tensor([0.0, 0, 1]))
-            self.register_buffer("rays", torch.diag(torch.tensor([1.0, 1, -1])))
-            self.register_buffer("level", torch.zeros(()))
         self.register_buffer("goals", torch.zeros(len(extra["tasks"]), extra["goals"], size, size, 3, dtype=torch.uint8))
 
     def train(self, mode=True):
@@ -213,29 +267,9 @@ class Executor(nn.Module):
         """The same from encoded pictures x (B, 1 + h, n, D), the goal first; fine (B, C, h', w') of the last frame."""
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
         features = {"image": x[:, -1]} if self.look else {}
-        if not self.numbers:
+        if not self.places:
             return features | {"plan": plan}
         return features | {"numbers": self.planner.locator(self.planner.as_map(plan), fine), "goal_code": x[:, 0].mean(1)}
-
-    def place(self, numbers):
-        """What the planner says, (..., 5) in picture units -> the same with both points in metres on the ground."""
-        points = [ground(numbers[..., k:k + 2], self.eye, self.rays, self.level) for k in (0, 3)]
-        return torch.cat([points[0], numbers[..., 2:3], points[1]], -1)
-
-    def hear(self, batch):
-        """What the explicit plan says at the first look, when no arm was in front of anything, and now:
-        first, numbers (B, T, N, K + 1, 5) -> (B, T, M, 5) in picture units, M = 2 x chosen objects x chosen times.
-
-        ours: with noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared
-        by all an object's numbers, as the planner's own errors are; else they would average out.
-        """
-        x = torch.stack([batch["first"], batch["numbers"]], 2)[:, :, :, *NUMBERS[self.config.numbers]]  # (B, T, 2, N', K', 5)
-        if self.training:
-            share = torch.randn_like(x[:, :1, :1, :, :1])  # (B, 1, 1, N', 1, 5)
-            share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
-            share[..., 2] = 0  # ... and the size stays
-            x = x + self.config.blur / 100 * (share + torch.randn_like(x) / 2)
-        return x.flatten(2, 4)
 
     def forward(self, batch):
         """batch: image, plan (B, T, n, D) or numbers, first (B, T, N, K + 1, 5), goal_code (B, T, D); for cloning frames,
@@ -253,15 +287,11 @@ class Executor(nn.Module):
             tokens.append(self.image(torch.cat([x[:, 0], x[:, 1]], -1)))  # (B, T, D)
         if self.config.wrist:
             tokens.append(self.wrist(encode(self.wrist_encoder, batch["wrist"])))
-        if self.numbers:  # ours: the goal picture's mean token; a place in the picture is another height in another task
+        if self.places:  # ours: the goal picture's mean token; a place in the picture is another height in another task
             tokens.append(self.goal(batch["goal_code"]))
         tokens.append(self.state((batch["state"] - self.mean) / self.std))
-        if self.numbers:
-            heard = self.hear(batch)  # (B, T, M, 5)
-            said, chosen = self.place(heard), NUMBERS[self.config.numbers]
-            mean, std = (v[chosen].flatten(0, 1).repeat(2, 1) for v in (self.said_mean, self.said_std))  # (M, 5) each
-            numbers = ((said - mean) / std).flatten(2)  # (B, T, numbers)
-        plan = self.explicit(numbers) if self.numbers else self.latent(batch["plan"]) if self.planner else None
+        heard = self.places.hear(batch["first"], batch["numbers"]) if self.places else None  # (B, T, M, 5)
+        plan = self.explicit(self.places(heard)) if self.places else self.latent(batch["plan"]) if self.planner else None
         tokens.append(torch.zeros_like(tokens[-1]) if plan is None else plan)
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
         x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
@@ -271,9 +301,8 @@ class Executor(nn.Module):
         # a target further off.  The place is the demonstration's own, where its hand next opens or closes.
         there = self.reach(x).float()  # (B, T, 3 + M)
         there, pointer = there[..., :3] * NEAR + self.mean[:3], there[..., 3:].softmax(-1)  # (B, T, 3) metres, (B, T, M)
-        if self.numbers:  # it lies beside one of the things that the plan names, as seen at the waypoint's height
-            things = ground(heard[..., :2], self.eye, self.rays, there[..., 2, None, None])  # (B, T, M, 2) metres
-            there = there + F.pad((pointer[..., None] * (things - self.mean[:2])).sum(2), (0, 1))  # (B, T, 3)
+        if self.places:  # beside one of the things that the plan names, as seen at the waypoint's height
+            there = there + F.pad(self.places.beside(heard, pointer, there[..., 2]) - self.mean[:2], (0, 1))  # (B, T, 3)
         # In training the true one, with noise: a head that hears a poor guess learns to do without it.
         # differs: ATM's late fusion would give the head the plan's numbers again; with two demonstrations it then learns
         # paths by heart and does not go to the waypoint (success 16 of 50; without the numbers 27 of 50)
@@ -321,16 +350,10 @@ class ActionData:
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
         position, gripper = demos.gather("obs/ee_states", *self.every())[:, :3], demos.gather("actions", *self.every())[:, 6]
         self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b]) for a, b in zip(demos.start, demos.start[1:])])
-        cached = planner and (config.cache or executor.numbers)  # numbers are too few to be worth saving memory
+        cached = planner and (config.cache or executor.places)  # numbers are too few to be worth saving memory
         self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if cached else None
-        if executor.numbers:
-            said = self.cached["numbers"].float()  # (DRAWS, frames, N, K + 1, 5)
-            eye, rays = calibrate(position, said[0, :, 0, 0, 3:].numpy())  # the robot's lowest point now is its fingertips
-            for name, value in {"eye": eye, "rays": rays, "level": self.waypoint[:, 2].mean()}.items():
-                getattr(executor, name).copy_(torch.as_tensor(value))
-            said = executor.place(said.to(executor.eye.device)).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
-            executor.said_mean.copy_(said.mean(0))
-            executor.said_std.copy_(said.std(0).clamp(min=1e-3))
+        if executor.places:
+            executor.places.fit(self.cached["numbers"].float(), position, self.waypoint[:, 2].mean())
 
     def every(self):
         """All frames of the demonstrations: episode (frames,), t (frames,)."""
@@ -386,7 +409,7 @@ class ActionData:
         if self.cached:
             # float16 in memory; the networks expect what autocast or float32 gives
             batch |= {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
-            if self.executor.numbers:
+            if self.executor.places:
                 first = self.cached["numbers"][draw, self.demos.start[episode]].float()  # (B, N, K + 1, 5)
                 batch["first"] = first[:, None].expand_as(batch["numbers"])
             return batch
@@ -428,7 +451,7 @@ class Policy:
             h = self.executor.planner.config.history
             self.frames = (self.frames or [picture] * h)[1 - h:] + [picture] if h > 1 else [picture]
             now |= self.executor.features(torch.stack(self.frames, 1), self.goal[None])
-            if self.executor.numbers:
+            if self.executor.places:
                 self.first = now["numbers"] if self.first is None else self.first
                 now["first"] = self.first
         else:

@@ -130,12 +130,12 @@ def test_the_explicit_plan_in_numbers(build, what, objects, times):
     """Which objects and times is a flag; noise only in training, the same for the first look and now."""
     model, actions, _ = build("--plan-form", "explicit", "--numbers", what, "--blur", "2")
     said = actions.cached["numbers"].float()[0, :, None]  # (frames, 1, N, K + 1, 5)
-    heard = model.eval().hear({"first": said, "numbers": said})  # (frames, 1, M, 5)
-    assert heard.shape[2] == 2 * objects * times and model.numbers == 5 * heard.shape[2]
+    heard = model.eval().places.hear(said, said)  # (frames, 1, M, 5)
+    assert heard.shape[2] == 2 * objects * times == model.places.M
     first, now = heard.chunk(2, 2)
     assert torch.equal(first, now) and torch.equal(first.unflatten(2, (objects, times)), said[:, :, *executor.NUMBERS[what]])
     same = said[:1].expand(4000, 1, -1, -1, -1)
-    noise = model.train().hear({"first": same, "numbers": same}) - heard[:1]
+    noise = model.train().places.hear(same, same) - heard[:1]
     noise = 100 * noise.view(4000, 2, objects, times, 5).numpy()  # percent of the picture
     x, lowest, size = noise[..., 0], noise[..., 3], noise[..., 2]
     assert x.std(0).mean() == pytest.approx(np.hypot(2, 1), rel=0.1) and size.std(0).mean() == pytest.approx(1, rel=0.1)
@@ -146,9 +146,25 @@ def test_the_explicit_plan_in_numbers(build, what, objects, times):
 
 def test_standardised_by_the_demonstrations(build):
     model, actions, _ = build("--plan-form", "explicit")
-    said = model.place(actions.cached["numbers"].float()).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
-    torch.testing.assert_close(model.said_mean, said.mean(0), atol=1e-4, rtol=0)
-    torch.testing.assert_close(model.said_std, said.std(0).clamp(min=1e-3), atol=1e-4, rtol=1e-3)
+    said = model.places.in_metres(actions.cached["numbers"].float()).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
+    torch.testing.assert_close(model.places.mean, said.mean(0), atol=1e-4, rtol=0)
+    torch.testing.assert_close(model.places.std, said.std(0).clamp(min=1e-3), atol=1e-4, rtol=1e-3)
+    now = actions.cached["numbers"].float()[0, :, None]
+    numbers = model.eval().places(model.places.hear(now, now))  # (frames, 1, 5 M)
+    assert numbers.shape[-1] == 5 * model.places.M and numbers.mean(0).abs().max() < 0.5
+
+
+def test_a_waypoint_is_beside_what_is_pointed_at(build):
+    """Looking straight down from 2 m, the picture as wide as 1 m on the ground."""
+    model, _, _ = build("--plan-form", "explicit")
+    places = model.places
+    places.eye.copy_(torch.tensor([0.0, 0, 2]))
+    places.rays.copy_(torch.tensor([[0.5, 0, 0], [0, 0.5, 0], [0, 0, -1]]))
+    heard = torch.rand(1, 1, places.M, 5)
+    pointer = torch.eye(places.M)[2].expand(1, 1, -1)
+    for height, scale in ((0.0, 1.0), (1.0, 0.5)):
+        there = places.beside(heard, pointer, torch.tensor([[height]]))
+        torch.testing.assert_close(there[0, 0], (heard[0, 0, 2, :2] - 0.5) * scale)
 
 
 def test_the_camera_is_found_by_the_hand():
