@@ -170,10 +170,10 @@ def wilson(k, n, z=1.96):
 
 
 def commit():
-    """The source's git commit, '+' if changed since; None outside a repository."""
+    """The source's git commit, '+' if the code was changed since; None outside a repository."""
     git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True,
                                         cwd=Path(__file__).parent).stdout.strip()
-    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno")) or None
+    return git("rev-parse", "--short", "HEAD") + "+" * bool(git("status", "--porcelain", "-uno", "*.py")) or None
 
 
 def result(config, checkpoint, suite, outcomes, seconds):

@@ -200,6 +200,20 @@ def hand_and_fingertips(videos):
     return np.concatenate([s[:, :3] for s in videos.arrays["obs/ee_states"]]), np.concatenate(seen)
 
 
+def test_the_hand_is_felt_with_noise_in_training_only(build):
+    for flags, noise in ((["--plan-form", "explicit"], executor.FEEL), ([], 0)):
+        model, actions, _ = build(*flags, "--batch", "64")
+        heard = []
+        model.state.register_forward_pre_hook(lambda _, x: heard.append(x[0] * model.std + model.mean))
+        batch = tensors(actions(0))
+        with torch.no_grad():
+            model.eval()(batch)
+            model.train()(batch)
+        off = heard[1] - heard[0]
+        torch.testing.assert_close(heard[0], batch["state"], atol=1e-5, rtol=0)
+        assert off[..., :3].std().item() == pytest.approx(noise, rel=0.3, abs=1e-6) and off[..., 3:].abs().max() < 1e-5
+
+
 def test_what_the_action_head_hears(build):
     """In training the true waypoint with AIM of noise, when acting its own."""
     model, actions, _ = build("--plan-form", "explicit")
