@@ -7,6 +7,9 @@
 The executor E (eq. 4) sees the last h steps of third-person picture (through the frozen planner's encoder), wrist
 picture (through its own), robot state and plan, and says the next actions.  Frozen outputs are computed once.
 
+Measured at the laptop preset on libero_spatial, 3,000 steps on one CPU core: explicit 0.8 minutes, latent 2.3, cloning
+5.4; success with ten demonstrations per task 86, 74 and 64 %, with two 47, 35 and 27 % (README has the intervals).
+
 Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk, G goals per frame.
 """
 from dataclasses import dataclass
@@ -40,7 +43,7 @@ DRAWS = 3  # goals per training frame for which the frozen planner's plan is cac
 @dataclass
 class Config:
     planner: str = flag("", "checkpoint of stage 1, or none: behavioural cloning")
-    plan_form: str = flag("latent", "latent: the plan tokens (the paper); explicit: where the objects will be, in numbers",
+    plan_form: str = flag("latent", "latent: the plan tokens (the paper); explicit: where the objects are, in metres",
                           choices=["latent", "explicit"])
     suite: str = flag("libero_spatial", "suite, for --planner none; otherwise the planner's")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the planner's, or all")
