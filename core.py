@@ -10,8 +10,10 @@ Sizes: B batch, L tokens, D width, H W pixels, h w cells of the feature map.
 """
 
 import argparse
+import copy
 import dataclasses
 import errno
+import io
 import json
 import math
 import os
@@ -21,7 +23,6 @@ import time
 import types
 import typing
 import zipfile
-from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -164,38 +165,33 @@ def count(model):
 # --- checkpoints ----------------------------------------------------------------------------------
 
 
-@contextmanager
-def full_disk_is_one_line(path):
-    """A full disk is the user's to solve; any other error is ours to show."""
+def write(path, content, append=False):
+    """Bytes or text to a file, all or nothing: a run killed here leaves the previous file whole.
+    `append`: behind what is there, instead."""
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = path if append else path + ".tmp"
     try:
-        yield
+        with open(part, "ab" if append else "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if not append:
+                os.fsync(file.fileno())     # else a power cut can leave the new name without its data
     except OSError as error:
+        if not append:
+            os.remove(part)
         if error.errno != errno.ENOSPC:
             raise
         fail(f"disk full while writing {path}, what was there is untouched; free space, run again")
+    if not append:
+        os.replace(part, path)
 
 
 def save(path, **content):
-    """Write all or nothing: a run killed here leaves the previous file whole."""
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    with full_disk_is_one_line(path):
-        try:
-            with open(path + ".tmp", "wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())     # else a power cut can leave the new name without its data
-        except OSError:
-            os.remove(path + ".tmp")
-            raise
-    os.replace(path + ".tmp", path)
-
-
-def write_text(path, text):
-    """Write a text file all or nothing."""
-    with full_disk_is_one_line(path), open(f"{path}.tmp", "w") as file:
-        file.write(text)
-    os.replace(f"{path}.tmp", path)
+    """Write a checkpoint."""
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
 
 
 def load(path, kind=None, made_by=None):
@@ -205,10 +201,8 @@ def load(path, kind=None, made_by=None):
         fail(f"{path} does not exist" + (f"; make it with: {made_by}" if made_by else ""))
     broken = f"{path} is damaged or no checkpoint; delete it and make it again"
     broken += f" with: {made_by}" if made_by else ""
-    if not zipfile.is_zipfile(path):    # a truncated file too: a zip's directory is at its end
-        fail(broken)
     try:
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(path) as file:     # a truncated file too: a zip's directory is at its end
             if file.testzip():      # torch.load checks no checksum: changed bytes would be weights
                 fail(broken)
         # weights_only runs no code that the file brings
@@ -218,9 +212,24 @@ def load(path, kind=None, made_by=None):
     if not isinstance(content, dict):
         fail(broken)
     if kind is not None and content.get("kind") != kind:
-        fail(f"{path} holds a {content.get('kind')}, but a {kind} is needed here")
+        fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind '{kind}' is needed here")
     if "version" in content and content["version"] != VERSION:
         fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
+    return content
+
+
+def resume(model, config, path):
+    """Load the weights at `path` into the model, if there are any. -> that checkpoint or None."""
+    if not os.path.exists(path):
+        return None
+    content = load(path, kind=model.kind)
+    old, new = content["config"], as_dict(config)
+    differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in old | new
+                 if k not in FREE_FIELDS and old.get(k) != new.get(k)]
+    if differing:
+        fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
+             "choose another --out, or delete that file")
+    model.load_state_dict(content["model"])
     return content
 
 
@@ -250,6 +259,26 @@ def learning_rate(done, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+def make_optimizer(model, config, fused):
+    """AdamW over the trainable parameters, without decay on biases and norms (the 1-D ones)."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return torch.optim.AdamW([
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ], lr=config.lr, fused=fused)
+
+
+@torch.no_grad()
+def update_average(average, model, decay, done):
+    """Move the averaged copy of the model towards it, after step `done`."""
+    # The plain formula would leave a short run with an average of mostly its random start.
+    decay = min(decay, (done + 1) / (done + 10))
+    for slow, p in zip(average.parameters(), model.parameters()):
+        slow.lerp_(p, 1 - decay)
+    for slow, value in zip(average.buffers(), model.buffers()):
+        slow.copy_(value)
+
+
 def join_processes(config):
     """Join the other processes if torchrun started this one. -> (rank, world, device)."""
     device = torch.device(config.device or default_device())
@@ -261,15 +290,6 @@ def join_processes(config):
     if not dist.is_initialized():       # once per process: a second group can race with the first
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     return dist.get_rank(), dist.get_world_size(), device
-
-
-def last_seconds(checkpoint):
-    """Training time in seconds, from the log beside a checkpoint; None without one."""
-    log = os.fspath(checkpoint).removesuffix(".pt") + ".jsonl"
-    if not os.path.exists(log):
-        return None
-    with open(log) as file:
-        return json.loads(file.readlines()[-1])["seconds"]
 
 
 def average_gradients(parameters, world):
@@ -284,63 +304,23 @@ def average_gradients(parameters, world):
         p.grad.copy_(grad.view(p.shape))
 
 
-def resume(model, config, path):
-    """Load the weights at `path` into the model, if there are any. -> that checkpoint or None."""
-    if not os.path.exists(path):
-        return None
-    content = load(path, kind=model.kind)
-    old, new = content["config"], as_dict(config)
-    differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in old | new
-                 if k not in FREE_FIELDS and old.get(k) != new.get(k)]
-    if differing:
-        fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
-             "choose another --out, or delete that file")
-    model.load_state_dict(content["model"])
-    return content
-
-
-def make_optimizer(model, config, fused):
-    """AdamW over the trainable parameters, without decay on biases and norms (the 1-D ones)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ], lr=config.lr, fused=fused)
-
-
-def moving_average(model):
-    """A state_dict whose trainable weights are copies; the rest stays shared with the model."""
-    moving = {n for n, p in model.named_parameters(remove_duplicate=False) if p.requires_grad}
-    return {n: v.clone() if n in moving else v for n, v in model.state_dict().items()}
-
-
-@torch.no_grad()
-def update_average(average, model, decay, done):
-    # The plain formula would leave a short run with an average of mostly its random start.
-    decay = min(decay, (done + 1) / (done + 10))
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if p.requires_grad:
-            average[name].lerp_(p, 1 - decay)
-
-
-def draw(model, average, picture, path):
-    """Save picture(model), with averaged weights if there are any; fp32, as numpy has no bf16."""
-    import imageio.v3 as imageio
-    live = {name: value.clone() for name, value in model.state_dict().items()}
-    if average:
-        model.load_state_dict(average)
-    model.eval()
-    with torch.no_grad():
-        png = imageio.imwrite("<bytes>", picture(model), extension=".png")  # of (H, W, 3) uint8
-    with full_disk_is_one_line(path), open(path, "wb") as file:
-        file.write(png)
-    model.load_state_dict(live)
-    model.train()
-
-
 def say(line):
     tqdm.write(line)        # above the progress bar, not through it
     sys.stdout.flush()
+
+
+def read_log(path):
+    """The rows of <run>.jsonl, as dicts; none without one. A kill can have cut the last line."""
+    if not os.path.exists(path):
+        return []
+    with open(path) as file:
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def last_seconds(checkpoint):
+    """Training time in seconds, from the log beside a checkpoint; None without one."""
+    rows = read_log(os.fspath(checkpoint).removesuffix(".pt") + ".jsonl")
+    return rows[-1]["seconds"] if rows else None
 
 
 class Log:
@@ -348,68 +328,30 @@ class Log:
 
     def __init__(self, path, done, config):
         """Keep the lines up to step `done`: a resumed run writes the later ones again."""
-        self.path, self.config, self.rows = path, config, []
-        self.first, self.begin, self.samples, self.before = done, time.time(), 0, 0.0
-        kept = []
+        self.path, self.config, self.rows, self.samples = path, config, [], 0
+        kept = [row for row in read_log(path) if row["step"] <= done]
         if os.path.exists(path):
-            with open(path) as file:
-                # A kill can cut the last line.
-                whole = [json.loads(line) for line in file if line.endswith("\n")]
-            kept = [row for row in whole if row["step"] <= done]
-        if kept:
-            self.before = kept[-1]["seconds"]
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with full_disk_is_one_line(path), open(path + ".tmp", "w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in kept)
-        os.replace(path + ".tmp", path)
+            write(path, "".join(json.dumps(row) + "\n" for row in kept))
+        self.first, self.begin = done, time.time() - (kept[-1]["seconds"] if kept else 0)
 
     def step(self, done, row, samples):
         """After every step: `row` = loss and parts, `samples` = size of the batch."""
-        steps, left = done - self.first, self.config.steps - done
+        left, now = self.config.steps - done, time.time()
         self.rows.append(row)
         self.samples += samples
-        if steps == 1:
-            self.warm = time.time()     # the first step also pays for kernels and caches
-        if steps == 11 and left:
-            pace = (time.time() - self.warm) / 10
+        if done == self.first + 1:      # the first step also pays for kernels and caches
+            self.warm = now
+        if done == self.first + 11 and left:
+            pace = (now - self.warm) / 10
             say(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
         if done % self.config.log_every and left:
             return
-        seconds = time.time() - self.begin
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
-        line |= {"lr": learning_rate(done - 1, self.config),
-                 "seconds": round(self.before + seconds, 2),
-                 "samples_per_second": round(self.samples / seconds, 1)}
+        line |= {"lr": learning_rate(done - 1, self.config), "seconds": round(now - self.begin, 2),
+                 "samples_per_second": round((self.samples - samples) / max(now - self.warm, 1e-9), 1)}
         self.rows = []
         say(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
-        with full_disk_is_one_line(self.path), open(self.path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def start(model, config, path, note, rank, world, device):
-    """Weights, optimiser, average: as left at `path`, or new -> (optimizer, average, done)."""
-    model.to(device).train()
-    content = resume(model, config, path)
-    if world > 1:
-        for value in model.state_dict().values():       # each process drew its own random weights
-            whole = value.contiguous()
-            dist.broadcast(whole, 0)
-            value.copy_(whole)
-    optimizer = make_optimizer(model, config, fused=device.type == "cuda")
-    average = moving_average(model) if config.ema else None
-    done = content["step"] if content else 0
-    if content:
-        optimizer.load_state_dict(content["optimizer"])
-        for name in average or ():
-            average[name].copy_(content["ema"][name])
-    if rank == 0:
-        say(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
-            + f": {count(model):,} trainable parameters, {config.steps} steps"
-            + (f", {note}" if note else "") + f" -> {path}")
-        if done:
-            state = "continuing" if done < config.steps else "finished, nothing to do"
-            say(f"{path} is at step {done}: {state}")
-    return optimizer, average, done
+        write(self.path, json.dumps(line) + "\n", append=True)
 
 
 def fit(model, batches, config, path, picture=None, note="", extra=None):
@@ -422,13 +364,30 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
     """
     path = os.fspath(path)
     rank, world, device = join_processes(config)
-    optimizer, average, done = start(model, config, path, note, rank, world, device)
+    model.to(device).train()
+    content = resume(model, config, path)
+    done = content["step"] if content else 0
+    if world > 1:
+        for value in model.state_dict().values():       # each process drew its own random weights
+            dist.broadcast(whole := value.contiguous(), 0)
+            value.copy_(whole)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    run, log = path.removesuffix(".pt"), None
-    if rank == 0 and done < config.steps:
-        log = Log(run + ".jsonl", done, config)
-    bar = tqdm(total=config.steps, initial=done, unit="step",
-               disable=rank > 0 or done >= config.steps or not sys.stderr.isatty())
+    optimizer = make_optimizer(model, config, fused=device.type == "cuda")
+    average = copy.deepcopy(model).eval() if config.ema else None
+    if content:
+        optimizer.load_state_dict(content["optimizer"])
+        if average:
+            average.load_state_dict(content["ema"])
+    if rank == 0:
+        say(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
+            + f": {count(model):,} trainable parameters, {config.steps} steps"
+            + (f", {note}" if note else "") + f" -> {path}")
+        if done:
+            state = "continuing" if done < config.steps else "finished, nothing to do"
+            say(f"{path} is at step {done}: {state}")
+    run = path.removesuffix(".pt")
+    log = Log(run + ".jsonl", done, config) if rank == 0 and done < config.steps else None
+    bar = tqdm(total=config.steps, initial=done, unit="step", disable=not log or not sys.stderr.isatty())
     while done < config.steps:
         # Seeded per step, dropout and noise leave no generator state to store in the checkpoint.
         torch.manual_seed((config.seed << 32) + done * world + rank)
@@ -456,15 +415,19 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
             log.step(done, row, world * len(next(iter(batch.values()))))
         if log and (done % config.save_every == 0 or done == config.steps):
             save(path, kind=model.kind, config=as_dict(config), model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), ema=average, step=done, version=VERSION,
-                 extra=extra)
-            if picture:
-                draw(model, average, picture, run + ".png")
+                 optimizer=optimizer.state_dict(), ema=average and average.state_dict(), step=done,
+                 version=VERSION, extra=extra)
+            if picture:     # in fp32, as numpy has no bf16
+                import imageio.v3 as imageio
+                with torch.no_grad():
+                    pixels = picture((average or model).eval())
+                write(run + ".png", imageio.imwrite("<bytes>", pixels, extension=".png"))
+                model.train()
     bar.close()
     if dist.is_initialized():
         dist.barrier()          # nobody reads the file before it is written
     if average:
-        model.load_state_dict(average)
+        model.load_state_dict(average.state_dict())
     return model.eval()
 
 

@@ -35,8 +35,6 @@ AIM = 0.005  # metres, noise on the waypoint that the action head hears in train
 # networks go by the few absolute paths they have seen: two demonstrations, second training seed, 19 of 100, with it 51
 FEEL = 0.01
 NEAR = 0.1  # metres, the unit in which the heads hear and say ways
-# --numbers -> which objects (robot first) and which times (now first) of the explicit plan
-NUMBERS = {"now": (slice(1, None), slice(1)), "ahead": (slice(1, None), slice(None)), "all": (slice(None), slice(None))}
 DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
 
 
@@ -56,14 +54,10 @@ class Config:
     blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of its own image encoders")
     channels: int | None = flag(None, "channels of their first stage, doubled at each next one", minimum=16)
     history: int | None = flag(None, "looks h that the executor remembers", minimum=1)
-    numbers: str = flag("now", "what the explicit plan says: now, where the task's objects are; ahead, also where they "
-                        "will be; all, also the robot", choices=list(NUMBERS))
-    blur: float = flag(1.0, "noise on these numbers in training, percent of the picture's width", minimum=0)
+    blur: float = flag(1.0, "noise on the explicit plan in training, percent of the picture's width", minimum=0)
     # ours: chunks.  In a prototype on one task, executing 1, 4 or 8 of 8 actions solved 5, 7 and 1 of 10 scenes
     chunk: int = flag(8, "actions predicted at once (1: the paper)", minimum=1)
     execute: int = flag(4, "of these, actions executed before the next look", minimum=1)
-    third_person: bool | None = flag(None, "third-person picture as input; by default not with the explicit plan")
-    wrist: bool | None = flag(None, "wrist picture as input; by default not with the explicit plan")
     dropout: float = flag(0.0, "in the transformer", minimum=0)
     # 46 ms per step with the latent plan on one core, 85 without: the wrist's own encoder is trained in both
     cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
@@ -153,18 +147,18 @@ class MapToken(nn.Module):
 
 
 class Places(nn.Module):
-    """The explicit plan (ours): what the planner says about places in the picture, heard in metres.
+    """The explicit plan (ours): what the planner's locator says about places in the picture, heard in metres.
 
-    shape  (N, K + 1, 5) of what its locator says;  chosen  which objects and times of it, see NUMBERS
-    blur   noise in training, percent of the picture's width
-    M = 2 x chosen objects x chosen times things are heard of: as seen at the first look and as seen now.
+    N  objects, robot first;  blur  noise in training, percent of the picture's width
+    M = 2 (N - 1) things are heard of: the task's objects as seen at the first look and as seen now.  The robot's own
+    place and the future are left out: with them the policy follows its own echo.
     """
 
-    def __init__(self, shape, chosen, blur):
+    def __init__(self, N, blur):
         super().__init__()
-        self.chosen, self.blur, self.M = chosen, blur, 2 * torch.zeros(shape)[chosen][..., 0].numel()
-        self.register_buffer("mean", torch.zeros(shape))
-        self.register_buffer("std", torch.ones(shape))
+        self.blur, self.M = blur, 2 * (N - 1)
+        self.register_buffer("mean", torch.zeros(N - 1, mask_planner.LOCATIONS))
+        self.register_buffer("std", torch.ones(N - 1, mask_planner.LOCATIONS))
         self.register_buffer("eye", torch.tensor([0.0, 0, 1]))
         self.register_buffer("rays", torch.diag(torch.tensor([1.0, 1, -1])))
         self.register_buffer("level", torch.zeros(()))
@@ -172,12 +166,12 @@ class Places(nn.Module):
     def fit(self, said, hand, level):
         """Finds the camera and the spread of the numbers on the demonstrations.
 
-        said (DRAWS, frames, N, K + 1, 5), hand (frames, 3) metres, level: usual height of a waypoint, metres.
+        said (DRAWS, frames, N, 5), hand (frames, 3) metres, level: usual height of a waypoint, metres.
         """
-        eye, rays = calibrate(hand, said[0, :, 0, 0, 3:].numpy())  # the robot's lowest point now is its fingertips
+        eye, rays = calibrate(hand, said[0, :, 0, 3:].numpy())  # the robot's lowest point is its fingertips
         for buffer, value in ((self.eye, eye), (self.rays, rays), (self.level, level)):
             buffer.copy_(torch.as_tensor(value))
-        said = self.in_metres(said.to(self.eye.device)).flatten(0, 1)  # (DRAWS frames, N, K + 1, 5)
+        said = self.in_metres(said[:, :, 1:].to(self.eye.device)).flatten(0, 1)  # (DRAWS frames, N - 1, 5)
         self.mean.copy_(said.mean(0))
         self.std.copy_(said.std(0).clamp(min=1e-3))
 
@@ -187,24 +181,23 @@ class Places(nn.Module):
         return torch.cat([points[0], numbers[..., 2:3], points[1]], -1)
 
     def hear(self, first, now):
-        """What the planner said at the first look, when no arm was in front of anything, and says now, (B, T, N, K + 1, 5)
-        each -> (B, T, M, 5) in picture units.
+        """What the planner said at the first look, when no arm was in front of anything, and says now, (B, T, N, 5) each
+        -> (B, T, M, 5) in picture units.
 
         With noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared by all
         an object's numbers, as the planner's own errors are; else they would average out.
         """
-        x = torch.stack([first, now], 2)[:, :, :, *self.chosen]  # (B, T, 2, N', K', 5)
+        x = torch.stack([first, now], 2)[..., 1:, :]  # (B, T, 2, N - 1, 5)
         if self.training:
-            share = torch.randn_like(x[:, :1, :1, :, :1])  # (B, 1, 1, N', 1, 5)
+            share = torch.randn_like(x[:, :1, :1])  # (B, 1, 1, N - 1, 5)
             share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
             share[..., 2] = 0  # ... and the size stays
             x = x + self.blur / 100 * (share + torch.randn_like(x) / 2)
-        return x.flatten(2, 4)
+        return x.flatten(2, 3)
 
     def forward(self, heard):
         """heard (B, T, M, 5) -> standardised numbers (B, T, 5 M)."""
-        mean, std = (v[self.chosen].flatten(0, 1).repeat(2, 1) for v in (self.mean, self.std))  # (M, 5) each
-        return ((self.in_metres(heard) - mean) / std).flatten(2)
+        return ((self.in_metres(heard) - self.mean.repeat(2, 1)) / self.std.repeat(2, 1)).flatten(2)
 
     def beside(self, heard, pointer, height):
         """Where the thing is that `pointer` (B, T, M), which sums to one, points at, seen at `height` (B, T) -> (B, T, 2)."""
@@ -220,8 +213,7 @@ class Executor(nn.Module):
         """extra  what else the checkpoint holds: planner's config or None, suite, tasks, size, goals per task."""
         super().__init__()
         self.config, self.extra = config, extra
-        c, self.look = config, config.third_person
-        size, D = extra["size"], c.width
+        c, size, D = config, extra["size"], config.width
         if extra["planner"]:
             self.planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, extra["planner"]))
             self.planner.requires_grad_(False)
@@ -230,21 +222,19 @@ class Executor(nn.Module):
             self.planner = None
             self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
             W, n = 2 * D, self.encoder.cells(size) ** 2
-        if self.look:
-            self.image = MapToken(W, n, D)
-        if c.wrist:
-            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
-            self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
-        if self.planner and c.plan_form == "latent":
-            self.latent = MapToken(W, n, D)
         self.places = None
         if self.planner and c.plan_form == "explicit":
-            shape = self.planner.locator.N, self.planner.locator.K1, mask_planner.LOCATIONS
-            self.places = Places(shape, NUMBERS[c.numbers], c.blur)
+            # ours: no pictures beside the plan in numbers: they are more to overfit, and nine tenths of the time
+            self.places = Places(self.planner.locator.N, c.blur)
             self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))
             self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
+        else:
+            self.image = MapToken(W, n, D)
+            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
+            self.latent = MapToken(W, n, D) if self.planner else None
         self.state = nn.Linear(8, D)
-        self.tokens = self.look + c.wrist + bool(self.places) + 3  # image, wrist, goal, state, plan, action
+        self.tokens = 4 if self.places else 5  # goal, or image and wrist; state, plan, action
         self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
@@ -265,8 +255,7 @@ class Executor(nn.Module):
     @torch.no_grad()
     def features(self, frames, goal):
         """What the frozen planner says.  frames (B, h, H, W, 3) uint8 as it wants them, goal (B, H, W, 3) uint8 ->
-        {"image": (B, n, D)} of the last frame and {"plan": (B, n, D)} or {"numbers": (B, N, K + 1, 5),
-        "goal_code": (B, D)}."""
+        {"image", of the last frame, "plan": (B, n, D)}, or {"numbers": (B, N, 5), "goal_code": (B, D)}."""
         x, fine = self.planner.encode(frames, fine=True)
         return self.features_of(torch.cat([self.planner.encode(goal)[:, None], x], 1), fine[:, -1])
 
@@ -274,36 +263,33 @@ class Executor(nn.Module):
     def features_of(self, x, fine):
         """The same from encoded pictures x (B, 1 + h, n, D), the goal first; fine (B, C, h', w') of the last frame."""
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
-        features = {"image": x[:, -1]} if self.look else {}
         if not self.places:
-            return features | {"plan": plan}
-        return features | {"numbers": self.planner.locator(self.planner.as_map(plan), fine), "goal_code": x[:, 0].mean(1)}
+            return {"image": x[:, -1], "plan": plan}
+        return {"numbers": self.planner.locator(self.planner.as_map(plan), fine)[:, :, 0], "goal_code": x[:, 0].mean(1)}
 
     def forward(self, batch):
-        """batch: image, plan (B, T, n, D) or numbers, first (B, T, N, K + 1, 5), goal_code (B, T, D); for cloning frames,
-        goal (B, T, H, W, 3) uint8; wrist (B, T, H, W, 3) uint8; state (B, T, 8); in training waypoint (B, T, 3)
-        -> actions (B, T, C, 7) in about [-1, 1], waypoint (B, T, 3) in metres."""
+        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan numbers, first (B, T, N, 5),
+        goal_code (B, T, D); else wrist (B, T, H, W, 3) uint8 and image, plan (B, T, n, D) or, for cloning, frames,
+        goal (B, T, H, W, 3) uint8 -> actions (B, T, C, 7) in about [-1, 1], waypoint (B, T, 3) in metres."""
         B, T = batch["state"].shape[:2]
-        shift = random_shift if self.training else lambda images: images
-        encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2).unflatten(0, (B, T))
-        tokens = []
-        if self.look and self.planner:
-            tokens.append(self.image(batch["image"]))  # (B, T, D)
-        elif self.look:
-            both = torch.cat([batch["frames"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
-            x = self.encoder(shift(both.flatten(0, 1))).flatten(2).transpose(1, 2).unflatten(0, (B, 2, T))
-            tokens.append(self.image(torch.cat([x[:, 0], x[:, 1]], -1)))  # (B, T, D)
-        if self.config.wrist:
-            tokens.append(self.wrist(encode(self.wrist_encoder, batch["wrist"])))
-        if self.places:  # ours: the goal picture's mean token; a place in the picture is another height in another task
-            tokens.append(self.goal(batch["goal_code"]))
-        state = batch["state"]
-        if self.places and self.training:  # roughly where the hand is: how far from the waypoint, the head hears exactly
-            state = state + F.pad(FEEL * torch.randn_like(state[..., :3]), (0, 5))
-        tokens.append(self.state((state - self.mean) / self.std))
-        heard = self.places.hear(batch["first"], batch["numbers"]) if self.places else None  # (B, T, M, 5)
-        plan = self.explicit(self.places(heard)) if self.places else self.latent(batch["plan"]) if self.planner else None
-        tokens.append(torch.zeros_like(tokens[-1]) if plan is None else plan)
+        state, heard = batch["state"], None
+        if self.places:
+            if self.training:  # roughly where the hand is: how far from the waypoint, the head hears exactly
+                state = state + F.pad(FEEL * torch.randn_like(state[..., :3]), (0, 5))
+            heard = self.places.hear(batch["first"], batch["numbers"])  # (B, T, M, 5)
+            # ours: the goal picture's mean token; a place in the picture is another height in another task
+            tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))  # (B, T, D) each
+        else:
+            shift = random_shift if self.training else lambda images: images
+            encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)  # (B T, n, D)
+            if self.planner:
+                image, plan = batch["image"], self.latent(batch["plan"])
+            else:
+                both = torch.cat([batch["frames"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
+                x = encode(self.encoder, both).unflatten(0, (B, 2, T))
+                image, plan = torch.cat([x[:, 0], x[:, 1]], -1), torch.zeros(B, T, self.config.width, device=x.device)
+            tokens = [self.image(image), self.wrist(encode(self.wrist_encoder, batch["wrist"]).unflatten(0, (B, T)))]
+        tokens += [self.state((state - self.mean) / self.std), plan]
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
         x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
         L = T * self.tokens
@@ -415,13 +401,13 @@ class ActionData:
         ahead = past[..., None] + np.arange(c.chunk)  # (B, T, C)
         batch = {"state": np.concatenate([self.demos.gather(k, e, past) for k in STATE], -1),
                  "action": self.demos.gather("actions", e[..., None], ahead), "waypoint": self.waypoint[row]}
-        if c.wrist:
+        if not self.executor.places:
             batch["wrist"] = self.demos.gather("obs/eye_in_hand_rgb", e, past)
         if self.cached:
             # float16 in memory; the networks expect what autocast or float32 gives
             batch |= {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
             if self.executor.places:
-                first = self.cached["numbers"][draw, self.demos.start[episode]].float()  # (B, N, K + 1, 5)
+                first = self.cached["numbers"][draw, self.demos.start[episode]].float()  # (B, N, 5)
                 batch["first"] = first[:, None].expand_as(batch["numbers"])
             return batch
         frames, goal = self.frames(row), self.goal_of(row, draw[:, None])
@@ -455,7 +441,7 @@ class Policy:
             return self.queue.pop(0)
         tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
         state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
-        now = {"state": tensor(state)} | ({"wrist": tensor(frame["eye_in_hand_rgb"])} if self.c.wrist else {})
+        now = {"state": tensor(state)} | ({} if self.executor.places else {"wrist": tensor(frame["eye_in_hand_rgb"])})
         picture = tensor(frame["agentview_rgb"])
         if self.executor.planner:
             # the planner's own history, at its own stride, when this executor looks that often
@@ -491,11 +477,7 @@ def build(config):
         planner = mask_planner.load_planner(config.planner, config.device)
         config.suite, config.demos = planner.config.suite, planner.config.demos
         config.tasks = config.tasks or planner.config.tasks
-    # ours: beside the plan in numbers and the robot's state, pictures are more to overfit (and nine tenths of the time)
-    pictures = config.plan_form == "latent" or not planner
-    config.third_person = pictures if config.third_person is None else config.third_person
-    config.wrist = pictures if config.wrist is None else config.wrist
-    config.batch = config.batch or (32 if config.wrist or config.third_person else 128)
+    config.batch = config.batch or (128 if planner and config.plan_form == "explicit" else 32)
     if config.action_demos > config.demos:
         core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: give --demos {config.action_demos}")
     names = sims.choose_tasks(config.suite, config.tasks)

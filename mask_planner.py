@@ -408,7 +408,7 @@ def main(argv=None):
         planner = core.fit(planner, batches, config, path, lambda p: show(p, held_out), note)
     scores = table(validate(planner, held_out))
     print(scores)
-    core.write_text(path.with_suffix(".txt"), scores + "\n")
+    core.write(path.with_suffix(".txt"), scores + "\n")
     if config.show:
         import imageio.v3 as iio
         iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))

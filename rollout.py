@@ -83,7 +83,7 @@ def play(sim, actor, start, film):
         if policy:
             look = policy.wants_frame
             if look and frame is None:
-                frame = sim.frame(film, film or policy.c.wrist)
+                frame = sim.frame(film, film or not policy.executor.places)
             action = policy(frame)
             if film and look:
                 pictures.append(film_frame(frame, policy, sim))
@@ -269,7 +269,7 @@ def insert(readme, name, lines):
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     page = Path(readme).read_text() if Path(readme).exists() else ""
     if begin in page and end in page:
-        core.write_text(readme, "\n".join([page.split(begin)[0] + begin, *lines, end + page.split(end)[1]]))
+        core.write(readme, "\n".join([page.split(begin)[0] + begin, *lines, end + page.split(end)[1]]))
 
 
 def plot(rows, path):
@@ -331,7 +331,7 @@ def main(argv=None):
             print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   ({count['steps']:.0f} steps)")
         path = result_path(config.results, r)
         path.parent.mkdir(parents=True, exist_ok=True)
-        core.write_text(path, json.dumps(r, indent=1) + "\n")
+        core.write(path, json.dumps(r, indent=1) + "\n")
         low, high = r["interval"]
         print(f"{suite} {r['plan']}: {r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} % "
               f"[{100 * low:.1f}, {100 * high:.1f}]   {seconds / 60:.1f} minutes -> {path}")

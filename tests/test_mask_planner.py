@@ -418,9 +418,10 @@ def test_broken_checkpoint_is_one_line_and_stays(data, planner_path, tmp_path, r
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["mask.pt.tmp", "mask.jsonl.tmp", "mask.png"])
+@pytest.mark.parametrize("name", ["mask.pt.tmp", "mask.jsonl.tmp", "mask.png.tmp"])
 def test_full_disk_is_one_line(data, tmp_path, refused, name):
     """Whichever of the run's files meets it first: checkpoint, log, picture."""
     (tmp_path / SUITE).mkdir()
     os.symlink("/dev/full", tmp_path / SUITE / name)
+    (tmp_path / SUITE / "mask.jsonl").write_text('{"step": 0, "seconds": 0}\n')
     refused(lambda: mask_planner.main([*PLANNER, "--data", str(data), "--out", str(tmp_path)]), "full")
