@@ -149,55 +149,60 @@ class MapToken(nn.Module):
 class Places(nn.Module):
     """The explicit plan (ours): what the planner's locator says about places in the picture, heard in metres.
 
-    N  objects, robot first;  blur  noise in training, percent of the picture's width
-    M = 2 (N - 1) things are heard of: the task's objects as seen at the first look and as seen now.  The robot's own
-    place and the future are left out: with them the policy follows its own echo.
+    N  objects, robot first;  own_goal  whether the goal picture is of this very scene
+    blur  noise in training, percent of the picture's width
+    M things are heard of: the task's objects as seen at the first look and as seen now, 2 (N - 1), and where robot and
+    objects are in the goal picture, N, if it is of this scene.  The robot's own place now and the planner's future are
+    left out: with them the policy follows its own echo.
     """
 
-    def __init__(self, N, blur):
+    def __init__(self, N, own_goal, blur):
         super().__init__()
-        self.blur, self.M = blur, 2 * (N - 1)
-        self.register_buffer("mean", torch.zeros(N - 1, mask_planner.LOCATIONS))
-        self.register_buffer("std", torch.ones(N - 1, mask_planner.LOCATIONS))
+        self.blur, self.M = blur, 2 * (N - 1) + own_goal * N
+        self.register_buffer("mean", torch.zeros(self.M, mask_planner.LOCATIONS))
+        self.register_buffer("std", torch.ones(self.M, mask_planner.LOCATIONS))
         self.register_buffer("eye", torch.tensor([0.0, 0, 1]))
         self.register_buffer("rays", torch.diag(torch.tensor([1.0, 1, -1])))
         self.register_buffer("level", torch.zeros(()))
 
-    def fit(self, said, hand, level):
+    def fit(self, said, target, hand, level):
         """Finds the camera and the spread of the numbers on the demonstrations.
 
-        said (DRAWS, frames, N, 5), hand (frames, 3) metres, level: usual height of a waypoint, metres.
+        said (draws, frames, N, 5), target the same or None, hand (frames, 3) metres, level: usual height of a waypoint, metres.
         """
         eye, rays = calibrate(hand, said[0, :, 0, 3:].numpy())  # the robot's lowest point is its fingertips
         for buffer, value in ((self.eye, eye), (self.rays, rays), (self.level, level)):
             buffer.copy_(torch.as_tensor(value))
-        said = self.in_metres(said[:, :, 1:].to(self.eye.device)).flatten(0, 1)  # (DRAWS frames, N - 1, 5)
-        self.mean.copy_(said.mean(0))
-        self.std.copy_(said.std(0).clamp(min=1e-3))
+        heard = torch.cat([said[:, :, 1:], said[:, :, 1:]] + ([] if target is None else [target]), 2)  # (draws, frames, M, 5)
+        heard = self.in_metres(heard.to(self.eye.device)).flatten(0, 1)  # (draws frames, M, 5)
+        self.mean.copy_(heard.mean(0))
+        self.std.copy_(heard.std(0).clamp(min=1e-3))
 
     def in_metres(self, numbers):
         """(..., 5) in picture units -> the same with both points in metres, as if they lay at the usual height."""
         points = [ground(numbers[..., k:k + 2], self.eye, self.rays, self.level) for k in (0, 3)]
         return torch.cat([points[0], numbers[..., 2:3], points[1]], -1)
 
-    def hear(self, first, now):
-        """What the planner said at the first look, when no arm was in front of anything, and says now, (B, T, N, 5) each
-        -> (B, T, M, 5) in picture units.
+    def hear(self, first, now, target=None):
+        """What the planner said at the first look, when no arm was in front of anything, says now, and says of the goal
+        picture, (B, T, N, 5) each -> (B, T, M, 5) in picture units.
 
         With noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared by all
         an object's numbers, as the planner's own errors are; else they would average out.
         """
-        x = torch.stack([first, now], 2)[..., 1:, :]  # (B, T, 2, N - 1, 5)
-        if self.training:
-            share = torch.randn_like(x[:, :1, :1])  # (B, 1, 1, N - 1, 5)
-            share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
-            share[..., 2] = 0  # ... and the size stays
-            x = x + self.blur / 100 * (share + torch.randn_like(x) / 2)
-        return x.flatten(2, 3)
+        views = [torch.stack([first, now], 2)[..., 1:, :]]  # (B, T, 2, N - 1, 5)
+        views += [] if target is None else [target[:, :, None]]  # (B, T, 1, N, 5)
+        for k, x in enumerate(views):
+            if self.training:
+                share = torch.randn_like(x[:, :1, :1])  # (B, 1, 1, objects, 5)
+                share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
+                share[..., 2] = 0  # ... and the size stays
+                views[k] = x + self.blur / 100 * (share + torch.randn_like(x) / 2)
+        return torch.cat([x.flatten(2, 3) for x in views], 2)
 
     def forward(self, heard):
         """heard (B, T, M, 5) -> standardised numbers (B, T, 5 M)."""
-        return ((self.in_metres(heard) - self.mean.repeat(2, 1)) / self.std.repeat(2, 1)).flatten(2)
+        return ((self.in_metres(heard) - self.mean) / self.std).flatten(2)
 
     def beside(self, heard, pointer, height):
         """Where the thing is that `pointer` (B, T, M), which sums to one, points at, seen at `height` (B, T) -> (B, T, 2)."""
@@ -210,10 +215,11 @@ class Executor(nn.Module):
     kind = "executor"
 
     def __init__(self, config, extra):
-        """extra  what else the checkpoint holds: planner's config or None, suite, tasks, size, goals per task."""
+        """extra  what else the checkpoint holds: planner's config or None, suite, tasks, size, render, A, goals per task."""
         super().__init__()
         self.config, self.extra = config, extra
-        c, size, D = config, extra["size"], config.width
+        c, size, D, A = config, extra["size"], config.width, extra["action_dim"]
+        self.own_goal = sims.is_metaworld(extra["suite"])  # else the goal picture is of another scene
         if extra["planner"]:
             self.planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, extra["planner"]))
             self.planner.requires_grad_(False)
@@ -225,7 +231,7 @@ class Executor(nn.Module):
         self.places = None
         if self.planner and c.plan_form == "explicit":
             # ours: no pictures beside the plan in numbers: they are more to overfit, and nine tenths of the time
-            self.places = Places(self.planner.locator.N, c.blur)
+            self.places = Places(self.planner.locator.N, self.own_goal, c.blur)
             self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))
             self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
         else:
@@ -240,7 +246,7 @@ class Executor(nn.Module):
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
         mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
         self.reach = mlp(D, 3 + (self.places.M if self.places else 0))
-        self.head = mlp(D + 3, c.chunk * 7)
+        self.head = mlp(D + 3, c.chunk * A)
         self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
@@ -267,16 +273,21 @@ class Executor(nn.Module):
             return {"image": x[:, -1], "plan": plan}
         return {"numbers": self.planner.locator(self.planner.as_map(plan), fine)[:, :, 0], "goal_code": x[:, 0].mean(1)}
 
+    def target(self, goal):
+        """Where robot and objects are in goal pictures of this scene, (B, H, W, 3) uint8 -> (B, N, 5), as "numbers"."""
+        return self.features(goal[:, None].expand(-1, self.planner.config.history, -1, -1, -1), goal)["numbers"]
+
     def forward(self, batch):
-        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan numbers, first (B, T, N, 5),
-        goal_code (B, T, D); else wrist (B, T, H, W, 3) uint8 and image, plan (B, T, n, D) or, for cloning, frames,
-        goal (B, T, H, W, 3) uint8 -> actions (B, T, C, 7) in about [-1, 1], waypoint (B, T, 3) in metres."""
+        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan numbers, first and, if the goal
+        is of this scene, target (B, T, N, 5), goal_code (B, T, D); else wrist (B, T, H, W, 3) uint8 and image, plan
+        (B, T, n, D) or, for cloning, frames, goal (B, T, H, W, 3) uint8
+        -> actions (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) in metres."""
         B, T = batch["state"].shape[:2]
         state, heard = batch["state"], None
         if self.places:
             if self.training:  # roughly where the hand is: how far from the waypoint, the head hears exactly
                 state = state + F.pad(FEEL * torch.randn_like(state[..., :3]), (0, 5))
-            heard = self.places.hear(batch["first"], batch["numbers"])  # (B, T, M, 5)
+            heard = self.places.hear(batch["first"], batch["numbers"], batch.get("target"))  # (B, T, M, 5)
             # ours: the goal picture's mean token; a place in the picture is another height in another task
             tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))  # (B, T, D) each
         else:
@@ -305,20 +316,20 @@ class Executor(nn.Module):
         # paths by heart and does not go to the waypoint (success 16 of 50; without the numbers 27 of 50)
         aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
         way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
-        action = self.head(torch.cat([x, way.to(x.dtype)], -1)).unflatten(-1, (self.config.chunk, 7))  # (B, T, C, 7)
+        action = self.head(torch.cat([x, way.to(x.dtype)], -1)).unflatten(-1, (self.config.chunk, -1))  # (B, T, C, A)
         return action, there
 
     def loss(self, batch):
-        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T, C, 7), and waypoint
+        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T, C, A), and waypoint
         (B, T, 3): the hand's position where it next opens or closes, metres -> MSE of both, parts."""
         if self.planner and "frames" in batch:
             B, T = batch["state"].shape[:2]
             said = self.features(batch["frames"].flatten(0, 1), batch["goal"].flatten(0, 1))
             batch = batch | {k: v.unflatten(0, (B, T)) for k, v in said.items()}
         action, there = self(batch)
-        error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, 7)
+        error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, A)
         waypoint = F.mse_loss(there / NEAR, batch["waypoint"] / NEAR)
-        parts = {"motion": error[..., :6].mean().item(), "gripper": error[..., 6].mean().item(), "waypoint": waypoint.item()}
+        parts = {"motion": error[..., :-1].mean().item(), "gripper": error[..., -1].mean().item(), "waypoint": waypoint.item()}
         return error.mean() + 0.3 * waypoint, parts
 
 
@@ -345,12 +356,14 @@ class ActionData:
         state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
         executor.mean.copy_(torch.from_numpy(state.mean(0)))
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
-        position, gripper = demos.gather("obs/ee_states", *self.every())[:, :3], demos.gather("actions", *self.every())[:, 6]
+        position, gripper = demos.gather("obs/ee_states", *self.every())[:, :3], demos.gather("actions", *self.every())[:, -1]
         self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b]) for a, b in zip(demos.start, demos.start[1:])])
         cached = planner and (config.cache or executor.places)  # numbers are too few to be worth saving memory
-        self.cached = self.compute(f"frozen planner, {DRAWS} goals per frame") if cached else None
+        self.draws = 1 if executor.own_goal else DRAWS
+        self.cached = self.compute(f"frozen planner, goals per frame: {self.draws}") if cached else None
         if executor.places:
-            executor.places.fit(self.cached["numbers"].float(), position, self.waypoint[:, 2].mean())
+            target = self.cached["target"].float() if executor.own_goal else None
+            executor.places.fit(self.cached["numbers"].float(), target, position, self.waypoint[:, 2].mean())
 
     def every(self):
         """All frames of the demonstrations: episode (frames,), t (frames,)."""
@@ -358,11 +371,13 @@ class ActionData:
         return episode, np.arange(len(self.demos)) - self.demos.start[episode]
 
     def goal_of(self, row, draw):
-        """Goal number `draw` (...) of demonstration frame `row` (...): a video of the same task, another if there is one."""
+        """Goal number `draw` (...) of demonstration frame `row` (...): which video ends in it, see Episodes.goal_of."""
         episode = np.searchsorted(self.demos.start, row, "right") - 1
         task = self.demos.task[episode]
         per_task = len(self.videos.length) // len(self.videos.tasks)
         own = episode % (len(self.demos.length) // len(self.demos.tasks))
+        if self.executor.own_goal:
+            return task * per_task + own
         # a hash of the row: cached and uncached training, and every resumption, see the same goals
         other = (own + 1 + (row * 7919 + draw * 104729) % max(1, per_task - 1)) % per_task
         return task * per_task + other
@@ -374,19 +389,23 @@ class ActionData:
         return self.demos.gather("obs/agentview_rgb", episode[..., None], t)
 
     def compute(self, what, size=64):
-        """The frozen planner's outputs for all frames and DRAWS goals -> dict of (DRAWS, frames, ...) float16."""
+        """The frozen planner's outputs for all frames and their goals -> dict of (draws, frames, ...) float16."""
         device, planner = next(self.executor.parameters()).device, self.executor.planner
         autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16))
-        rows, out = np.arange(len(self.demos)), [[] for _ in range(DRAWS)]
+        rows, out = np.arange(len(self.demos)), [[] for _ in range(self.draws)]
         with torch.no_grad(), autocast:
             last = self.videos.gather("obs/agentview_rgb", np.arange(len(self.videos.length)), self.videos.length - 1)
-            goals = torch.cat([planner.encode(torch.as_tensor(part, device=device))
-                               for part in np.array_split(last, -(-len(last) // size))])  # (videos, n, D)
+            parts = [torch.as_tensor(part, device=device) for part in np.array_split(last, -(-len(last) // size))]
+            goals = torch.cat([planner.encode(part) for part in parts])  # (videos, n, D)
+            if self.executor.places and self.executor.own_goal:
+                targets = torch.cat([self.executor.target(part) for part in parts])  # (videos, N, 5)
             for part in tqdm(np.array_split(rows, -(-len(rows) // size)), desc=what, mininterval=5):
                 frames, fine = planner.encode(torch.as_tensor(self.frames(part), device=device), fine=True)  # (size, h, ...)
-                for draw in range(DRAWS):
-                    goal = goals[torch.as_tensor(self.goal_of(part, draw))]  # (size, n, D)
-                    said = self.executor.features_of(torch.cat([goal[:, None], frames], 1), fine[:, -1])
+                for draw in range(self.draws):
+                    video = torch.as_tensor(self.goal_of(part, draw))  # (size,)
+                    said = self.executor.features_of(torch.cat([goals[video][:, None], frames], 1), fine[:, -1])
+                    if self.executor.places and self.executor.own_goal:
+                        said["target"] = targets[video]
                     out[draw].append({k: v.half().cpu() for k, v in said.items()})
         return {k: torch.stack([torch.cat([piece[k] for piece in pieces]) for pieces in out]) for k in out[0][0]}
 
@@ -394,7 +413,7 @@ class ActionData:
         """The batch of one training step, a function of (seed, step)."""
         c = self.c
         episode, t, rng = self.demos.draw(step, c.batch, c.seed)
-        draw = rng.integers(DRAWS, size=len(t))
+        draw = rng.integers(self.draws, size=len(t))
         past = np.maximum(t[:, None] + c.execute * np.arange(1 - c.history, 1), 0)  # (B, T): the times of the looks
         e = episode[:, None]
         row = self.demos.start[e] + past  # (B, T)
@@ -418,16 +437,15 @@ class ActionData:
 # ---------------------------------------------------------------------------------------------- acting
 
 class Policy:
-    """A trained executor as a closed loop: `wants_frame`, then `policy(frame)` -> the next action (7,)."""
+    """A trained executor as a closed loop: `wants_frame`, then `policy(frame)` -> the next action (A,)."""
 
     def __init__(self, executor):
         self.executor, self.c = executor.eval(), executor.config
         self.device = next(executor.parameters()).device
 
-    def reset(self, task, goal=0):
-        """Starts an episode.  task: index into the executor's tasks; goal: which of the carried goal pictures."""
-        goals = self.executor.goals[task]
-        self.goal = goals[goal % len(goals)]  # (H, W, 3)
+    def reset(self, goal):
+        """Starts an episode.  goal (H, W, 3) uint8: the goal picture; `executor.goals` (tasks, goals, H, W, 3) are some."""
+        self.goal = torch.as_tensor(goal, device=self.device)
         self.looks, self.queue, self.frames, self.first = [], [], [], None
 
     @property
@@ -451,11 +469,14 @@ class Policy:
             if self.executor.places:
                 self.first = now["numbers"] if self.first is None else self.first
                 now["first"] = self.first
+                if self.executor.own_goal:
+                    self.target = self.executor.target(self.goal[None]) if not self.looks else self.target
+                    now["target"] = self.target
         else:
             now |= {"frames": picture, "goal": self.goal[None]}
         self.looks = (self.looks + [now])[-self.c.history:]
         batch = {k: torch.stack([look[k] for look in self.looks], 1) for k in now}  # (1, T, ...)
-        chunk = self.executor(batch)[0][0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, 7)
+        chunk = self.executor(batch)[0][0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, A)
         self.queue = list(chunk[:min(self.c.execute, self.c.chunk)])
         return self.queue.pop(0)
 
@@ -488,15 +509,15 @@ def build(config):
     if planner and planner.config.size != videos.size:
         core.fail(f"{config.planner} was trained on {planner.config.size} px, {config.data}/ holds {videos.size} px: "
                   "give the --data folder it was trained on")
-    goals = min(GOALS, config.demos)
+    goals = 0 if sims.is_metaworld(config.suite) else min(GOALS, config.demos)
     extra = {"planner": core.as_dict(planner.config) if planner else None, "suite": config.suite, "tasks": names,
-             "size": videos.size, "goals": goals,
+             "size": videos.size, "render": videos.render, "action_dim": videos.arrays["actions"][0].shape[1], "goals": goals,
              "seconds": {"data": round(videos.seconds), "planner": core.last_seconds(config.planner)}}
     torch.manual_seed(config.seed)
     executor = Executor(config, extra).to(config.device)
     if planner:
         executor.planner.load_state_dict(planner.state_dict())
-    for k in range(len(names)):
+    for k in range(len(names) if goals else 0):
         last = np.flatnonzero(videos.task == k)[-goals:]  # the latest videos: the first ones lend their actions
         executor.goals[k] = torch.as_tensor(videos.gather("obs/agentview_rgb", last, videos.length[last] - 1))
     default = Config.PRESETS[config.preset]["action_demos"]

@@ -1,11 +1,12 @@
 """Scripted demonstrators: given a simulator's privileged state, the next action.
 
-    expert = Expert(sim, seed=0)              # after sim.reset
+    expert = demonstrator(sim, seed=0)        # after sim.reset
     while not expert.done:
-        action = expert(sim)                  # (7,) float32 in [-1, 1]: xyz, axis-angle, gripper (-1 open, +1 closed)
+        action = expert(sim)                  # (A,) float32 in [-1, 1]: motion, then gripper (-1 open, +1 closed)
         sim.step(action)
 
-The task is read from the goal predicates, the scene from the collision boxes; there is no code per task.  The plan
+Meta-World brings its own policies.  In LIBERO the task is read from the goal predicates, the scene from the collision
+boxes; there is no code per task.  The plan
 is a generator: its body reads as the story of one demonstration (reach, squeeze, lift, carry, let go), and each
 `yield` is one control step of 50 ms.  Every target follows the object as it is now, so the plan survives noise on
 the executed action; an object that slipped or was missed is simply picked up again.
@@ -202,8 +203,26 @@ def pose(sim, name):
 
 # ---------------------------------------------------------------------------------------------- the demonstrator
 
+def demonstrator(sim, seed=0):
+    """Whoever can demonstrate the task of a freshly reset simulator."""
+    return Script(sim) if hasattr(sim, "script") else Expert(sim, seed)
+
+
+class Script:
+    """Meta-World's own policy.  done: a little after the first success, at which most tasks are on the edge of failure."""
+
+    def __init__(self, sim):
+        self.left, self.done = sim.linger, False
+
+    def __call__(self, sim):
+        """The action for the current state, (4,) float32 in [-1, 1]."""
+        self.left -= sim.success()
+        self.done = self.left <= 0
+        return sim.script()
+
+
 class Expert:
-    """Demonstrates the task of a freshly reset Sim.
+    """Demonstrates the task of a freshly reset LIBERO simulator.
 
     done  turns true, with an action that stands still, once all is released and the hand withdrawn
     seed  varies the height of approach by +-1 cm; all else follows from the scene

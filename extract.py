@@ -52,7 +52,8 @@ class Config:
     size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
     noise: float = flag(NOISE, "standard deviation of the noise on the executed action (of 1); the clean one is recorded",
                         minimum=0)
-    render: str = flag("fast", "fast, or faithful: LIBERO's own look, ten times slower", choices=["fast", "faithful"])
+    render: str = flag("fast", "fast, or faithful: the simulators' own look, ten times slower", choices=["fast", "faithful"])
+    show_goal: bool = flag(False, "draw Meta-World's goal markers, which tell a policy where to go")
     workers: int = flag(2, "processes", minimum=1)
     data: str = flag("data", "folder of the data files")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
@@ -65,16 +66,16 @@ class Config:
 def record(sim, seed, noise):
     """Plays one scripted episode.  Returns its arrays, or None if the goal did not hold at the end.
 
-    noise  standard deviation of what is added to the six motion numbers of the executed action (after DART,
+    noise  standard deviation of what is added to the motion numbers of the executed action (after DART,
            Laskey et al. 2017): the states stray as a learner's will, the recorded actions say how to come back
     """
     rng = np.random.default_rng(seed)
-    frame, expert = sim.reset(seed=seed), experts.Expert(sim, seed=seed)
+    frame, expert = sim.reset(seed=seed), experts.demonstrator(sim, seed)
     rows = []
-    while not expert.done and len(rows) < 2 * sim.horizon:
+    while not expert.done and len(rows) < sim.patience:
         action = expert(sim)  # (7,)
         row = frame | {"actions": action, "states": sim.state()}
-        strayed = action + np.append(rng.normal(0, noise, 6), 0)
+        strayed = action + np.append(rng.normal(0, noise, sim.action_dim - 1), 0)
         frame, success = sim.step(strayed)
         rows.append(row | {"rewards": float(success)})
     if not sim.success():
@@ -103,7 +104,7 @@ def extract_chunk(job):
             extract_chunk.sim.close()
             del extract_chunk.sim  # a simulator with its textures takes over a gigabyte: never two at a time
             gc.collect()
-        extract_chunk.sim, extract_chunk.key = sims.Sim(suite, task, size, render), key
+        extract_chunk.sim, extract_chunk.key = sims.make(suite, task, size, render), key
     for i in indices:
         begin = time.time()
         for seed in range(i, i + 20 * RETRY, RETRY):
@@ -113,7 +114,7 @@ def extract_chunk(job):
         else:
             raise RuntimeError(f"{task}: the expert failed 20 scenes in a row")
         write_episode(Path(folder) / f"demo_{i}.hdf5", episode, seed=seed, noise=noise,
-                      seconds=time.time() - begin)
+                      render=render, seconds=time.time() - begin)
         extract_chunk.progress.put(1)
 
 
@@ -138,7 +139,8 @@ def assemble(path, parts, suite, task, size, render):
                     one.copy(key, episode)
                 episode.attrs.update(one.attrs)
                 total += int(one.attrs["num_samples"])
-        info = {"env_name": "Libero", "type": 1, "env_kwargs": {"suite": suite, "task": task}, "env_version": "1.4.0"}
+        name = "Meta-World" if sims.is_metaworld(suite) else "Libero"
+        info = {"env_name": name, "type": 1, "env_kwargs": {"suite": suite, "task": task}, "env_version": "1.4.0"}
         data.attrs.update(env=suite, env_args=json.dumps(info), total=total, task=task, size=size, source="scripted",
                           language_instruction=language, objects=objects, cameras=list(sims.CAMERAS),
                           problem_info=json.dumps({"language_instruction": language}),
@@ -162,40 +164,41 @@ def split_assembled(path, parts):
     os.remove(path)
 
 
-def ensure(suite, tasks, demos, data, size=128, noise=None, render="fast", workers=2):
+def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers=2):
     """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
 
     Episode i depends on (task, i) alone, so neither interruptions nor the number of processes change the data.
-    noise  None: that of the episodes that are there, else Config's
+    noise, render  None: those of the episodes that are there, else 0.1 and fast
     """
     jobs, open_tasks = [], []
     for task in tasks:
         path = Path(data) / suite / f"{task}.hdf5"
         parts = path.with_suffix("")
-        there = NOISE if noise is None else noise
+        there, look = NOISE if noise is None else noise, render or "fast"
         if path.exists():
             with open_data(path) as f:
                 have, attrs = len(f["data"]), dict(f["data"].attrs)
                 there = float(f["data/demo_0"].attrs["noise"])
             if noise not in (None, there):
                 fail(f"{path} was made with --noise {there:g}, not {noise:g}: choose another --data folder or delete it")
-            if (attrs["size"], attrs["render"]) != (size, render):
-                fail(f"{path} holds {attrs['size']} px {attrs['render']} pictures, not {size} px {render}: "
+            if attrs["size"] != size or render not in (None, attrs["render"]):
+                fail(f"{path} holds {attrs['size']} px {attrs['render']} pictures, not {size} px {render or ''}: "
                      "choose another --data folder or delete it")
+            look = attrs["render"]
             if have >= demos + HELD_OUT:
                 continue
             split_assembled(path, parts)
         parts.mkdir(parents=True, exist_ok=True)
         for part in sorted(parts.glob("demo_*.hdf5"))[:1]:  # of an interrupted run, which may have had other flags
             with h5py.File(part) as one:
-                found, there = one["masks"].shape[1], float(one.attrs["noise"])
-            if found != size or noise not in (None, there):
-                fail(f"{parts}/ holds an interrupted extraction of {found} px and noise {there:g}, not {size} px and "
-                     f"{noise or there:g}: choose another --data folder or delete it")
-        open_tasks.append(task)
+                found, there, look = one["masks"].shape[1], float(one.attrs["noise"]), one.attrs["render"]
+            if found != size or noise not in (None, there) or render not in (None, look):
+                fail(f"{parts}/ holds an interrupted extraction of {found} px, {look} and noise {there:g}, not {size} px, "
+                     f"{render or look} and {noise or there:g}: choose another --data folder or delete it")
+        open_tasks.append((task, look))
         missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
         pieces = workers if len(tasks) < 2 * workers else 1  # few tasks: split each among the processes
-        jobs += [(suite, task, missing[k::pieces], str(parts), size, there, render)
+        jobs += [(suite, task, missing[k::pieces], str(parts), size, there, look)
                  for k in range(pieces) if missing[k::pieces]]
     if open_tasks:
         count = sum(len(job[2]) for job in jobs)
@@ -204,9 +207,9 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render="fast", worke
             with pool(workers, extract_chunk) as (processes, queue):
                 for _ in watch(processes.imap_unordered(extract_chunk, jobs), queue, len(jobs), count, "extract"):
                     pass
-            for task in open_tasks:
+            for task, look in open_tasks:
                 path = Path(data) / suite / f"{task}.hdf5"
-                assemble(path, path.with_suffix(""), suite, task, size, render)
+                assemble(path, path.with_suffix(""), suite, task, size, look)
         except OSError as error:
             stop_if_full(error, data)
 
@@ -308,7 +311,7 @@ class Episodes:
                     self.seconds += float(f["data"][n].attrs.get("seconds", 0))
                     task.append(k)
                 self.objects = list(f["data"].attrs["objects"])
-                self.size = int(f["data"].attrs["size"])
+                self.size, self.render = int(f["data"].attrs["size"]), f["data"].attrs["render"]
         self.length, self.task = np.array(length), np.array(task)
         self.start = np.concatenate([[0], np.cumsum(self.length)])  # (E + 1,) rows before each episode
 
@@ -330,7 +333,12 @@ class Episodes:
         return episode, row - self.start[episode], rng
 
     def goal_of(self, episode, rng):
-        """For each episode a random other one of its task, whose last frame is the goal image (PLEX) -> (B,)."""
+        """For each episode one whose last frame is the goal image: a random other one of its task (PLEX) -> (B,).
+
+        differs: in Meta-World the episode itself, since each scene has a goal of its own.
+        """
+        if sims.is_metaworld(self.suite):
+            return episode
         goal = np.empty_like(episode)
         for k, e in enumerate(episode):
             others = np.flatnonzero(self.task == self.task[e])
@@ -374,7 +382,8 @@ def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     config = core.parse(Config, "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout.", argv)
     names = sims.choose_tasks(config.suite, config.tasks)
-    ensure(config.suite, names, config.demos, config.data, config.size, config.noise, config.render, config.workers)
+    ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
+           config.render + "+goal" * config.show_goal, config.workers)
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out")

@@ -395,6 +395,7 @@ def main(argv=None):
     extract.ensure(config.suite, names, config.demos, config.data, config.size)
     videos = extract.Episodes(config.data, config.suite, names, config.demos)
     held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    config.objects = min(config.objects, len(videos.objects))
     torch.manual_seed(config.seed)
     planner = MaskPlanner(config)
 

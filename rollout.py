@@ -43,8 +43,8 @@ class Config:
                               minimum=0)
     noise: float = flag(0.0, "standard deviation of noise on the executed motion, for --policy expert", minimum=0)
     films: bool = flag(True, "write an mp4 of each task's first success and first failure")
-    render: str = flag("fast", "fast, or faithful: LIBERO's own look; must be the one trained on",
-                       choices=["fast", "faithful"])
+    render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the executor was trained on",
+                              choices=["fast", "faithful"])
     workers: int = flag(2, "processes", minimum=1)
     results: str = flag("results", "folder of the results")
     device: str | None = flag(None, "cpu or cuda")
@@ -73,7 +73,7 @@ def film_frame(frame, policy, sim):
 
 
 def play(sim, actor, start, film):
-    """One episode from the frame after reset.  actor: a Policy, or (Expert, noise, rng).
+    """One episode from the frame after reset.  actor: a Policy, or (demonstrator, noise, rng).
 
     -> success, steps, list of film pictures (empty unless `film`).
     """
@@ -92,7 +92,7 @@ def play(sim, actor, start, film):
             action = expert(sim)
             if film and steps % 4 == 1:
                 pictures.append(film_frame(sim.frame(), None, sim))
-            action = action + np.append(rng.normal(0, noise, 6), 0)
+            action = action + np.append(rng.normal(0, noise, sim.action_dim - 1), 0)
         _, success = sim.step(action, observe=False)
         frame = None
         if success if policy else actor[0].done:
@@ -114,10 +114,10 @@ def write_film(path, pictures):
 
 def run_task(job):
     """Worker: all checkpoints on some scenes of one task -> {checkpoint: [success, ...]}, in the scenes' order."""
-    config, checkpoints, suite, task, scenes, size = job
+    config, checkpoints, suite, task, scenes, size, render = job
     torch.set_num_threads(1)
     observe = config.policy == "executor" or config.films
-    sim = sims.Sim(suite, task, size, config.render, observe)
+    sim = sims.make(suite, task, size, config.render or render, observe)
     done = {}
     for checkpoint in checkpoints:
         policy = executor.Policy(executor.load_executor(checkpoint, config.device)) if checkpoint else None
@@ -125,10 +125,11 @@ def run_task(job):
         for scene in scenes:
             where = {"seed": scene} if config.scenes is not None else {"init": scene}
             film = config.films and len(filmed) < 2
-            frame = sim.reset(**where)
             if policy:
-                policy.reset(policy.executor.extra["tasks"].index(task), goal=scene)
-            actor = policy or (experts.Expert(sim, seed=scene), config.noise, np.random.default_rng([scene, 1]))
+                carried = policy.executor.goals[policy.executor.extra["tasks"].index(task)]  # (goals, H, W, 3)
+                policy.reset(sim.goal_image(**where) if policy.executor.own_goal else carried[scene % len(carried)])
+            frame = sim.reset(**where)
+            actor = policy or (experts.demonstrator(sim, seed=scene), config.noise, np.random.default_rng([scene, 1]))
             success, steps, pictures = play(sim, actor, frame, film)
             done[checkpoint].append((bool(success), steps))
             if film and success not in filmed:
@@ -140,14 +141,14 @@ def run_task(job):
     return task, done
 
 
-def evaluate(config, checkpoints, suite, names, size):
+def evaluate(config, checkpoints, suite, names, size, render="fast"):
     """-> {checkpoint: {task: [(success, steps), ...]}} over config.episodes scenes of each task."""
     first = config.scenes if config.scenes is not None else 0
     if config.scenes is None and config.episodes > sims.INITS:
-        fail(f"--episodes {config.episodes}: there are {sims.INITS} bundled initial states; or give --scenes 1000")
+        fail(f"--episodes {config.episodes}: there are {sims.INITS} evaluation scenes; or give --scenes 1000")
     scenes = list(range(first, first + config.episodes))
     pieces = config.workers if len(names) < 2 * config.workers else 1  # few tasks: split each among the processes
-    jobs = [(config, checkpoints, suite, name, scenes[k::pieces], size)
+    jobs = [(config, checkpoints, suite, name, scenes[k::pieces], size, render)
             for name in names for k in range(pieces) if scenes[k::pieces]]
     total = len(names) * len(scenes) * len(checkpoints)
     found = {c: {name: [] for name in names} for c in checkpoints}
@@ -189,7 +190,9 @@ def result(config, checkpoint, suite, outcomes, seconds):
         about |= {"plan": executor.plan_name(c), "preset": c.preset, "videos": c.demos,
                   "action_demos": c.action_demos, "seed": c.seed, "steps": content["step"]}
         spent = content["extra"]["seconds"] | {"executor": core.last_seconds(checkpoint)}
-    about["scenes"] = "bundled initial states" if config.scenes is None else f"seeds from {config.scenes}"
+    kept = f"seeds from {sims.EVALUATION}" if sims.is_metaworld(suite) else "bundled initial states"
+    about["scenes"] = kept if config.scenes is None else f"seeds from {config.scenes}"
+    about["counts"] = "ever succeeded" if sims.is_metaworld(suite) or checkpoint else "success at the end"
     if config.noise:
         about["noise"] = config.noise
     return about | {
@@ -209,7 +212,7 @@ def result_path(folder, r):
         name += f"_{r['preset']}_d{r['action_demos']}_s{r['seed']}"
     if len(r["tasks"]) < len(sims.tasks(r["suite"])):
         name += f"_{len(r['tasks'])}tasks"
-    if "bundled" not in r["scenes"]:
+    if "bundled" not in r["scenes"] and str(sims.EVALUATION) not in r["scenes"]:
         name += "_" + r["scenes"].replace(" ", "_")
     return Path(folder) / f"{name}.json"
 
@@ -307,15 +310,15 @@ def main(argv=None):
     config = core.parse(Config, "rollout.py CHECKPOINT [CHECKPOINT ...]: success rates in the simulator.", rest)
     if config.table:
         return make_table(config.results)
-    size, suite = 128, config.suite
+    size, suite, render = 128, config.suite, "fast"
     if config.policy == "executor":
         if not checkpoints:
             fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or --policy expert")
         extras = [core.load(c, kind=executor.Executor.kind, made_by="python executor.py --planner runs/<suite>/mask.pt")
                   ["extra"] for c in checkpoints]
-        if any((e["suite"], e["size"], e["tasks"]) != tuple(extras[0][k] for k in ("suite", "size", "tasks")) for e in extras):
-            fail("these checkpoints are of different suites, tasks or sizes: evaluate them one by one")
-        suite, size = extras[0]["suite"], extras[0]["size"]
+        if any(e[k] != extras[0][k] for e in extras for k in ("suite", "tasks", "size", "render")):
+            fail("these checkpoints are of different suites, tasks, sizes or rendering: evaluate them one by one")
+        suite, size, render = (extras[0][k] for k in ("suite", "size", "render"))
         names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))
         unknown = [n for n in names if n not in extras[0]["tasks"]]
         if unknown:
@@ -323,7 +326,7 @@ def main(argv=None):
     else:
         checkpoints, names = [None], sims.choose_tasks(suite, config.tasks)
     begin = time.time()
-    found = evaluate(config, checkpoints, suite, names, size)
+    found = evaluate(config, checkpoints, suite, names, size, render)
     seconds = (time.time() - begin) / len(checkpoints)
     for checkpoint in checkpoints:
         r = result(config, checkpoint, suite, found[checkpoint], seconds)

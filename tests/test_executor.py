@@ -386,7 +386,7 @@ def test_policy_executes_its_chunk_in_order(executor_paths, videos):
     policy, said = executor.Policy(model), []
     forward = model.forward
     model.forward = lambda batch: said.append(forward(batch)) or said[-1]
-    policy.reset(0)
+    policy.reset(model.goals[0, 0])
     looks, actions = [], []
     for t in range(9):
         looks.append(policy.wants_frame)
@@ -394,7 +394,7 @@ def test_policy_executes_its_chunk_in_order(executor_paths, videos):
     assert looks == [t % 4 == 0 for t in range(9)] and len(said) == 3
     wanted = [said[k][0][0, -1].clamp(-1, 1).numpy() for k in range(3)]
     assert np.array_equal(actions, np.concatenate([wanted[0][:4], wanted[1][:4], wanted[2][:1]]))
-    policy.reset(0)
+    policy.reset(model.goals[0, 0])
     assert policy.wants_frame, "what is left of the last episode's chunk is forgotten"
 
 
@@ -417,7 +417,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
         features = model.features
         model.features = lambda frames, goal: pictures.append((frames, goal)) or features(frames, goal)
     policy = executor.Policy(model)
-    policy.reset(0, goal=1)     # the last frame of video 1, as goal_of gives for video 0
+    policy.reset(model.goals[0, 1])     # the last frame of video 1, as goal_of gives for video 0
     for step in range(t + 1):
         policy(frame_of(videos, 0, step) if policy.wants_frame else None)
     assert torch.equal(live["state"], trained["state"])

@@ -12,7 +12,7 @@ STAND_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 def demonstrate(sim, seed, noise=0.0):
     """One demonstration -> actions (T, 7) executed, states (T, S) after them, success after a further half second."""
     sim.reset(seed=seed)
-    expert, rng = experts.Expert(sim, seed=seed), np.random.default_rng([seed, 1])
+    expert, rng = experts.demonstrator(sim, seed=seed), np.random.default_rng([seed, 1])
     actions, states = [], []
     while not expert.done and len(actions) < sim.horizon:
         action = expert(sim)
@@ -29,7 +29,7 @@ def demonstrate(sim, seed, noise=0.0):
 
 @pytest.fixture(scope="module", params=[("libero_spatial", 0), ("libero_object", 0)], ids=["rim", "pinch"])
 def scene(request):
-    sim = sims.Sim(*request.param, observe=False)
+    sim = sims.make(*request.param, observe=False)
     yield sim
     sim.close()
 
@@ -85,7 +85,7 @@ def test_the_fingers_lie_along_the_axis(angle):
 
 def test_a_tipped_bowl_is_held_where_its_rim_is_raised():
     """The bowl on the ramekin tips over; one attempt is enough, and the demonstration has one close and one release."""
-    sim = sims.Sim("libero_spatial", 5, observe=False)
+    sim = sims.make("libero_spatial", 5, observe=False)
     sim.reset(seed=1)
     name = sim.goal[0][1]
     _, R = experts.pose(sim, name)

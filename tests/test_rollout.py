@@ -113,7 +113,7 @@ def test_noise_moves_the_hand_and_not_the_gripper():
 
 def test_expert_succeeds_in_the_simulator(sim):
     frame = sim.reset(seed=2)
-    success, steps, _ = rollout.play(sim, (experts.Expert(sim, seed=2), 0.0, np.random.default_rng(0)), frame, False)
+    success, steps, _ = rollout.play(sim, (experts.demonstrator(sim, seed=2), 0.0, np.random.default_rng(0)), frame, False)
     assert success and steps < sim.horizon
 
 
@@ -134,7 +134,7 @@ def test_crash_is_an_error(alone, executor_paths, task):
 
     alone(10, step=step)
     with pytest.raises(RuntimeError, match="exploded"):
-        rollout.run_task((config("--no-films"), [str(executor_paths["none"])], SUITE, task, [0], SIZE))
+        rollout.run_task((config("--no-films"), [str(executor_paths["none"])], SUITE, task, [0], SIZE, "fast"))
 
 
 def crash(job):
@@ -149,15 +149,15 @@ def test_crash_in_a_worker_reaches_the_command():
 def test_run_task_plays_each_scene_with_each_checkpoint(alone, executor_paths, task, tmp_path):
     resets = []
     alone(9)
-    short = sims.Sim()
+    short = sims.make()
     short.reset = lambda **where: resets.append(where) or short.sim.reset(**where)
     paths = [str(copied(executor_paths[plan], tmp_path)) for plan in ("mask", "mask-explicit")]
-    name, done = rollout.run_task((config(), paths, SUITE, task, [3, 4], SIZE))
+    name, done = rollout.run_task((config(), paths, SUITE, task, [3, 4], SIZE, "fast"))
     assert name == task and {p: d for p, d in done.items()} == {p: [(False, 9), (False, 9)] for p in paths}
     assert resets == [{"init": 3}, {"init": 4}] * 2
     films = sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*.mp4"))
     assert films == [f"{p}_executor_d2_films/{task}_failure.mp4" for p in ("mask-explicit", "mask")]
-    rollout.run_task((config("--scenes", "1000", "--no-films"), paths[:1], SUITE, task, [1000], SIZE))
+    rollout.run_task((config("--scenes", "1000", "--no-films"), paths[:1], SUITE, task, [1000], SIZE, "fast"))
     assert resets[-1] == {"seed": 1000}
 
 
@@ -165,18 +165,18 @@ def test_episodes_are_the_same_whatever_was_played_before(alone, executor_paths,
     """Each scene starts from nothing: no action, history or picture of the last episode."""
     alone(12)
     states = {}
-    short = sims.Sim()
+    short = sims.make()
     short.step = lambda action, observe: states.setdefault(tuple(order), []).append(np.array(action)) or \
         sim.step(action, observe)
     for order in ([1], [0, 1]):
-        rollout.run_task((config("--no-films"), [str(executor_paths["none"])], SUITE, task, order, SIZE))
+        rollout.run_task((config("--no-films"), [str(executor_paths["none"])], SUITE, task, order, SIZE, "fast"))
     assert np.array_equal(states[1,], states[0, 1][12:])
 
 
 def test_film_shows_what_the_policy_saw(alone, executor_paths, sim):
     model = executor.load_executor(executor_paths["mask"])
     policy, frame = executor.Policy(model), sim.reset(seed=2)
-    policy.reset(0)
+    policy.reset(model.goals[0, 0])
     _, _, pictures = rollout.play(Short(sim, 9), policy, frame, True)
     assert len(pictures) == 3, "one per look"
     scale = rollout.FILM_SCALE * SIZE
