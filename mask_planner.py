@@ -22,12 +22,12 @@ import core
 import extract
 import sims
 from core import flag
+from places import LOCATIONS, Locator, locate
 
 # Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of delta t; an episode
 # takes about 110 steps, so the longest horizon reaches across one phase of it (approach, carry).
 HORIZONS = (4, 8, 16, 32)
 EARLY = 10  # control steps in which the hand has hardly moved
-LOCATIONS = 5  # numbers per object and time that say where it is: centroid x y, size, lowest point x y
 
 
 @dataclass
@@ -106,25 +106,6 @@ def binary_masks(masks, N):
     return (masks.unsqueeze(-3) == torch.arange(1, N + 1, device=masks.device)[:, None, None]).float()
 
 
-def locate(m):
-    """Where a mask is, in numbers (ours).  m (..., H, W) of 0 and 1 -> (..., 5) in [0, 1], and present (...) bool.
-
-    centroid x, y; size = square root of its share of the picture; lowest point x, y (for the robot, which reaches in
-    from above: its fingertips): the mean of its lowest rows, which hold about a twentieth of its pixels.
-    """
-    H, W = m.shape[-2:]
-    y = (torch.arange(H, device=m.device) + 0.5).div(H)[:, None].expand(H, W)
-    x = (torch.arange(W, device=m.device) + 0.5).div(W).expand(H, W)
-    area = m.sum((-1, -2))
-    mean = lambda weight: torch.stack([(weight * v).sum((-1, -2)) for v in (x, y)], -1) / weight.sum(
-        (-1, -2)).clamp(min=1e-6)[..., None]  # (..., 2)
-    row = m.sum(-1)  # (..., H) pixels per row
-    lower = row.flip(-1).cumsum(-1).flip(-1) - row  # (..., H) pixels in the rows below it
-    lowest = m * (lower < 0.05 * area[..., None])[..., None]  # (..., H, W)
-    size = (area / (H * W)).sqrt()[..., None]
-    return torch.cat([mean(m), size, mean(lowest)], -1), area > 0
-
-
 def iou(m, g):
     """Intersection over union of boolean masks (..., H, W) -> (...); nan where both are empty."""
     union = (m | g).sum((-1, -2)).float()
@@ -161,40 +142,6 @@ class Decoder(nn.Module):
         x = self.up1(torch.cat([grow(x, d1), d1], 1))  # (B N, 32, H/2, W/2)
         logit = grow(self.out(x), masks)  # (B N, K, H, W)
         return logit.float().sigmoid().unflatten(0, (B, N))  # (B, N, K, H, W)
-
-
-class Locator(nn.Module):
-    """Says the plan in numbers (ours): draws from the plan, without any mask, where each object is now and at every
-    horizon, on a grid of a quarter of the picture, and takes centroid, size and lowest point of what it has drawn.
-
-    Regressed from the plan's tokens instead, the bowl was misplaced by a median of 1.8 pixels of 96 in the first frame
-    of held-out scenes (3,000 steps); drawn, by 0.5 (2,000 steps).
-    """
-
-    def __init__(self, width, fine, N, K):
-        super().__init__()
-        self.N, self.K1 = N, K + 1
-        conv = lambda i, o: nn.Sequential(nn.GroupNorm(8, i), nn.GELU(), nn.Conv2d(i, o, 3, 1, 1))
-        self.plan, self.seen = nn.Conv2d(width, 128, 1), nn.Conv2d(fine, 128, 1)
-        self.fuse, self.refine = conv(128, 64), conv(64, 64)
-        self.out = nn.Sequential(nn.GroupNorm(8, 64), nn.GELU(), nn.Conv2d(64, (N + 1) * (K + 1), 1))
-
-    def draw(self, plan, fine):
-        """plan (B, D, h, w), fine (B, C, h', w') of the last frame -> logits (B, N + 1, K + 1, 2 h', 2 w')."""
-        grow = lambda x, size: F.interpolate(x, size=size, mode="bilinear")
-        h, w = fine.shape[-2:]
-        x = self.fuse(grow(self.plan(plan), (h, w)) + self.seen(fine))  # (B, 64, h', w')
-        x = self.out(self.refine(grow(x, (2 * h, 2 * w))))
-        return x.float().unflatten(1, (self.N + 1, self.K1))
-
-    def forward(self, plan, fine):
-        """-> (B, N, K + 1, 5), as `locate` says it, of what `draw` draws."""
-        return self.read(self.draw(plan, fine))
-
-    def read(self, logits):
-        """logits of `draw` -> (B, N, K + 1, 5); many cells of little probability must not weigh as much as the object."""
-        p = logits.softmax(1)[:, 1:]  # (B, N, K + 1, 2 h', 2 w')
-        return locate(p ** 2 / (p ** 2 + (1 - p) ** 2))[0]
 
 
 class MaskPlanner(nn.Module):

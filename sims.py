@@ -7,16 +7,14 @@ their wheels carry every asset.  A frame is one row of the data file, live (`ext
     frame = sim.reset(seed=7)                    # the whole scene, fixtures and goal included, follows from the seed
     frame, success = sim.step(action)            # action (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
 
-Physics is the packages' to the bit.  Rendering is not: by default LIBERO's visual meshes are simplified and mirror
-reflections, shadows and multisampling are off, because software OpenGL pays per vertex and per shadow;
-`render="faithful"` keeps their look.  Training and evaluation must use the same one.
+Physics is the packages' to the bit, rendering is not (`cameras.py`).
 """
 import os
-import subprocess
 import sys
-from copy import copy as copy_of
 
 import numpy as np
+
+from cameras import Camera, choose_opengl, fail, fast_copy, project, track
 
 # LIBERO's suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
 HORIZONS = {"libero_spatial": 220, "libero_object": 280}
@@ -42,12 +40,6 @@ SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
 LINGER = 10  # steps that a Meta-World demonstration goes on after its first success, most of which is on an edge
 VIEW = (-0.02, 0.66, 0.14), 0.98, 148, -32  # Meta-World's third-person camera: looks at, metres away, degrees of turn and height
 INITS = 50  # evaluation scenes per task: LIBERO's bundled states, Meta-World's EVALUATION seeds
-
-
-def fail(message):
-    """One line on stderr that names the value and the way out; exit code 2."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
 
 
 def tasks(suite):
@@ -112,116 +104,6 @@ def quiet_imports():
     logging.disable(logging.NOTSET)
 
 
-# ---------------------------------------------------------------------------------------------- rendering
-
-def choose_opengl(needed=True):
-    """Sets MUJOCO_GL to a backend that works here: the user's choice, or EGL, else OSMesa, else fails if `needed`.
-
-    mujoco reads it once, at import; children inherit it.  Tried in a child process: a driver that hangs or
-    crashes must not take the caller along.
-    """
-    chosen = os.environ.get("MUJOCO_GL")
-    if chosen and os.environ.get("PLAN2ACT_GL") == chosen:
-        return  # tried before, by this process or its parent
-    for backend in [chosen] if chosen else ["egl", "osmesa"]:
-        trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
-        try:
-            run = subprocess.run(trial, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, timeout=60)
-        except subprocess.TimeoutExpired:
-            continue
-        if run.returncode == 0:
-            os.environ["MUJOCO_GL"] = os.environ["PLAN2ACT_GL"] = backend
-            return
-    if needed and chosen:
-        fail(f"MUJOCO_GL={chosen} does not work here: unset it, and a working one is looked for")
-    if needed:
-        fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
-             "apt-get install libosmesa6")
-
-
-def simplify_mesh(vertices, faces, cell):
-    """Vertex clustering: vertices in one cube of side `cell` (metres) become one; faces that collapse are dropped.
-
-    vertices (V, 3), faces (F, 3) -> faces (F', 3) on the same vertices, and the kept rows' indices (F',).
-    """
-    cube = np.floor((vertices - vertices.min(0)) / cell).astype(np.int64)  # (V, 3)
-    _, cluster = np.unique(cube @ [1, 1 << 20, 1 << 40], return_inverse=True)  # (V,)
-    centre = np.stack([np.bincount(cluster, vertices[:, k]) for k in range(3)], 1)  # (clusters, 3)
-    centre /= np.bincount(cluster)[:, None]
-    offset = np.linalg.norm(vertices - centre[cluster], axis=1)
-    order = np.lexsort((offset, cluster))  # within each cluster the vertex nearest its centre comes first
-    first = np.unique(cluster[order], return_index=True)[1]
-    representative = order[first][cluster]  # (V,)
-    new = representative[faces]  # (F, 3)
-    solid = (new[:, 0] != new[:, 1]) & (new[:, 1] != new[:, 2]) & (new[:, 2] != new[:, 0])
-    kept = np.flatnonzero(solid)
-    _, once = np.unique(np.sort(new[kept], 1).astype(np.int64) @ [1, 1 << 20, 1 << 40], return_index=True)
-    kept = kept[np.sort(once)]
-    return new[kept], kept
-
-
-def fast_copy(model):
-    """A copy of LIBERO's MjModel for rendering only, with simpler meshes; physics keeps the original.
-
-    Measured on one core at 128 px with software OpenGL: LIBERO's look 75 ms per picture, with this, no multisampling and
-    no mirrors under 10 ms; 298 thousand faces become about 70 thousand.
-    """
-    copy = copy_of(model)
-    body = copy.geom_bodyid[[int(np.flatnonzero(copy.geom_dataid == k)[0]) if (copy.geom_dataid == k).any() else 0
-                             for k in range(copy.nmesh)]]
-    for k in range(copy.nmesh):
-        # the arm's large smooth links and its pedestal bear 10 mm, hand and objects 3 mm (4: specks on bowl rims)
-        coarse = copy.body(body[k]).name.startswith(("robot0", "mount0"))
-        f, n = copy.mesh_faceadr[k], copy.mesh_facenum[k]
-        v, w = copy.mesh_vertadr[k], copy.mesh_vertnum[k]
-        new, kept = simplify_mesh(copy.mesh_vert[v:v + w].astype(np.float64), copy.mesh_face[f:f + n],
-                                  0.010 if coarse else 0.003)
-        if not len(new):
-            continue
-        for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):  # each corner keeps its own normal and texture
-            table[f:f + len(kept)] = table[f:f + n][kept]
-        copy.mesh_face[f:f + len(kept)] = new
-        copy.mesh_facenum[k] = len(kept)
-    return copy
-
-
-class Camera:
-    """Renders pictures and instance masks of a simulation that runs on this MjModel or another of the same layout.
-
-    groups, sites (6,)  which groups of geoms are seen and which of marks, such as Meta-World's goals
-    """
-
-    def __init__(self, model, size, render, groups, sites=0):
-        import mujoco
-        if render not in ("fast", "faithful"):
-            fail(f"unknown rendering '{render}': choose fast or faithful, with +goal to see Meta-World's goals")
-        self.model = model
-        if render == "fast":
-            model.vis.quality.offsamples = 0
-        self.renderer = mujoco.Renderer(model, size, size)
-        self.option = mujoco.MjvOption()
-        self.option.geomgroup[:] = groups
-        self.option.sitegroup[:] = sites
-        for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_SHADOW):
-            self.renderer.scene.flags[flag] = render == "faithful"
-
-    def picture(self, data, camera):
-        """(H, W, 3) uint8, upright."""
-        self.renderer.update_scene(data, camera, self.option)
-        return self.renderer.render().copy()
-
-    def mask(self, data, camera, label):
-        """label (number of geoms,) uint8 -> (H, W) uint8; pixels of no geom are 0."""
-        self.renderer.update_scene(data, camera, self.option)
-        self.renderer.enable_segmentation_rendering()
-        geom, kind = np.moveaxis(self.renderer.render(), -1, 0)  # (H, W) each; kind 5 = geom
-        self.renderer.disable_segmentation_rendering()
-        return np.where((kind == 5) & (geom >= 0), label[geom], 0).astype(np.uint8)
-
-    def close(self):
-        self.renderer.close()
-
-
 def look(sim, states, masks, wrist):
     """The robot's states, a dict of sequences, as float32 with the pictures of both cameras and the masks: a frame."""
     frame = {k: np.asarray(v, np.float32) for k, v in states.items()}
@@ -231,6 +113,31 @@ def look(sim, states, masks, wrist):
     if sim.camera and masks:
         frame["masks"] = sim.camera.mask(sim.data, sim.cameras[0], sim.label)
     return frame
+
+
+def tracks(sim, states, hand, K=256, seed=0):
+    """Exact point tracks of an episode that has just been played here, for both cameras, see `cameras.track`.
+
+    states (T, S), hand (T, 3) metres -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, the same of
+    "eye_in_hand", "hand/agentview": (T, 2) float16, where the camera sees the hand}
+    """
+    found = {"hand/agentview": project(hand, *sim.camera.pose(sim.data, sim.cameras[0]))[0].astype(np.float16)}
+    for k, (name, view) in enumerate(zip(CAMERAS, sim.cameras)):
+        xy, seen = track(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq], K, np.random.default_rng([seed, k]))
+        found |= {f"tracks/{name}": xy.astype(np.float16), f"visible/{name}": seen}
+    return found
+
+
+def axis_angle(R):
+    """Rotation matrix (3, 3) -> axis times angle (3,), radians, with the angle in [0, 2 pi) turning about +x.
+
+    The hand points down, half a turn from the identity, where an axis-angle of angle in [0, pi] jumps between +v
+    and -v; fixing the sign of the first component keeps it continuous.
+    """
+    from scipy.spatial.transform import Rotation
+    v = Rotation.from_matrix(R).as_rotvec()
+    angle = np.linalg.norm(v)
+    return v if v[0] >= 0 or angle < 1e-6 else v * (1 - 2 * np.pi / angle)
 
 
 def checked(action, A):
@@ -424,9 +331,11 @@ class MetaWorld:
     action_dim, horizon, patience, linger = 4, 300, 300, LINGER
 
     def __init__(self, suite, task, size, render, observe):
+        import warnings
         import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
+        warnings.filterwarnings("ignore", "Constant")  # its policies ask for more than 1, on purpose, and say so
         self.suite, self.task = suite, task
         self.language, self.objects, self.goal = describe(suite, task)
         self.env, self.policy = ALL_V3_ENVIRONMENTS[f"{task}-v3"](), ENV_POLICY_MAP[f"{task}-v3"]()
@@ -510,15 +419,3 @@ class MetaWorld:
     def close(self):
         if self.camera:
             self.camera.close()
-
-
-def axis_angle(R):
-    """Rotation matrix (3, 3) -> axis times angle (3,), radians, with the angle in [0, 2 pi) turning about +x.
-
-    The hand points down, half a turn from the identity, where an axis-angle of angle in [0, pi] jumps between +v
-    and -v; fixing the sign of the first component keeps it continuous.
-    """
-    from scipy.spatial.transform import Rotation
-    v = Rotation.from_matrix(R).as_rotvec()
-    angle = np.linalg.norm(v)
-    return v if v[0] >= 0 or angle < 1e-6 else v * (1 - 2 * np.pi / angle)

@@ -9,6 +9,7 @@ import torch
 import core
 import executor
 import mask_planner
+import places
 from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill
 
 VARIANTS = {**PLANS, "explicit, two looks": [*PLANS["mask-explicit"], "--history", "2"], "four looks": ["--history", "4"],
@@ -174,25 +175,25 @@ def test_the_camera_is_found_by_the_hand():
     assert there[:, 2].min() > 0.3
     seen = 0.5 + 1.2 * there[:, :2] / there[:, 2:] + rng.normal(0, 0.005, (2000, 2))
     seen[::10] = rng.uniform(0, 1, (200, 2))
-    found, rays = (torch.as_tensor(x, dtype=torch.float32) for x in executor.calibrate(hand, seen))
+    found, rays = (torch.as_tensor(x, dtype=torch.float32) for x in places.calibrate(hand, seen))
     assert np.linalg.norm(found.numpy() - eye) < 0.03
     exact = torch.as_tensor(0.5 + 1.2 * there[:, :2] / there[:, 2:], dtype=torch.float32)
-    back = executor.ground(exact, found, rays, torch.as_tensor(hand[:, 2:], dtype=torch.float32))
+    back = places.ground(exact, found, rays, torch.as_tensor(hand[:, 2:], dtype=torch.float32))
     assert np.linalg.norm(back.numpy() - hand[:, :2], axis=1).max() < 0.015
 
 
 def test_the_ground_of_a_real_scene(build, videos):
     """By its own hand alone, from two demonstrations, the executor knows where the plate is to a few centimetres."""
-    eye, rays = (torch.as_tensor(x, dtype=torch.float32) for x in executor.calibrate(*hand_and_fingertips(videos)))
+    eye, rays = (torch.as_tensor(x, dtype=torch.float32) for x in places.calibrate(*hand_and_fingertips(videos)))
     masks = torch.as_tensor(videos.arrays["masks"][0][:1].copy()).long()
-    plate = mask_planner.locate(mask_planner.binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
-    there = executor.ground(plate, eye, rays, torch.tensor(0.9)).numpy()
+    plate = places.locate(mask_planner.binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
+    there = places.ground(plate, eye, rays, torch.tensor(0.9)).numpy()
     assert np.linalg.norm(there - videos.arrays["obs/ee_states"][0][-1, :2]) < 0.15, "where the bowl was set down"
 
 
 def hand_and_fingertips(videos):
     """Where the hand was felt (F, 3) and, in the true masks, seen (F, 2)."""
-    seen = [mask_planner.locate(mask_planner.binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
+    seen = [places.locate(mask_planner.binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
             for m in videos.arrays["masks"]]
     return np.concatenate([s[:, :3] for s in videos.arrays["obs/ee_states"]]), np.concatenate(seen)
 

@@ -68,10 +68,14 @@ def test_episodes_have_the_documented_shapes(data_file, sim):
               "dones": ((), np.uint8), "masks": ((SIZE, SIZE), np.uint8), "obs/agentview_rgb": picture,
               "obs/eye_in_hand_rgb": picture, "obs/ee_states": ((6,), np.float32),
               "obs/joint_states": ((7,), np.float32), "obs/gripper_states": ((2,), np.float32)}
+    wanted |= {f"tracks/{c}": ((256, 2), np.float16) for c in sims.CAMERAS}
+    wanted["hand/agentview"] = (2,), np.float16
+    wanted |= {f"visible/{c}": ((256,), np.bool_) for c in sims.CAMERAS}
     with h5py.File(data_file) as f:
         for demo in f["data"].values():
             T = demo.attrs["num_samples"]
-            found = {k: demo[k] for k in (*demo, *(f"obs/{k}" for k in demo["obs"])) if k != "obs"}
+            found = {}
+            demo.visititems(lambda name, item: found.update({name: item}) if isinstance(item, h5py.Dataset) else None)
             assert {k: (v.shape[1:], v.dtype) for k, v in found.items()} == wanted
             assert 20 < T <= 2 * sim.horizon and all(len(v) == T for v in found.values())
             assert demo["rewards"][-1] == 1 and demo["dones"][:].tolist() == [0] * (T - 1) + [1]
@@ -183,7 +187,7 @@ def test_nothing_is_made_twice(copied, capsys):
 
 def test_a_scene_on_which_the_expert_fails_is_replaced(tmp_path, monkeypatch):
     episode = {"actions": np.zeros((3, 7)), "states": np.zeros((3, 5)), "rewards": np.zeros(3)}
-    monkeypatch.setattr(sims, "Sim", lambda *arguments: type("Stand", (), {"close": lambda self: None})())
+    monkeypatch.setattr(sims, "make", lambda *arguments: type("Stand", (), {"close": lambda self: None})())
     monkeypatch.setattr(extract, "record", lambda sim, seed, noise: episode if seed > 2 * extract.RETRY else None)
     monkeypatch.setattr(extract.extract_chunk, "progress", type("Queue", (), {"put": print}), raising=False)
     job = [SUITE, "x", [1], str(tmp_path), SIZE, 0.1, "fast"]
@@ -210,7 +214,7 @@ def test_other_peoples_or_other_noise_is_refused(copied, task, refused):
     refused(lambda: extract.ensure(SUITE, [task], 2, folder, SIZE, noise=0.3), "--noise 0.1", "0.3", "--data")
     with h5py.File(path, "a") as f:
         del f["data/demo_0/masks"]
-    refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, "no masks", "--data")
+    refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, "lacks masks", "--data")
 
 
 def die(how):
@@ -348,7 +352,7 @@ def test_draw_takes_every_frame_equally_often(videos):
 
 def test_goal_is_another_episode_of_the_task(videos):
     many = extract.Episodes.__new__(extract.Episodes)
-    many.task = np.repeat(np.arange(3), 4)
+    many.suite, many.task = SUITE, np.repeat(np.arange(3), 4)
     episode = np.tile(np.arange(12), 20)
     goal = many.goal_of(episode, np.random.default_rng(0))
     assert (many.task[goal] == many.task[episode]).all() and (goal != episode).all()
@@ -356,6 +360,8 @@ def test_goal_is_another_episode_of_the_task(videos):
     assert videos.goal_of(np.array([0, 1]), np.random.default_rng(0)).tolist() == [1, 0]
     many.task = np.array([0])
     assert many.goal_of(np.array([0]), np.random.default_rng(0)).tolist() == [0], "the only one there is"
+    many.suite, many.task = "mt10", np.zeros(4)
+    assert many.goal_of(np.array([2, 0]), np.random.default_rng(0)).tolist() == [2, 0], "its own: goals differ between scenes"
 
 
 def test_training_and_validation_are_disjoint(videos, data, task):
@@ -373,3 +379,32 @@ def test_draw_masks():
     for k in range(1, 5):
         assert (drawn.reshape(-1, 3)[k] == (127.5 + extract.COLOURS[k] / 2).astype(np.uint8)).all()
     assert np.array_equal(image, np.full((2, 3, 3), 255)), "the picture itself stays"
+
+
+# --- language -------------------------------------------------------------------------------------
+
+
+def test_sentences_that_mean_the_same_are_near(videos, task):
+    said = [extract.embed(s) for s in ("pick up the black bowl and place it on the plate", "put the black bowl on the plate",
+                                       "open the door")]
+    assert said[0].shape == (384,) and np.linalg.norm(said[0]) == pytest.approx(1, abs=1e-5)
+    assert said[0] @ said[1] > 0.9 > 0.5 > said[0] @ said[2]
+    assert np.array_equal(videos.text, extract.embed(task.replace("_", " "))[None])
+
+
+def test_other_text_models(tmp_path, monkeypatch, refused):
+    """Of the same classes, small, with random weights; without weights one line says how to get them."""
+    import transformers
+    extract.text_model.cache_clear()
+    tokenizer, _ = extract.text_model("minilm")
+    small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
+    networks = {"bert": transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **small)),
+                "clip": transformers.CLIPModel(transformers.CLIPConfig(projection_dim=24, text_config=dict(
+                    vocab_size=len(tokenizer), eos_token_id=102, **small), vision_config=small | dict(image_size=32, patch_size=16)))}
+    for name, network in networks.items():
+        refused(lambda: extract.embed("open", name), extract.TEXTS[name], "hf download", "--text minilm")
+        network.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        monkeypatch.setitem(extract.TEXTS, name, str(tmp_path / name))
+    assert extract.embed("open", "bert").shape == (32,) and extract.embed("open", "clip").shape == (24,)
+    extract.text_model.cache_clear()

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 import core
 import mask_planner
 from conftest import PLANNER, SIZE, SUITE, equal, run_and_kill
-from mask_planner import HORIZONS, MaskPlanner, binary_masks, iou, locate, soft_aggregate
+from mask_planner import HORIZONS, MaskPlanner, binary_masks, iou, soft_aggregate
+from places import locate
 
 K = len(HORIZONS)
 

@@ -5,6 +5,7 @@ import pytest
 
 import experts
 import rollout
+import cameras
 import sims
 from conftest import SIZE
 
@@ -23,7 +24,7 @@ def actions(n, seed=0):
 
 
 def test_the_suites_are_the_packages():
-    sims.choose_opengl()    # mujoco reads its choice once, at import
+    cameras.choose_opengl()    # mujoco reads its choice once, at import
     from metaworld import env_dict
     names = lambda envs: [name.removesuffix("-v3") for name in envs]
     assert sims.METAWORLD == names(env_dict.ALL_V3_ENVIRONMENTS)

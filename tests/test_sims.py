@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+import cameras
 import sims
 from conftest import ROOT, SIZE, SUITE
 
@@ -208,7 +209,7 @@ def test_robot_reaches_in_from_above(sim):
 
 def test_fast_rendering_shows_what_the_faithful_one_shows(sim):
     fast = sim.reset(seed=7)
-    camera = sims.Camera(sim.model, SIZE, "faithful", [0, 1, 0, 0, 0, 0])
+    camera = cameras.Camera(sim.model, SIZE, "faithful", [0, 1, 0, 0, 0, 0])
     mask, picture = camera.mask(sim.data, "agentview", sim.label), camera.picture(sim.data, "agentview")
     camera.close()
     for k in (1, BOWL, PLATE):
@@ -226,7 +227,7 @@ def test_rendering_leaves_the_physics_alone(sim):
 
 
 def test_unknown_rendering(sim, refused):
-    refused(lambda: sims.Camera(sim.model, SIZE, "pretty", [1] * 6), "pretty", "faithful")
+    refused(lambda: cameras.Camera(sim.model, SIZE, "pretty", [1] * 6), "pretty", "faithful")
 
 
 def test_simplify_mesh():
@@ -235,9 +236,9 @@ def test_simplify_mesh():
     corner = np.array([5 * i + j for i in range(4) for j in range(4)])
     faces = np.concatenate([np.stack([corner, corner + 1, corner + 5], 1),
                             np.stack([corner + 1, corner + 6, corner + 5], 1)])
-    same, kept = sims.simplify_mesh(vertices, faces, 0.5)
+    same, kept = cameras.simplify_mesh(vertices, faces, 0.5)
     assert np.array_equal(same, faces) and np.array_equal(kept, np.arange(32))
-    fewer, kept = sims.simplify_mesh(vertices, faces, 2.0)
+    fewer, kept = cameras.simplify_mesh(vertices, faces, 2.0)
     assert 0 < len(fewer) == len(kept) < 16 and set(fewer.ravel()) <= set(range(25))
     assert all(len(set(face)) == 3 for face in fewer)
 
@@ -279,14 +280,14 @@ def test_no_opengl_is_one_line(monkeypatch, refused):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     tried = []
     monkeypatch.setattr(subprocess, "run", lambda *a, env, **k: tried.append(env["MUJOCO_GL"]) or Failed)
-    refused(sims.choose_opengl, "apt-get install", "OSMesa")
+    refused(cameras.choose_opengl, "apt-get install", "OSMesa")
     assert tried == ["egl", "osmesa"] and "MUJOCO_GL" not in os.environ
-    sims.choose_opengl(needed=False)
+    cameras.choose_opengl(needed=False)
 
 
 def test_the_users_backend_is_tried_too(monkeypatch, refused):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    refused(sims.choose_opengl, "MUJOCO_GL=nonsense", "unset")
+    refused(cameras.choose_opengl, "MUJOCO_GL=nonsense", "unset")
 
 
 def test_hanging_driver_is_no_opengl(monkeypatch, refused):
@@ -296,7 +297,7 @@ def test_hanging_driver_is_no_opengl(monkeypatch, refused):
         raise subprocess.TimeoutExpired("python", 60)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    refused(sims.choose_opengl, "apt-get install")
+    refused(cameras.choose_opengl, "apt-get install")
 
 
 def test_command_without_opengl(tmp_path):

@@ -1,0 +1,230 @@
+"""What a camera sees of a mujoco simulation: pictures, instance masks, exact point tracks; and finding an OpenGL that works.
+
+By default LIBERO's visual meshes are simplified and mirror reflections, shadows and multisampling are off, because software
+OpenGL pays per vertex and per shadow; `render="faithful"` keeps the simulators' look.  Training and evaluation must use
+the same one.
+"""
+import os
+import subprocess
+import sys
+from copy import copy as copy_of
+
+import numpy as np
+
+
+def fail(message):
+    """One line on stderr that names the value and the way out; exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+def choose_opengl(needed=True):
+    """Sets MUJOCO_GL to a backend that works here: the user's choice, or EGL, else OSMesa, else fails if `needed`.
+
+    mujoco reads it once, at import; children inherit it.  Tried in a child process: a driver that hangs or
+    crashes must not take the caller along.
+    """
+    chosen = os.environ.get("MUJOCO_GL")
+    if chosen and os.environ.get("PLAN2ACT_GL") == chosen:
+        return  # tried before, by this process or its parent
+    for backend in [chosen] if chosen else ["egl", "osmesa"]:
+        trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
+        try:
+            run = subprocess.run(trial, env={**os.environ, "MUJOCO_GL": backend}, capture_output=True, timeout=60)
+        except subprocess.TimeoutExpired:
+            continue
+        if run.returncode == 0:
+            os.environ["MUJOCO_GL"] = os.environ["PLAN2ACT_GL"] = backend
+            return
+    if needed and chosen:
+        fail(f"MUJOCO_GL={chosen} does not work here: unset it, and a working one is looked for")
+    if needed:
+        fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
+             "apt-get install libosmesa6")
+
+
+def simplify_mesh(vertices, faces, cell):
+    """Vertex clustering: vertices in one cube of side `cell` (metres) become one; faces that collapse are dropped.
+
+    vertices (V, 3), faces (F, 3) -> faces (F', 3) on the same vertices, and the kept rows' indices (F',).
+    """
+    cube = np.floor((vertices - vertices.min(0)) / cell).astype(np.int64)  # (V, 3)
+    _, cluster = np.unique(cube @ [1, 1 << 20, 1 << 40], return_inverse=True)  # (V,)
+    centre = np.stack([np.bincount(cluster, vertices[:, k]) for k in range(3)], 1)  # (clusters, 3)
+    centre /= np.bincount(cluster)[:, None]
+    offset = np.linalg.norm(vertices - centre[cluster], axis=1)
+    order = np.lexsort((offset, cluster))  # within each cluster the vertex nearest its centre comes first
+    first = np.unique(cluster[order], return_index=True)[1]
+    representative = order[first][cluster]  # (V,)
+    new = representative[faces]  # (F, 3)
+    solid = (new[:, 0] != new[:, 1]) & (new[:, 1] != new[:, 2]) & (new[:, 2] != new[:, 0])
+    kept = np.flatnonzero(solid)
+    _, once = np.unique(np.sort(new[kept], 1).astype(np.int64) @ [1, 1 << 20, 1 << 40], return_index=True)
+    kept = kept[np.sort(once)]
+    return new[kept], kept
+
+
+def fast_copy(model):
+    """A copy of LIBERO's MjModel for rendering only, with simpler meshes; physics keeps the original.
+
+    Measured on one core at 128 px with software OpenGL: LIBERO's look 75 ms per picture, with this, no multisampling and
+    no mirrors under 10 ms; 298 thousand faces become about 70 thousand.
+    """
+    copy = copy_of(model)
+    body = copy.geom_bodyid[[int(np.flatnonzero(copy.geom_dataid == k)[0]) if (copy.geom_dataid == k).any() else 0
+                             for k in range(copy.nmesh)]]
+    for k in range(copy.nmesh):
+        # the arm's large smooth links and its pedestal bear 10 mm, hand and objects 3 mm (4: specks on bowl rims)
+        coarse = copy.body(body[k]).name.startswith(("robot0", "mount0"))
+        f, n = copy.mesh_faceadr[k], copy.mesh_facenum[k]
+        v, w = copy.mesh_vertadr[k], copy.mesh_vertnum[k]
+        new, kept = simplify_mesh(copy.mesh_vert[v:v + w].astype(np.float64), copy.mesh_face[f:f + n],
+                                  0.010 if coarse else 0.003)
+        if not len(new):
+            continue
+        for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):  # each corner keeps its own normal and texture
+            table[f:f + len(kept)] = table[f:f + n][kept]
+        copy.mesh_face[f:f + len(kept)] = new
+        copy.mesh_facenum[k] = len(kept)
+    return copy
+
+
+class Camera:
+    """Renders pictures and instance masks of a simulation that runs on this MjModel or another of the same layout.
+
+    groups, sites (6,)  which groups of geoms are seen and which of marks, such as Meta-World's goals
+    """
+
+    def __init__(self, model, size, render, groups, sites=0):
+        import mujoco
+        if render not in ("fast", "faithful"):
+            fail(f"unknown rendering '{render}': choose fast or faithful, with +goal to see Meta-World's goals")
+        self.model = model
+        if render == "fast":
+            model.vis.quality.offsamples = 0
+        canvas = model.vis.global_
+        canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
+        self.renderer = mujoco.Renderer(model, size, size)
+        self.option = mujoco.MjvOption()
+        self.option.geomgroup[:] = groups
+        self.option.sitegroup[:] = sites
+        for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_SHADOW):
+            self.renderer.scene.flags[flag] = render == "faithful"
+
+    def picture(self, data, camera):
+        """(H, W, 3) uint8, upright."""
+        self.renderer.update_scene(data, camera, self.option)
+        return self.renderer.render().copy()
+
+    def mask(self, data, camera, label):
+        """label (number of geoms,) uint8 -> (H, W) uint8; pixels of no geom are 0."""
+        self.renderer.update_scene(data, camera, self.option)
+        self.renderer.enable_segmentation_rendering()
+        geom, kind = np.moveaxis(self.renderer.render(), -1, 0)  # (H, W) each; kind 5 = geom
+        self.renderer.disable_segmentation_rendering()
+        return np.where((kind == 5) & (geom >= 0), label[geom], 0).astype(np.uint8)
+
+    def pose(self, data, camera):
+        """Where the camera is: eye (3,) metres, its axes right, down, ahead (3, 3), focal length in picture heights."""
+        self.renderer.update_scene(data, camera, self.option)
+        left, right = self.renderer.scene.camera  # of a stereo pair
+        axes = np.stack([np.cross(left.forward, left.up), -left.up, left.forward])
+        return (left.pos + right.pos) / 2.0, axes, left.frustum_near / (left.frustum_top - left.frustum_bottom)
+
+    def close(self):
+        self.renderer.close()
+
+
+# ---------------------------------------------------------------------------------------------- point tracks
+
+NEAR = 0.003  # metres; what a ray meets later than this before a point hides it
+MOVES = 10 / 128 ** 2  # ATM keeps points whose places vary by more than 10 square pixels of 128 over the episode
+JITTER = 0.05  # of the picture; ATM draws new points this far around those that move
+TRIES, GRID = 1000, 7  # points tried at first; rows and columns of points that are kept whether or not they move
+
+
+def project(points, eye, axes, focal):
+    """points (..., 3) metres -> (..., 2) in [0, 1] of the picture if it shows them, x right, y down; depth (...) metres."""
+    local = np.einsum("...ij,...j->...i", axes, points - eye)
+    return 0.5 + focal * local[..., :2] / np.where(local[..., 2:] > 1e-3, local[..., 2:], np.nan), local[..., 2]
+
+
+def cast(model, data, groups, eye, directions):
+    """First geom that each ray meets, -1 for none (P,), and its distance in lengths of `directions` (P, 3), (P,)."""
+    import mujoco
+    geom, distance, met = np.full(len(directions), -1), np.zeros(len(directions)), np.zeros(1, np.int32)
+    for k, direction in enumerate(directions):  # one by one: mj_multiRay of mujoco 3.3.0 misses geoms close to the eye
+        distance[k] = mujoco.mj_ray(model, data, eye, direction, groups, 1, -1, met)
+        geom[k] = met[0]
+    return geom, distance
+
+
+def track(camera, view, model, qpos, K, rng, moving=True):
+    """Follows points on surfaces through an episode, exactly: they are fixed to bodies, whose places are known.
+
+    qpos (T, nq)  the joint positions at every step; camera, view: a Camera and what it calls the camera
+    moving        True: where ATM (section IV-A) looks, around what moves, and a grid; False: uniformly
+    -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible (T, K) bool, by ray casting
+
+    differs: ATM tracks pixels by CoTracker; it crashes if nothing moves, here the points are then drawn uniformly.
+    """
+    import mujoco
+    data, T = mujoco.MjData(model), len(qpos)
+    groups = np.array(camera.option.geomgroup, np.uint8)
+
+    def at(t):
+        data.qpos[:] = qpos[t]
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_camlight(model, data)
+
+    bodies, poses = [], []
+    for t in range(T):
+        at(t)
+        bodies.append((data.xpos.copy(), data.xmat.reshape(-1, 3, 3).copy()))
+        poses.append(camera.pose(data, view))
+    position, rotation = (np.stack(x) for x in zip(*bodies))  # (T, nbody, 3), (T, nbody, 3, 3)
+    eye, axes, focal = (np.stack(x) for x in zip(*poses))  # (T, 3), (T, 3, 3), (T,)
+
+    def pick(when, where):
+        """What is seen at times (P,), places (P, 2): body (P,), -1 for nothing, and the point on it (P, 3)."""
+        body, local = np.full(len(when), -1), np.zeros((len(when), 3))
+        for t in np.unique(when):
+            at(t)
+            chosen = np.flatnonzero(when == t)
+            ray = np.concatenate([(where[chosen] - 0.5) / focal[t], np.ones((len(chosen), 1))], 1) @ axes[t]  # (P', 3)
+            geom, far = cast(model, data, groups, eye[t], ray)
+            body[chosen] = np.where(geom >= 0, model.geom_bodyid[geom], -1)
+            b = body[chosen]
+            local[chosen] = np.einsum("pji,pj->pi", rotation[t, b], eye[t] + far[:, None] * ray - position[t, b])
+        return body, local
+
+    def follow(body, local):
+        """-> world points (T, P, 3), their places in the picture (T, P, 2), depth (T, P)."""
+        world = position[:, body] + np.einsum("tpij,pj->tpi", rotation[:, body], local)
+        return world, *project(world, eye[:, None], axes[:, None], focal[:, None, None])
+
+    when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
+    body, local = pick(when, where)
+    when, where, body, local = (x[body >= 0] for x in (when, where, body, local))
+    kept = rng.choice(len(when), K)
+    if moving:
+        place = follow(body, local)[1]  # (T, P, 2)
+        moves = np.flatnonzero(np.nan_to_num(place.var(0).sum(1), nan=np.inf) > MOVES)
+        kept = rng.choice(moves, K) if len(moves) else kept
+        grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)[:K]
+        new_when, new_where = when[kept], where[kept]
+        new_when[:len(grid)], new_where[:len(grid)] = rng.integers(T, size=len(grid)), grid
+        again, there = pick(new_when, np.clip(new_where + JITTER * rng.normal(size=(K, 2)), 0.001, 0.999))
+        hit = again >= 0  # past the edge of the world there is nothing: the point that it came from, then
+        body, local = np.where(hit, again, body[kept]), np.where(hit[:, None], there, local[kept])
+    else:
+        body, local = body[kept], local[kept]
+    world, place, depth = follow(body, local)
+    visible = (depth > 1e-3) & (np.abs(np.nan_to_num(place, nan=9) - 0.5) < 0.5).all(-1)  # (T, K) in the picture
+    for t in range(T):
+        at(t)
+        chosen = np.flatnonzero(visible[t])
+        ray = world[t, chosen] - eye[t]
+        geom, far = cast(model, data, groups, eye[t], ray)
+        visible[t, chosen] = (geom < 0) | ((1 - far) * np.linalg.norm(ray, axis=1) < NEAR)
+    return np.nan_to_num(place.clip(-9, 9), nan=-9), visible

@@ -1,0 +1,320 @@
+"""ATM stage 1 (section IV-A, Table VI): learn from action-free video where any points of a picture will go.
+
+    python track_planner.py --suite libero_spatial                  # makes the data first if there is none
+    python track_planner.py --suite libero_spatial --points ee      # MimicPlay: the path of the robot's hand alone
+    python track_planner.py --suite libero_spatial --show           # predicted beside true tracks, as a picture
+
+The track transformer sees one picture, the places of some points in it and the task, and says where each point will be
+in the next 16 steps.  Half of the picture's patches are masked and painted again.  A point has no embedding but its
+place, so points may be any number in any order.
+
+Sizes: B batch, S steps of a track, N points, P patches of a track, n patches of the picture, D width, H W pixels.
+"""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import core
+import extract
+import sims
+from core import flag
+
+# differs: the 16 steps are those to come; ATM's first is the present one, which is known
+STEPS, PATCH = 16, 4
+AHEAD = (4, 8, 16)  # steps at which tracks are judged
+PIXELS = 128  # the picture's width in which errors are told, whatever it is
+MOVES = 2 / PIXELS  # a point moves if it goes further within 16 steps
+
+
+@dataclass
+class Config:
+    suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES) + ", or a Meta-World task")
+    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    points: str = flag("any", "any: where any point goes (ATM); ee: where the robot's hand goes (MimicPlay)",
+                       choices=["any", "ee"])
+    goal: str | None = flag(None, "what says the task: language (ATM) or image, the goal picture (MimicPlay, Mask2Act's "
+                            "comparison); by default language for any point in LIBERO, else image", choices=["language", "image"])
+    demos: int | None = flag(None, "action-free videos per task", minimum=1)
+    steps: int | None = flag(None, "gradient steps", minimum=1)
+    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU", choices=["laptop", "paper"])
+    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
+    width: int | None = flag(None, "width of the transformer", minimum=8)
+    depth: int | None = flag(None, "transformer blocks", minimum=1)
+    number: int = flag(32, "points per sample in training", minimum=1)
+    mask_ratio: float = flag(0.5, "share of the picture's patches that are masked (Table II)", minimum=0)
+    dropout: float | None = flag(None, "in the transformer", minimum=0)
+    batch: int | None = flag(None, "samples per step", minimum=1)
+    lr: float | None = flag(None, "peak learning rate", minimum=0)
+    seed: int = flag(0, "seed of weights and batches", minimum=0)
+    data: str = flag("data", "folder of the data files")
+    out: str = flag("runs", "folder of the runs")
+    device: str | None = flag(None, "cpu or cuda")
+    show: bool = flag(False, "only draw predicted against true tracks of the trained planner")
+    bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
+
+    weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 10.0, 0.0, 500, 100
+    PRESETS = {"laptop": dict(demos=20, steps=4000, size=96, width=128, depth=4, dropout=0.0, batch=32, lr=1e-3),
+               "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, dropout=0.2, batch=512, lr=1e-4)}
+
+
+# ---------------------------------------------------------------------------------------------- patches
+
+def track_patches(tracks):
+    """(B, S, N, 2) -> (B, P, N, 2 PATCH): each point's places in pieces of PATCH steps."""
+    B, S, N, _ = tracks.shape
+    return tracks.view(B, S // PATCH, PATCH, N, 2).transpose(2, 3).flatten(3)
+
+
+def track_from_patches(patches):
+    """The inverse: (B, P, N, 2 PATCH) -> (B, S, N, 2)."""
+    return patches.unflatten(3, (PATCH, 2)).transpose(2, 3).flatten(1, 2)
+
+
+def image_patches(images, side):
+    """(B, 3, H, W) -> (B, n, 3 side side), row by row."""
+    B, C, H, W = images.shape
+    x = images.view(B, C, H // side, side, W // side, side)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * side * side)
+
+
+def sincos(places, D):
+    """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT and MAE."""
+    half = D // (2 * places.shape[-1])
+    angle = places[..., None] / 10000 ** (torch.arange(half) / half)  # (..., k, half)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], -1).flatten(-2), (0, D - 2 * half * places.shape[-1]))
+
+
+def grid_points(side):
+    """Points in the middles of side x side cells, row by row, (side side, 2)."""
+    middle = (torch.arange(side) + 0.5) / side
+    return torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1).reshape(-1, 2)
+
+
+# ---------------------------------------------------------------------------------------------- network
+
+class TrackPlanner(nn.Module):
+    """The track transformer.  differs: plain pre-norm blocks; ATM norms the query only and shares one key and value head."""
+    kind = "track_planner"
+    side = 16  # of a patch, pixels
+
+    def __init__(self, config, E):
+        """E  numbers that say a sentence"""
+        super().__init__()
+        self.config, D = config, config.width
+        if config.size % self.side:
+            core.fail(f"--size {config.size} is not divisible by {self.side}, the side of a patch: choose a multiple")
+        self.cells = config.size // self.side
+        self.n = self.cells ** 2
+        self.track = nn.Linear(2 * PATCH, D)
+        self.image = nn.Linear(3 * self.side ** 2, D)
+        self.text = nn.Linear(E, D) if config.goal == "language" else None
+        self.task = nn.Parameter(torch.randn(D) * 0.02)  # tells the task's tokens from the picture's
+        self.hidden = nn.Parameter(torch.randn(D) * 0.02)  # takes the place of a masked patch
+        self.time = nn.Parameter(sincos(torch.arange(STEPS // PATCH)[:, None].float(), D)[:, None])  # (P, 1, D)
+        cell = torch.stack(torch.meshgrid(torch.arange(self.cells), torch.arange(self.cells), indexing="ij"), -1).float()
+        self.register_buffer("place", sincos(cell.view(-1, 2), D), persistent=False)  # (n, D)
+        self.gpt = core.Transformer(D, config.depth, max(4, D // 48 if D % 48 == 0 else D // 32), config.dropout)
+        self.track_head, self.image_head = nn.Linear(D, 2 * PATCH), nn.Linear(D, 3 * self.side ** 2)
+
+    def patches(self, images):
+        """(B, H, W, 3) uint8 -> (B, n, 3 side side) in [-1, 1]."""
+        return image_patches(images.permute(0, 3, 1, 2).float() / 127.5 - 1, self.side)
+
+    def tokens(self, images, points, goal, mask_ratio=0.0):
+        """images (B, H, W, 3) uint8; points (B, N, 2) in [0, 1], x right, y down; goal (B, E) the sentence's numbers or
+        (B, H, W, 3) uint8, the goal picture -> what the transformer says: of tracks (B, P, N, D), of patches (B, n, D)."""
+        B, N, _ = points.shape
+        pixels = self.image(self.patches(images))  # (B, n, D)
+        if mask_ratio:
+            hide = torch.rand(B, self.n, 1, device=pixels.device) < mask_ratio
+            pixels = torch.where(hide, self.hidden.to(pixels.dtype), pixels)
+        # the future is not known: the present place stands for every step, so that the true one cannot leak in
+        still = track_patches(points[:, None].expand(B, STEPS, N, 2))  # (B, P, N, 2 PATCH)
+        tracks = self.track(still) + self.time  # (B, P, N, D)
+        task = self.text(goal)[:, None] if self.text else self.image(self.patches(goal)) + self.place  # (B, 1 or n, D)
+        x = torch.cat([tracks.flatten(1, 2), pixels + self.place, task + self.task], 1)
+        x = self.gpt(x)  # (B, P N + n + 1 or n, D)
+        L = N * (STEPS // PATCH)
+        return x[:, :L].unflatten(1, (-1, N)), x[:, L:L + self.n]
+
+    def forward(self, images, points, goal, mask_ratio=0.0):
+        """Arguments as for `tokens` -> tracks (B, S, N, 2), absolute places; the picture painted (B, n, 3 side side)."""
+        tracks, pixels = self.tokens(images, points, goal, mask_ratio)
+        # ours: the head says the way from the present place, which is added; the loss is on absolute places, as in ATM
+        return points[:, None] + track_from_patches(self.track_head(tracks).float()), self.image_head(pixels).float()
+
+    @torch.no_grad()
+    def plan(self, images, goal):
+        """The latent plan of Mask2Act's comparison: what is said about a grid of points, before the head, (B, n, P D)."""
+        points = grid_points(self.cells).to(images.device).expand(len(images), -1, -1)
+        return self.tokens(images, points, goal)[0].permute(0, 2, 1, 3).flatten(2)
+
+    def loss(self, batch):
+        """batch: image (B, H, W, 3) uint8, tracks (B, 1 + S, N, 2): now and to come, goal as for `tokens`
+        -> 10 track + 1 image (Table VI), parts."""
+        images, tracks = batch["image"], batch["tracks"].float()
+        if self.training:
+            images, tracks = augment(images, tracks)
+        said, painted = self(images, tracks[:, 0], batch["goal"], self.config.mask_ratio if self.training else 0.0)
+        track = F.mse_loss(said, tracks[:, 1:])
+        image = F.mse_loss(painted, self.patches(images))
+        return 10 * track + image, {"track": track.item(), "image": image.item()}
+
+
+def augment(images, tracks, often=0.9):
+    """ATM's: jitter of colours, then each picture shifted by up to 4 pixels, the tracks with it.
+
+    images (B, H, W, 3) uint8, tracks (B, T, N, 2) -> the same.  ours: one draw of the jitter for an eighth of the batch.
+    """
+    from torchvision.transforms import v2
+    jitter = v2.RandomApply([v2.ColorJitter(0.3, 0.3, 0.3, 0.3)], often)
+    channels = images.permute(0, 3, 1, 2)
+    images = torch.cat([jitter(part) for part in channels.chunk(8)]).permute(0, 2, 3, 1)
+    images, move = core.random_shift(images)  # (B, 2) pixels x, y
+    size = torch.tensor([images.shape[2], images.shape[1]], device=move.device)
+    return images, tracks + (move / size)[:, None, None]
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def make_batch(episodes, camera, episode, t, rng, config, number=None):
+    """The planner's view of frames t (B,) of some episodes in one camera, as a dict of arrays (see TrackPlanner.loss); and
+    seen (B, 1 + S, N) bool, before (B, 1, N, 2): where the points were a step ago."""
+    e, times = episode[:, None], t[:, None] + np.arange(-1, 1 + STEPS)  # (B, 2 + S)
+    if config.points == "ee":
+        tracks = episodes.gather(f"hand/{camera}", e, times)[..., None, :]  # (B, 2 + S, 1, 2)
+        seen = (np.abs(tracks - 0.5) < 0.5).all(-1)
+    else:
+        tracks, seen = (episodes.gather(f"{what}/{camera}", e, times) for what in ("tracks", "visible"))  # (B, 2 + S, K, ..)
+        # points are drawn, with replacement, among those visible now
+        chosen = np.stack([rng.choice(np.flatnonzero(now) if now.any() else len(now), number or config.number)
+                           for now in seen[:, 1]])  # (B, N)
+        tracks = np.take_along_axis(tracks, chosen[:, None, :, None], 2)
+        seen = np.take_along_axis(seen, chosen[:, None], 2)
+    if config.goal == "language":
+        goal = episodes.text[episodes.task[episode]]  # (B, E)
+    else:
+        last = episodes.goal_of(episode, rng)
+        goal = episodes.gather("obs/agentview_rgb", last, episodes.length[last] - 1)  # (B, H, W, 3)
+    tracks = tracks.astype(np.float32)
+    return {"image": episodes.gather(f"obs/{camera}_rgb", episode, t), "tracks": tracks[:, 1:], "goal": goal,
+            "seen": seen[:, 1:], "before": tracks[:, :1]}
+
+
+def cameras_of(config):
+    """Any point is followed in both cameras, by the same network; the hand is seen by the third person."""
+    return sims.CAMERAS if config.points == "any" else sims.CAMERAS[:1]
+
+
+def training_batch(episodes, step, config):
+    """Random frames for one training step, the same number of each camera."""
+    episode, t, rng = episodes.draw(step, config.batch, config.seed)
+    parts = [make_batch(episodes, camera, e, s, rng, config) for camera, e, s in
+             zip(cameras_of(config), *(np.array_split(x, len(cameras_of(config))) for x in (episode, t)))]
+    return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
+
+@torch.no_grad()
+def validate(planner, episodes, samples=300, seed=1):
+    """How far predicted tracks of points that move are off, on held-out episodes, beside points that stay and points that
+    keep the velocity of the last step.
+
+    -> {camera: {"planner" | "stay" | "keep on": {"distance": (len(AHEAD),) pixels of 128, "within": delta_avg in %}}}
+    """
+    config, device = planner.config, next(planner.parameters()).device
+    scores = {}
+    for camera in cameras_of(config):
+        errors, counted = {name: [] for name in ("planner", "stay", "keep on")}, []
+        for step in range(-(-samples // 50)):
+            episode, t, rng = episodes.draw(step, 50, seed)
+            batch = make_batch(episodes, camera, episode, t, rng, config)
+            past, now, true = batch["before"], batch["tracks"][:, :1], batch["tracks"][:, 1:]
+            tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
+            said = planner.eval()(tensors["image"], tensors["tracks"][:, 0], tensors["goal"])[0].cpu().numpy()
+            k = np.arange(1, 1 + STEPS)[None, :, None, None]
+            for name, guess in (("planner", said), ("stay", now), ("keep on", now + k * (now - past))):
+                errors[name].append(np.linalg.norm(guess - true, axis=-1))
+            moves = np.linalg.norm(true - now, axis=-1).max(1, keepdims=True) > MOVES
+            goes_on = (t[:, None] + np.arange(1, 1 + STEPS) < episodes.length[episode][:, None])[..., None]
+            counted.append(moves & batch["seen"][:, 1:] & goes_on)
+        counted, scores[camera] = np.concatenate(counted), {}
+        for name, parts in errors.items():
+            off = PIXELS * np.concatenate(parts)  # (samples, S, N)
+            at = [off[:, k - 1][counted[:, k - 1]].mean() for k in AHEAD]
+            within = np.mean([(2 * off[counted] < d).mean() for d in (1, 2, 4, 8, 16)])  # TAP-Vid's, of 256 pixels
+            scores[camera][name] = {"distance": np.array(at), "within": 100 * within}
+    return scores
+
+
+def table(scores):
+    """The scores of `validate` as lines of text."""
+    lines = ["held-out points that move: mean distance in pixels of 128, and delta_avg"]
+    for camera, rows in scores.items():
+        lines.append(f"  {camera:14s}" + "".join(f"   +{k:<3d}" for k in AHEAD) + "   delta_avg")
+        for name, s in rows.items():
+            lines.append(f"    {name:12s}" + "".join(f" {x:6.2f}" for x in s["distance"]) + f"   {s['within']:5.1f} %")
+    return "\n".join(lines)
+
+
+@torch.no_grad()
+def show(planner, episodes, columns=4, seed=3):
+    """Rows of (predicted | true tracks), one pair per camera -> (., ., 3) uint8."""
+    config, device, rows = planner.config, next(planner.parameters()).device, []
+    for step in range(columns):
+        cells = []
+        for camera in cameras_of(config):
+            episode, t, rng = episodes.draw(step, 1, seed)
+            batch = make_batch(episodes, camera, episode, t, rng, config, number=64)
+            tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
+            said = planner.eval()(tensors["image"], tensors["tracks"][:, 0], tensors["goal"])[0][0].cpu().numpy()
+            for tracks, name in ((np.concatenate([batch["tracks"][0, :1], said]), "plan"), (batch["tracks"][0], "true")):
+                drawn = extract.draw_tracks(batch["image"][0], tracks, batch["seen"][0], 2)
+                cells.append(extract.caption(drawn, f"{name}, {camera}"))
+        rows.append(np.concatenate(cells, 1))
+    return np.concatenate(rows)
+
+
+def load_planner(path, device="cpu"):
+    """A trained TrackPlanner, frozen."""
+    content = core.load(path, kind=TrackPlanner.kind, made_by="python track_planner.py --suite libero_spatial")
+    planner = TrackPlanner(core.from_dict(Config, content["config"]), content["extra"]["E"])
+    planner.load_state_dict(content["model"])
+    return planner.to(device).eval().requires_grad_(False)
+
+
+def main(argv=None):
+    """Command line: makes the data that is missing, trains, validates; or only --show."""
+    config = core.parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
+    names = sims.choose_tasks(config.suite, config.tasks)
+    usual = "language" if config.points == "any" and not sims.is_metaworld(config.suite) else "image"
+    config.goal = config.goal or usual
+    name = {"any": "track", "ee": "ee"}[config.points] + f"-{config.goal}" * (config.goal != usual)
+    path = Path(config.out) / config.suite / f"{name}.pt"
+    if config.show and not path.exists():
+        core.fail(f"no planner {path} to show: train it with python track_planner.py --suite {config.suite}")
+    extract.ensure(config.suite, names, config.demos, config.data, config.size)
+    videos = extract.Episodes(config.data, config.suite, names, config.demos)
+    held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    torch.manual_seed(config.seed)
+    E = videos.text.shape[1]
+    note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames, told by {config.goal}"
+    if config.show:
+        planner = load_planner(path, config.device)
+    else:
+        planner = core.fit(TrackPlanner(config, E), lambda step: training_batch(videos, step, config), config, path,
+                           lambda p: show(p, held_out), note, {"E": E})
+    scores = table(validate(planner, held_out))
+    print(scores)
+    core.write(path.with_suffix(".txt"), scores + "\n")
+    if config.show:
+        import imageio.v3 as iio
+        iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))
+    print(f"picture: {path.with_suffix('.png')}   next: python executor.py --planner {path}")
+
+
+if __name__ == "__main__":
+    main()
