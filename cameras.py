@@ -159,6 +159,61 @@ def cast(model, data, groups, eye, directions):
     return geom, distance
 
 
+class Replay:
+    """An episode's bodies and one camera at every step, to follow points that are fixed to bodies.
+
+    qpos (T, nq) the joint positions; camera, view: a Camera and what it calls the camera.  P points.
+    """
+
+    def __init__(self, camera, view, model, qpos):
+        import mujoco
+        self.model, self.data, self.qpos = model, mujoco.MjData(model), qpos
+        self.groups = np.array(camera.option.geomgroup, np.uint8)
+        bodies, poses = [], []
+        for t in range(len(qpos)):
+            self.at(t)
+            bodies.append((self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy()))
+            poses.append(camera.pose(self.data, view))
+        self.position, self.rotation = (np.stack(x) for x in zip(*bodies))  # (T, nbody, 3), (T, nbody, 3, 3)
+        self.eye, self.axes, self.focal = (np.stack(x) for x in zip(*poses))  # (T, 3), (T, 3, 3), (T,)
+
+    def at(self, t):
+        """Puts everything where it was at step t."""
+        import mujoco
+        self.data.qpos[:] = self.qpos[t]
+        mujoco.mj_kinematics(self.model, self.data)
+        mujoco.mj_camlight(self.model, self.data)
+
+    def pick(self, when, where):
+        """What is seen at steps (P,), places (P, 2): body (P,), -1 for nothing, and the point in its frame (P, 3)."""
+        body, local = np.full(len(when), -1), np.zeros((len(when), 3))
+        for t in np.unique(when):
+            self.at(t)
+            chosen = np.flatnonzero(when == t)  # (P',)
+            ray = np.concatenate([(where[chosen] - 0.5) / self.focal[t], np.ones((len(chosen), 1))], 1) @ self.axes[t]  # (P', 3)
+            geom, far = cast(self.model, self.data, self.groups, self.eye[t], ray)
+            body[chosen] = b = np.where(geom >= 0, self.model.geom_bodyid[geom], -1)
+            point = self.eye[t] + far[:, None] * ray  # (P', 3)
+            local[chosen] = np.einsum("pji,pj->pi", self.rotation[t, b], point - self.position[t, b])
+        return body, local
+
+    def follow(self, body, local):
+        """Points on bodies (P,), (P, 3) -> in the world (T, P, 3), in the picture (T, P, 2), their depth (T, P)."""
+        world = self.position[:, body] + np.einsum("tpij,pj->tpi", self.rotation[:, body], local)
+        return world, *project(world, self.eye[:, None], self.axes[:, None], self.focal[:, None, None])
+
+    def visible(self, world, place, depth):
+        """Whether the picture shows them (T, P): they lie in it, and a ray from the camera reaches them first."""
+        shown = (depth > 1e-3) & (np.abs(np.nan_to_num(place, nan=9) - 0.5) < 0.5).all(-1)
+        for t in range(len(shown)):
+            self.at(t)
+            chosen = np.flatnonzero(shown[t])
+            ray = world[t, chosen] - self.eye[t]
+            geom, far = cast(self.model, self.data, self.groups, self.eye[t], ray)
+            shown[t, chosen] = (geom < 0) | ((1 - far) * np.linalg.norm(ray, axis=1) < NEAR)
+        return shown
+
+
 def track(camera, view, model, qpos, K, rng, moving=True):
     """Follows points on surfaces through an episode, exactly: they are fixed to bodies, whose places are known.
 
@@ -168,63 +223,22 @@ def track(camera, view, model, qpos, K, rng, moving=True):
 
     differs: ATM tracks pixels by CoTracker; it crashes if nothing moves, here the points are then drawn uniformly.
     """
-    import mujoco
-    data, T = mujoco.MjData(model), len(qpos)
-    groups = np.array(camera.option.geomgroup, np.uint8)
-
-    def at(t):
-        data.qpos[:] = qpos[t]
-        mujoco.mj_kinematics(model, data)
-        mujoco.mj_camlight(model, data)
-
-    bodies, poses = [], []
-    for t in range(T):
-        at(t)
-        bodies.append((data.xpos.copy(), data.xmat.reshape(-1, 3, 3).copy()))
-        poses.append(camera.pose(data, view))
-    position, rotation = (np.stack(x) for x in zip(*bodies))  # (T, nbody, 3), (T, nbody, 3, 3)
-    eye, axes, focal = (np.stack(x) for x in zip(*poses))  # (T, 3), (T, 3, 3), (T,)
-
-    def pick(when, where):
-        """What is seen at times (P,), places (P, 2): body (P,), -1 for nothing, and the point on it (P, 3)."""
-        body, local = np.full(len(when), -1), np.zeros((len(when), 3))
-        for t in np.unique(when):
-            at(t)
-            chosen = np.flatnonzero(when == t)
-            ray = np.concatenate([(where[chosen] - 0.5) / focal[t], np.ones((len(chosen), 1))], 1) @ axes[t]  # (P', 3)
-            geom, far = cast(model, data, groups, eye[t], ray)
-            body[chosen] = np.where(geom >= 0, model.geom_bodyid[geom], -1)
-            b = body[chosen]
-            local[chosen] = np.einsum("pji,pj->pi", rotation[t, b], eye[t] + far[:, None] * ray - position[t, b])
-        return body, local
-
-    def follow(body, local):
-        """-> world points (T, P, 3), their places in the picture (T, P, 2), depth (T, P)."""
-        world = position[:, body] + np.einsum("tpij,pj->tpi", rotation[:, body], local)
-        return world, *project(world, eye[:, None], axes[:, None], focal[:, None, None])
-
+    replay, T = Replay(camera, view, model, qpos), len(qpos)
     when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
-    body, local = pick(when, where)
+    body, local = replay.pick(when, where)
     when, where, body, local = (x[body >= 0] for x in (when, where, body, local))
     kept = rng.choice(len(when), K)
     if moving:
-        place = follow(body, local)[1]  # (T, P, 2)
-        moves = np.flatnonzero(np.nan_to_num(place.var(0).sum(1), nan=np.inf) > MOVES)
+        spread = replay.follow(body, local)[1].var(0).sum(1)  # (P,) nan behind the camera
+        moves = np.flatnonzero(np.nan_to_num(spread, nan=np.inf) > MOVES)
         kept = rng.choice(moves, K) if len(moves) else kept
         grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)[:K]
         new_when, new_where = when[kept], where[kept]
         new_when[:len(grid)], new_where[:len(grid)] = rng.integers(T, size=len(grid)), grid
-        again, there = pick(new_when, np.clip(new_where + JITTER * rng.normal(size=(K, 2)), 0.001, 0.999))
+        again, there = replay.pick(new_when, np.clip(new_where + JITTER * rng.normal(size=(K, 2)), 0.001, 0.999))
         hit = again >= 0  # past the edge of the world there is nothing: the point that it came from, then
         body, local = np.where(hit, again, body[kept]), np.where(hit[:, None], there, local[kept])
     else:
         body, local = body[kept], local[kept]
-    world, place, depth = follow(body, local)
-    visible = (depth > 1e-3) & (np.abs(np.nan_to_num(place, nan=9) - 0.5) < 0.5).all(-1)  # (T, K) in the picture
-    for t in range(T):
-        at(t)
-        chosen = np.flatnonzero(visible[t])
-        ray = world[t, chosen] - eye[t]
-        geom, far = cast(model, data, groups, eye[t], ray)
-        visible[t, chosen] = (geom < 0) | ((1 - far) * np.linalg.norm(ray, axis=1) < NEAR)
-    return np.nan_to_num(place.clip(-9, 9), nan=-9), visible
+    world, place, depth = replay.follow(body, local)
+    return np.nan_to_num(place.clip(-9, 9), nan=-9), replay.visible(world, place, depth)

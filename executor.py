@@ -1,16 +1,18 @@
-"""Mask2Act stage 2 (section 3.3): from plans and a few action-labelled demonstrations to actions.
+"""Stage 2, for every plan: from plans and a few action-labelled demonstrations to actions.
 
-    python executor.py --planner runs/libero_spatial/mask.pt                          # the paper: latent plan
+    python executor.py --planner runs/libero_spatial/mask.pt                          # Mask2Act: latent plan
     python executor.py --planner runs/libero_spatial/mask.pt --plan-form explicit     # ours: the plan in numbers
+    python executor.py --planner runs/libero_spatial/track.pt                         # ATM: early and late fusion
     python executor.py --planner none --suite libero_spatial                          # behavioural cloning
 
-The executor E (eq. 4) sees the last h steps of third-person picture (through the frozen planner's encoder), wrist
-picture (through its own), robot state and plan, and says the next actions.  Frozen outputs are computed once.
+The executor E (Mask2Act section 3.3, eq. 4) sees the last h steps of third-person picture (through the frozen planner's
+encoder), wrist picture (through its own), robot state and plan, and says the next actions.  ATM's policy (section IV-B) is
+the same with encoders of its own for both pictures and the tracks fused in.  Frozen outputs are computed once.
 
 Measured at the laptop preset on libero_spatial, 3,000 steps on one CPU core: explicit 0.8 minutes, latent 2.3, cloning
 5.4; success with ten demonstrations per task 86, 74 and 64 %, with two 47, 35 and 27 % (README has the intervals).
 
-Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk, G goals per frame.
+Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk; of tracks S steps, N points.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +27,7 @@ import core
 import extract
 import mask_planner
 import sims
+import track_planner
 from core import flag
 from places import Places
 
@@ -36,14 +39,20 @@ AIM = 0.005  # metres, noise on the waypoint that the action head hears in train
 # networks go by the few absolute paths they have seen: two demonstrations, second training seed, 19 of 100, with it 51
 FEEL = 0.01
 NEAR = 0.1  # metres, the unit in which the heads hear and say ways
+LOOK = ("frames", "goal", "wrist", "hand")  # what planners see
+# ATM's 32 points per picture: two lattices of 4 x 4
+POINTS = [[x, y] for side in (np.linspace(0.05, 0.85, 4), np.linspace(0.15, 0.95, 4)) for y in side.tolist() for x in side.tolist()]
 DRAWS = 3  # goals per training frame for which the frozen planner's plan is cached
 
 
 @dataclass
 class Config:
     planner: str = flag("", "checkpoint of stage 1, or none: behavioural cloning")
-    plan_form: str = flag("latent", "latent: the plan tokens (the paper); explicit: where the objects are, in metres",
-                          choices=["latent", "explicit"])
+    plan_form: str | None = flag(None, "latent: the plan's tokens (Mask2Act; the default but for any-point tracks); explicit: "
+                                 "where the objects are, in metres (masks); tracks: where points will go (ATM)",
+                                 choices=["latent", "explicit", "tracks"])
+    early: bool = flag(True, "tracks beside the picture's patches (ATM, Table III), for --plan-form tracks")
+    late: bool = flag(True, "tracks beside the action head (ATM, Table III), for --plan-form tracks")
     suite: str = flag("libero_spatial", "suite, for --planner none; otherwise the planner's")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the planner's, or all")
     demos: int | None = flag(None, "videos per task, as for the planner: goal pictures come from them", minimum=1)
@@ -79,8 +88,13 @@ class Config:
 
 
 def plan_name(config):
-    """none, mask or mask-explicit, as in results and file names."""
-    return "none" if config.planner == "none" else "mask" + "-explicit" * (config.plan_form == "explicit")
+    """none, mask, mask-explicit, track, track-latent or ee, as in results and file names; ablations add to it."""
+    if config.planner == "none":
+        return "none"
+    name, form = Path(config.planner).stem, config.plan_form
+    if form == "tracks":
+        return name + {(True, True): "", (True, False): "-early", (False, True): "-late"}.get((config.early, config.late), "-unfused")
+    return name + ("-explicit" if form == "explicit" else "-latent" * name.startswith("track"))
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -105,26 +119,60 @@ class MapToken(nn.Module):
         return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
 
 
+class Spatial(nn.Module):
+    """ATM's spatial encoder (section IV-B, Fig. 11): patches of both pictures and, by early fusion, tracks -> one token."""
+
+    def __init__(self, n, D, early, depth=2):
+        super().__init__()
+        self.cls, self.place = (nn.Parameter(torch.randn(k, D) * 0.02) for k in (1, 2 * n))
+        self.view, self.kind = (nn.Parameter(torch.randn(2, 1, D) * 0.02) for _ in range(2))
+        self.track = nn.Linear(2 * track_planner.STEPS, D) if early else None
+        self.gpt = core.Transformer(D, depth, max(4, D // 64))
+
+    def forward(self, pictures, tracks):
+        """pictures (B, 2, n, D), third person first; tracks (B, 2, S, N, 2) -> (B, D)."""
+        x = (pictures + self.view + self.kind[0]).flatten(1, 2) + self.place  # (B, 2 n, D)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        if self.track:  # each token with the id of its own view: ATM's code mixes them up
+            t = self.track(tracks.transpose(2, 3).flatten(3)) + self.view + self.kind[1]  # (B, 2, N, D)
+            x = torch.cat([x, t.flatten(1, 2)], 1)
+        return self.gpt(x)[:, 0]
+
+
+PLANNERS = {planner.kind: (planner, module) for planner, module in
+            ((mask_planner.MaskPlanner, mask_planner), (track_planner.TrackPlanner, track_planner))}
+
+
+def make_planner(about):
+    """An untrained planner from what a checkpoint says about it: kind, config and arguments."""
+    Planner, module = PLANNERS[about["kind"]]
+    return Planner(core.from_dict(module.Config, about["config"]), *about["arguments"])
+
+
 class Executor(nn.Module):
     """E of eq. 4, one network for every plan."""
     kind = "executor"
 
     def __init__(self, config, extra):
-        """extra  what else the checkpoint holds: planner's config or None, suite, tasks, size, render, A, goals per task."""
+        """extra  what else the checkpoint holds: about the planner or None, suite, tasks, size, render, A, goals per task, E
+        numbers per sentence."""
         super().__init__()
         self.config, self.extra = config, extra
         c, size, D, A = config, extra["size"], config.width, extra["action_dim"]
         self.own_goal = sims.is_metaworld(extra["suite"])  # else the goal picture is of another scene
         if extra["planner"]:
-            self.planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, extra["planner"]))
-            self.planner.requires_grad_(False)
+            self.planner = make_planner(extra["planner"]).requires_grad_(False)
             W, n = self.planner.config.width, self.planner.n
         else:  # behavioural cloning: the same encoder, trained; the goal picture beside the present one says the task
             self.planner = None
             self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
             W, n = 2 * D, self.encoder.cells(size) ** 2
-        self.places = None
-        if self.planner and c.plan_form == "explicit":
+        self.told = self.planner and getattr(self.planner.config, "goal", "image")  # "language", or by a picture
+        self.places, self.spatial = None, None
+        if c.plan_form == "tracks":
+            self.encoder, self.wrist_encoder = (core.ImageEncoder(D, c.blocks, c.channels) for _ in range(2))
+            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.early)
+        elif self.planner and c.plan_form == "explicit":
             # ours: no pictures beside the plan in numbers: they are more to overfit, and nine tenths of the time
             self.places = Places(self.planner.locator.N, self.own_goal, c.blur)
             self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))
@@ -133,18 +181,26 @@ class Executor(nn.Module):
             self.image = MapToken(W, n, D)
             self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
             self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
-            self.latent = MapToken(W, n, D) if self.planner else None
+            if self.planner and self.planner.kind == "track_planner":  # a point's tokens of all times are one
+                hand = self.planner.config.points == "ee"
+                W, n = W * (track_planner.STEPS // track_planner.PATCH), 1 if hand else n
+            self.latent = None
+            if self.planner:
+                self.latent = MapToken(W, n, D) if n > 1 else nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
         self.state = nn.Linear(8, D)
-        self.tokens = 4 if self.places else 5  # goal, or image and wrist; state, plan, action
+        # goal, or image and wrist; state, plan, action; of ATM: spatial, state, action
+        self.tokens = 3 if self.spatial else 4 if self.places else 5
         self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
         mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
         self.reach = mlp(D, 3 + (self.places.M if self.places else 0))
-        self.head = mlp(D + 3, c.chunk * A)
+        late = 2 * track_planner.STEPS * len(POINTS) * 2 if self.spatial and c.late else 0
+        self.head = mlp(D + 3 + late, c.chunk * A)
         self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
+        self.register_buffer("texts", torch.zeros(len(extra["tasks"]), extra["E"]))
         self.register_buffer("goals", torch.zeros(len(extra["tasks"]), extra["goals"], size, size, 3, dtype=torch.uint8))
 
     def train(self, mode=True):
@@ -154,28 +210,36 @@ class Executor(nn.Module):
         return self
 
     @torch.no_grad()
-    def features(self, frames, goal):
-        """What the frozen planner says.  frames (B, h, H, W, 3) uint8 as it wants them, goal (B, H, W, 3) uint8 ->
-        {"image", of the last frame, "plan": (B, n, D)}, or {"numbers": (B, N, 5), "goal_code": (B, D)}."""
+    def features(self, look):
+        """What the frozen planner says of a look: frames (B, h, H, W, 3) uint8 as it wants them, wrist (B, H, W, 3), hand
+        (B, 2), and goal (B, H, W, 3) uint8, or (B, E) if it is told by language ->
+        {"tracks": (B, 2, S, N, 2)} of the third person and the wrist; {"numbers": (B, N, 5), "goal_code": (B, D)}; or
+        {"image": (B, n, D), of the last frame, "plan": (B, n or 1, D or P D)}."""
+        frames, goal = look["frames"], look["goal"]
+        B = len(frames)
+        if self.spatial:
+            points = torch.tensor(POINTS, device=frames.device).expand(2 * B, -1, -1)
+            tracks, _ = self.planner(torch.cat([frames[:, -1], look["wrist"]]), points, torch.cat([goal, goal]))
+            return {"tracks": tracks.unflatten(0, (2, B)).transpose(0, 1)}
+        if self.planner.kind == "track_planner":
+            grid = track_planner.grid_points(self.planner.cells).to(frames.device).expand(B, -1, -1)
+            points = look["hand"].float()[:, None] if self.planner.config.points == "ee" else grid
+            return dict(zip(("plan", "image"), self.planner.plan(frames[:, -1], points, goal)))
         x, fine = self.planner.encode(frames, fine=True)
-        return self.features_of(torch.cat([self.planner.encode(goal)[:, None], x], 1), fine[:, -1])
-
-    @torch.no_grad()
-    def features_of(self, x, fine):
-        """The same from encoded pictures x (B, 1 + h, n, D), the goal first; fine (B, C, h', w') of the last frame."""
+        x = torch.cat([self.planner.encode(goal)[:, None], x], 1)  # (B, 1 + h, n, D)
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
         if not self.places:
             return {"image": x[:, -1], "plan": plan}
-        return {"numbers": self.planner.locator(self.planner.as_map(plan), fine)[:, :, 0], "goal_code": x[:, 0].mean(1)}
-
-    def target(self, goal):
-        """Where robot and objects are in goal pictures of this scene, (B, H, W, 3) uint8 -> (B, N, 5), as "numbers"."""
-        return self.features(goal[:, None].expand(-1, self.planner.config.history, -1, -1, -1), goal)["numbers"]
+        said = {"numbers": self.planner.locator(self.planner.as_map(plan), fine[:, -1])[:, :, 0], "goal_code": x[:, 0].mean(1)}
+        if self.own_goal and "target" not in look:  # where robot and objects are in the goal picture
+            still = goal[:, None].expand(-1, self.planner.config.history, -1, -1, -1)
+            said["target"] = self.features({"frames": still, "goal": goal, "target": None})["numbers"]
+        return said
 
     def forward(self, batch):
         """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan numbers, first and, if the goal
         is of this scene, target (B, T, N, 5), goal_code (B, T, D); else wrist (B, T, H, W, 3) uint8 and image, plan
-        (B, T, n, D) or, for cloning, frames, goal (B, T, H, W, 3) uint8
+        (B, T, n, D), or, for tracks, picture (B, T, H, W, 3) and tracks (B, T, 2, S, N, 2), or, for cloning, picture and goal
         -> actions (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) in metres."""
         B, T = batch["state"].shape[:2]
         state, heard = batch["state"], None
@@ -188,14 +252,20 @@ class Executor(nn.Module):
         else:
             shift = (lambda images: core.random_shift(images)[0]) if self.training else lambda images: images
             encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)  # (B T, n, D)
+        if self.spatial:
+            both = [encode(net, batch[k]) for net, k in ((self.encoder, "picture"), (self.wrist_encoder, "wrist"))]
+            seen = self.spatial(torch.stack(both, 1), batch["tracks"].flatten(0, 1))  # (B T, D)
+            tokens = [seen.unflatten(0, (B, T)), self.state((state - self.mean) / self.std)]
+        elif not self.places:
             if self.planner:
                 image, plan = batch["image"], self.latent(batch["plan"])
             else:
-                both = torch.cat([batch["frames"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
+                both = torch.cat([batch["picture"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
                 x = encode(self.encoder, both).unflatten(0, (B, 2, T))
                 image, plan = torch.cat([x[:, 0], x[:, 1]], -1), torch.zeros(B, T, self.config.width, device=x.device)
             tokens = [self.image(image), self.wrist(encode(self.wrist_encoder, batch["wrist"]).unflatten(0, (B, T)))]
-        tokens += [self.state((state - self.mean) / self.std), plan]
+        if not self.spatial:
+            tokens += [self.state((state - self.mean) / self.std), plan]
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
         x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
         L = T * self.tokens
@@ -211,7 +281,8 @@ class Executor(nn.Module):
         # paths by heart and does not go to the waypoint (success 16 of 50; without the numbers 27 of 50)
         aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
         way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
-        action = self.head(torch.cat([x, way.to(x.dtype)], -1)).unflatten(-1, (self.config.chunk, -1))  # (B, T, C, A)
+        late = [batch["tracks"].flatten(2).to(x.dtype)] if self.spatial and self.config.late else []  # ATM's late fusion
+        action = self.head(torch.cat([x, way.to(x.dtype), *late], -1)).unflatten(-1, (self.config.chunk, -1))  # (B, T, C, A)
         return action, there
 
     def loss(self, batch):
@@ -219,7 +290,7 @@ class Executor(nn.Module):
         (B, T, 3): the hand's position where it next opens or closes, metres -> MSE of both, parts."""
         if self.planner and "frames" in batch:
             B, T = batch["state"].shape[:2]
-            said = self.features(batch["frames"].flatten(0, 1), batch["goal"].flatten(0, 1))
+            said = self.features({k: batch[k].flatten(0, 1) for k in LOOK if k in batch})
             batch = batch | {k: v.unflatten(0, (B, T)) for k, v in said.items()}
         action, there = self(batch)
         error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, A)
@@ -247,14 +318,14 @@ class ActionData:
     def __init__(self, config, executor, demos, videos):
         self.c, self.executor, self.demos, self.videos = config, executor, demos, videos
         planner = executor.planner
-        self.h, self.stride = (planner.config.history, planner.config.stride) if planner else (1, 1)
+        self.h, self.stride = (getattr(planner and planner.config, k, 1) for k in ("history", "stride"))
         state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
         executor.mean.copy_(torch.from_numpy(state.mean(0)))
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
         position, gripper = demos.gather("obs/ee_states", *self.every())[:, :3], demos.gather("actions", *self.every())[:, -1]
         self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b]) for a, b in zip(demos.start, demos.start[1:])])
         cached = planner and (config.cache or executor.places)  # numbers are too few to be worth saving memory
-        self.draws = 1 if executor.own_goal else DRAWS
+        self.draws = 1 if executor.own_goal or executor.told == "language" else DRAWS
         self.cached = self.compute(f"frozen planner, goals per frame: {self.draws}") if cached else None
         if executor.places:
             target = self.cached["target"].float() if executor.own_goal else None
@@ -277,31 +348,28 @@ class ActionData:
         other = (own + 1 + (row * 7919 + draw * 104729) % max(1, per_task - 1)) % per_task
         return task * per_task + other
 
-    def frames(self, row):
-        """What the planner sees at demonstration frame `row` (...): frames (..., h, H, W, 3) uint8."""
+    def look(self, row, draw):
+        """What the planner sees at demonstration frames `row` (...) with goal number `draw`, as arrays, see LOOK."""
         episode = np.searchsorted(self.demos.start, row, "right") - 1
-        t = (row - self.demos.start[episode])[..., None] + self.stride * np.arange(1 - self.h, 1)
-        return self.demos.gather("obs/agentview_rgb", episode[..., None], t)
+        t = row - self.demos.start[episode]
+        if self.executor.told == "language":
+            goal = self.demos.text[self.demos.task[episode]]  # (..., E)
+        else:
+            video = self.goal_of(row, draw)
+            goal = self.videos.gather("obs/agentview_rgb", video, self.videos.length[video] - 1)  # (..., H, W, 3)
+        past = t[..., None] + self.stride * np.arange(1 - self.h, 1)
+        return {"frames": self.demos.gather("obs/agentview_rgb", episode[..., None], past), "goal": goal,
+                "wrist": self.demos.gather("obs/eye_in_hand_rgb", episode, t), "hand": self.demos.gather("hand", episode, t)}
 
     def compute(self, what, size=64):
         """The frozen planner's outputs for all frames and their goals -> dict of (draws, frames, ...) float16."""
-        device, planner = next(self.executor.parameters()).device, self.executor.planner
-        autocast = torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16))
-        rows, out = np.arange(len(self.demos)), [[] for _ in range(self.draws)]
-        with torch.no_grad(), autocast:
-            last = self.videos.gather("obs/agentview_rgb", np.arange(len(self.videos.length)), self.videos.length - 1)
-            parts = [torch.as_tensor(part, device=device) for part in np.array_split(last, -(-len(last) // size))]
-            goals = torch.cat([planner.encode(part) for part in parts])  # (videos, n, D)
-            if self.executor.places and self.executor.own_goal:
-                targets = torch.cat([self.executor.target(part) for part in parts])  # (videos, N, 5)
-            for part in tqdm(np.array_split(rows, -(-len(rows) // size)), desc=what, mininterval=5):
-                frames, fine = planner.encode(torch.as_tensor(self.frames(part), device=device), fine=True)  # (size, h, ...)
+        device, out = next(self.executor.parameters()).device, [[] for _ in range(self.draws)]
+        parts = np.array_split(np.arange(len(self.demos)), -(-len(self.demos) // size))
+        with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
+            for part in tqdm(parts, desc=what, mininterval=5):
                 for draw in range(self.draws):
-                    video = torch.as_tensor(self.goal_of(part, draw))  # (size,)
-                    said = self.executor.features_of(torch.cat([goals[video][:, None], frames], 1), fine[:, -1])
-                    if self.executor.places and self.executor.own_goal:
-                        said["target"] = targets[video]
-                    out[draw].append({k: v.half().cpu() for k, v in said.items()})
+                    look = {k: torch.as_tensor(v, device=device) for k, v in self.look(part, draw).items()}
+                    out[draw].append({k: v.half().cpu() for k, v in self.executor.features(look).items()})
         return {k: torch.stack([torch.cat([piece[k] for piece in pieces]) for pieces in out]) for k in out[0][0]}
 
     def __call__(self, step):
@@ -320,13 +388,14 @@ class ActionData:
         if self.cached:
             # float16 in memory; the networks expect what autocast or float32 gives
             batch |= {k: v[draw[:, None], row].float() for k, v in self.cached.items()}
+            if self.executor.spatial:
+                batch["picture"] = self.demos.gather("obs/agentview_rgb", e, past)
             if self.executor.places:
                 first = self.cached["numbers"][draw, self.demos.start[episode]].float()  # (B, N, 5)
                 batch["first"] = first[:, None].expand_as(batch["numbers"])
             return batch
-        frames, goal = self.frames(row), self.goal_of(row, draw[:, None])
-        return batch | {"frames": frames if self.executor.planner else frames[:, :, -1],
-                        "goal": self.videos.gather("obs/agentview_rgb", goal, self.videos.length[goal] - 1)}
+        look = self.look(row, draw[:, None])
+        return batch | look | {"picture": look["frames"][:, :, -1]}
 
 
 # ---------------------------------------------------------------------------------------------- acting
@@ -338,9 +407,10 @@ class Policy:
         self.executor, self.c = executor.eval(), executor.config
         self.device = next(executor.parameters()).device
 
-    def reset(self, goal):
-        """Starts an episode.  goal (H, W, 3) uint8: the goal picture; `executor.goals` (tasks, goals, H, W, 3) are some."""
-        self.goal = torch.as_tensor(goal, device=self.device)
+    def reset(self, goal, task=0):
+        """Starts an episode.  goal (H, W, 3) uint8: the goal picture; `executor.goals` (tasks, goals, H, W, 3) are some.
+        task: index into the executor's tasks, for a plan that is told by language."""
+        self.goal = self.executor.texts[task] if self.executor.told == "language" else torch.as_tensor(goal, device=self.device)
         self.looks, self.queue, self.frames, self.first = [], [], [], None
 
     @property
@@ -354,21 +424,19 @@ class Policy:
             return self.queue.pop(0)
         tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
         state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
-        now = {"state": tensor(state)} | ({} if self.executor.places else {"wrist": tensor(frame["eye_in_hand_rgb"])})
-        picture = tensor(frame["agentview_rgb"])
+        picture, wrist = tensor(frame["agentview_rgb"]), tensor(frame["eye_in_hand_rgb"]) if "eye_in_hand_rgb" in frame else None
+        now = {"state": tensor(state), "picture": picture} | ({} if self.executor.places else {"wrist": wrist})
         if self.executor.planner:
             # the planner's own history, at its own stride, when this executor looks that often
-            h = self.executor.planner.config.history
+            h = getattr(self.executor.planner.config, "history", 1)
             self.frames = (self.frames or [picture] * h)[1 - h:] + [picture] if h > 1 else [picture]
-            now |= self.executor.features(torch.stack(self.frames, 1), self.goal[None])
+            now |= self.executor.features({"frames": torch.stack(self.frames, 1), "goal": self.goal[None], "wrist": wrist,
+                                           "hand": tensor(frame["hand"])})
             if self.executor.places:
                 self.first = now["numbers"] if self.first is None else self.first
                 now["first"] = self.first
-                if self.executor.own_goal:
-                    self.target = self.executor.target(self.goal[None]) if not self.looks else self.target
-                    now["target"] = self.target
         else:
-            now |= {"frames": picture, "goal": self.goal[None]}
+            now["goal"] = self.goal[None]
         self.looks = (self.looks + [now])[-self.c.history:]
         batch = {k: torch.stack([look[k] for look in self.looks], 1) for k in now}  # (1, T, ...)
         chunk = self.executor(batch)[0][0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, A)
@@ -388,11 +456,19 @@ def build(config):
     """Planner, data and a new executor -> executor, ActionData, path of its checkpoint."""
     if not config.planner:
         core.fail("no --planner: give a checkpoint of stage 1 (python mask_planner.py makes runs/<suite>/mask.pt), or none")
-    planner = None
+    planner, about, forms = None, None, ["latent"]
     if config.planner != "none":
-        planner = mask_planner.load_planner(config.planner, config.device)
+        content = core.load(config.planner, made_by="python mask_planner.py (or track_planner.py)")
+        if content.get("kind") not in PLANNERS:
+            core.fail(f"{config.planner} holds a model of kind '{content.get('kind')}', not a planner: {', '.join(PLANNERS)}")
+        planner = PLANNERS[content["kind"]][1].load_planner(config.planner, config.device)
+        about = {"kind": planner.kind, "config": core.as_dict(planner.config), "arguments": planner.arguments}
+        forms = planner.forms
         config.suite, config.demos = planner.config.suite, planner.config.demos
         config.tasks = config.tasks or planner.config.tasks
+    config.plan_form = config.plan_form or forms[0]
+    if config.plan_form not in forms:
+        core.fail(f"--plan-form {config.plan_form}: {config.planner} can give {' or '.join(forms)}")
     config.batch = config.batch or (128 if planner and config.plan_form == "explicit" else 32)
     if config.action_demos > config.demos:
         core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: give --demos {config.action_demos}")
@@ -405,13 +481,14 @@ def build(config):
         core.fail(f"{config.planner} was trained on {planner.config.size} px, {config.data}/ holds {videos.size} px: "
                   "give the --data folder it was trained on")
     goals = 0 if sims.is_metaworld(config.suite) else min(GOALS, config.demos)
-    extra = {"planner": core.as_dict(planner.config) if planner else None, "suite": config.suite, "tasks": names,
+    extra = {"planner": about, "E": videos.text.shape[1], "suite": config.suite, "tasks": names,
              "size": videos.size, "render": videos.render, "action_dim": videos.arrays["actions"][0].shape[1], "goals": goals,
              "seconds": {"data": round(videos.seconds), "planner": core.last_seconds(config.planner)}}
     torch.manual_seed(config.seed)
     executor = Executor(config, extra).to(config.device)
     if planner:
         executor.planner.load_state_dict(planner.state_dict())
+    executor.texts.copy_(torch.as_tensor(videos.text))
     for k in range(len(names) if goals else 0):
         last = np.flatnonzero(videos.task == k)[-goals:]  # the latest videos: the first ones lend their actions
         executor.goals[k] = torch.as_tensor(videos.gather("obs/agentview_rgb", last, videos.length[last] - 1))

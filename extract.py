@@ -12,7 +12,7 @@ One file per task, data/<suite>/<task>.hdf5, in the robomimic/LIBERO layout (A a
       masks      (T, H, W) u1 of agentview: 0 background, 1 robot, 2.. the task's objects
       tracks/    agentview, eye_in_hand (T, K, 2) f2 places x, y of points on surfaces, in [0, 1] inside the picture
       visible/   agentview, eye_in_hand (T, K) bool
-      hand/      agentview (T, 2) f2: the robot's hand, in the same units
+      hand       (T, 2) f2 of agentview: the place of the robot's hand, in the same units
     mask/        train, valid: names of demos (robomimic's filter keys)
 
 Row t holds what is seen before action t.  demo_0 .. demo_1 are held out for validation, the next `--demos` are
@@ -90,7 +90,7 @@ def record(sim, seed, noise):
     if not sim.success():
         return None
     episode = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # each (T, ...)
-    return episode | sims.tracks(sim, episode["states"], episode["ee_states"][:, :3], seed=seed)
+    return episode | sims.tracks(sim, episode["states"], seed=seed)
 
 
 def write_episode(path, episode, **attrs):
@@ -334,7 +334,7 @@ class Episodes:
     """
     KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
             "obs/ee_states", "obs/joint_states", "obs/gripper_states",
-            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS), "hand/agentview")
+            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS), "hand")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
         self.suite, self.tasks, self.seconds = suite, tasks, 0.0  # seconds of one core that the episodes took to make

@@ -146,7 +146,7 @@ class Decoder(nn.Module):
 
 class MaskPlanner(nn.Module):
     """P and D of section 3.2."""
-    kind = "mask_planner"
+    kind, arguments, forms = "mask_planner", [], ["latent", "explicit"]  # forms: what an executor can hear
 
     def __init__(self, config):
         super().__init__()

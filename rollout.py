@@ -26,10 +26,12 @@ import experts
 import extract
 import mask_planner
 import sims
+import track_planner
 from core import fail, flag
 
 FILM_SCALE = 3  # films are enlarged by this factor
-COLOURS = {"none": "#888888", "mask": "#d62728", "mask-explicit": "#1f77b4", "expert": "#2ca02c"}
+COLOURS = {"none": "#888888", "mask": "#d62728", "mask-explicit": "#1f77b4", "expert": "#2ca02c",
+           "track": "#9467bd", "track-latent": "#e377c2", "ee": "#ff7f0e"}
 
 
 @dataclass
@@ -57,7 +59,9 @@ def film_frame(frame, policy, sim):
     """One picture of a film: third-person view, with the plan's masks decoded at two horizons, and the wrist view."""
     planner = policy.executor.planner if policy else None
     views = [("now", frame["agentview_rgb"])]
-    if planner:
+    if planner and planner.kind == "track_planner":
+        views.append(("plan", draw_plan(policy, frame)))
+    elif planner:
         now = mask_planner.binary_masks(torch.as_tensor(mask_planner.half(frame["masks"]))[None].long(),
                                         planner.config.objects)  # (1, N, H/2, W/2)
         history = torch.stack(policy.frames, 1)  # (1, h, H, W, 3): what the policy has just seen
@@ -70,6 +74,16 @@ def film_frame(frame, policy, sim):
     views.append(("wrist", frame["eye_in_hand_rgb"]))
     large = [np.kron(v, np.ones((FILM_SCALE, FILM_SCALE, 1), np.uint8)) for _, v in views]
     return np.concatenate([extract.caption(v, name, 16) for (name, _), v in zip(views, large)], 1)
+
+
+def draw_plan(policy, frame, side=8):
+    """The third-person picture with where the track planner says that a grid of points, or the hand, will go."""
+    planner = policy.executor.planner
+    grid = track_planner.grid_points(side) if planner.config.points == "any" else torch.tensor(frame["hand"].astype(np.float32))[None]
+    image, grid = policy.frames[-1], grid.to(policy.device)[None]  # (1, H, W, 3), (1, N, 2)
+    with torch.no_grad():
+        tracks = torch.cat([grid[:, None], planner(image, grid, policy.goal[None])[0]], 1)[0].cpu().numpy()  # (1 + S, N, 2)
+    return extract.draw_tracks(frame["agentview_rgb"], tracks, np.ones(tracks.shape[:2], bool))
 
 
 def play(sim, actor, start, film):
@@ -126,8 +140,9 @@ def run_task(job):
             where = {"seed": scene} if config.scenes is not None else {"init": scene}
             film = config.films and len(filmed) < 2
             if policy:
-                carried = policy.executor.goals[policy.executor.extra["tasks"].index(task)]  # (goals, H, W, 3)
-                policy.reset(sim.goal_image(**where) if policy.executor.own_goal else carried[scene % len(carried)])
+                k = policy.executor.extra["tasks"].index(task)
+                carried = policy.executor.goals[k]  # (goals, H, W, 3)
+                policy.reset(sim.goal_image(**where) if policy.executor.own_goal else carried[scene % len(carried)], k)
             frame = sim.reset(**where)
             actor = policy or (experts.demonstrator(sim, seed=scene), config.noise, np.random.default_rng([scene, 1]))
             success, steps, pictures = play(sim, actor, frame, film)

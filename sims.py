@@ -7,7 +7,7 @@ their wheels carry every asset.  A frame is one row of the data file, live (`ext
     frame = sim.reset(seed=7)                    # the whole scene, fixtures and goal included, follows from the seed
     frame, success = sim.step(action)            # action (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
 
-Physics is the packages' to the bit, rendering is not (`cameras.py`).
+Physics is the packages' to rounding, rendering is not (`cameras.py`).
 """
 import os
 import sys
@@ -35,7 +35,7 @@ BENCHMARKS = {  # ML10 trains on ten tasks and tests on five others; the last ar
 SUITES = (*HORIZONS, *BENCHMARKS)
 CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
 EVALUATION = 10_000_000  # Meta-World's evaluation scene i has this seed + i; demonstrations have smaller ones
-SETTLE = 20  # steps before an episode starts: objects must land, and the bowl on the ramekin tips over in the first 15
+SETTLE = 20  # steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped over in the first 15
 SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
 LINGER = 10  # steps that a Meta-World demonstration goes on after its first success, most of which is on an edge
 VIEW = (-0.02, 0.66, 0.14), 0.98, 148, -32  # Meta-World's third-person camera: looks at, metres away, degrees of turn and height
@@ -105,23 +105,24 @@ def quiet_imports():
 
 
 def look(sim, states, masks, wrist):
-    """The robot's states, a dict of sequences, as float32 with the pictures of both cameras and the masks: a frame."""
+    """The robot's states, a dict of sequences, as float32 with the pictures of both cameras, the masks, and where the
+    third-person picture has the hand: a frame."""
     frame = {k: np.asarray(v, np.float32) for k, v in states.items()}
     if sim.camera:
         frame |= {f"{ours}_rgb": sim.camera.picture(sim.data, theirs) for ours, theirs in zip(CAMERAS, sim.cameras)
                   if wrist or ours != "eye_in_hand"}
+        frame["hand"] = project(frame["ee_states"][:3], *sim.camera.pose(sim.data, sim.cameras[0]))[0].astype(np.float16)
     if sim.camera and masks:
         frame["masks"] = sim.camera.mask(sim.data, sim.cameras[0], sim.label)
     return frame
 
 
-def tracks(sim, states, hand, K=256, seed=0):
+def tracks(sim, states, K=256, seed=0):
     """Exact point tracks of an episode that has just been played here, for both cameras, see `cameras.track`.
 
-    states (T, S), hand (T, 3) metres -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, the same of
-    "eye_in_hand", "hand/agentview": (T, 2) float16, where the camera sees the hand}
+    states (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, ... "/eye_in_hand"}
     """
-    found = {"hand/agentview": project(hand, *sim.camera.pose(sim.data, sim.cameras[0]))[0].astype(np.float16)}
+    found = {}
     for k, (name, view) in enumerate(zip(CAMERAS, sim.cameras)):
         xy, seen = track(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq], K, np.random.default_rng([seed, k]))
         found |= {f"tracks/{name}": xy.astype(np.float16), f"visible/{name}": seen}
@@ -286,7 +287,8 @@ class Libero:
     def frame(self, masks=True, wrist=True):
         """The current frame as a dict, named as in the data file; without `masks` or `wrist` a third quicker each.
 
-        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 of agentview;
+        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 and hand (2,) float16, its place in
+        [0, 1], x right, y down, of agentview;
         ee_states (6,) position in metres and axis-angle in radians; joint_states (7,) radians;
         gripper_states (2,) metres.
         """

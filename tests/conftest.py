@@ -25,7 +25,10 @@ COMMON = ["--preset", "laptop", "--suite", SUITE, "--tasks", "0", "--demos", "2"
 EXTRACT = [*COMMON, "--size", str(SIZE), "--workers", "1"]
 PLANNER = [*COMMON, "--steps", "5", *NETWORK]
 EXECUTOR = ["--preset", "laptop", "--demos", "2", "--action-demos", "2", "--steps", "5", *NETWORK]
-PLANS = {"none": ["--planner", "none", "--tasks", "0"], "mask": [], "mask-explicit": ["--plan-form", "explicit"]}
+TRACKS = [*COMMON, "--steps", "5", *"--width 32 --depth 1 --batch 4 --device cpu --no-bf16".split()]
+PLANS = {"none": ["--planner", "none", "--tasks", "0"], "mask": [], "mask-explicit": ["--plan-form", "explicit"],
+         "track": ["--planner", "{runs}/track.pt"], "ee": ["--planner", "{runs}/ee.pt"],
+         "track-latent": ["--planner", "{runs}/track.pt", "--plan-form", "latent"]}
 
 
 KILLED = """
@@ -101,11 +104,19 @@ def videos(data, task):
 
 @pytest.fixture(scope="session")
 def planner_path(data):
-    """Checkpoint of a planner trained for 5 steps."""
+    """Checkpoint of a mask planner trained for 5 steps; track.pt and ee.pt beside it."""
     import mask_planner
+    import track_planner
     out = data.parent / "runs"
     mask_planner.main([*PLANNER, "--data", str(data), "--out", str(out)])
+    for points in ("any", "ee"):
+        track_planner.main([*TRACKS, "--points", points, "--data", str(data), "--out", str(out)])
     return out / SUITE / "mask.pt"
+
+
+def with_planners(flags, planner_path):
+    """Flags of PLANS with the folder of the planners filled in."""
+    return [flag.format(runs=planner_path.parent) for flag in flags]
 
 
 @pytest.fixture(scope="session")
@@ -114,7 +125,7 @@ def executor_paths(data, planner_path):
     import executor
     out, paths = data.parent / "runs", {}
     for plan, flags in PLANS.items():
-        executor.main([*EXECUTOR, "--planner", str(planner_path), *flags, "--data", str(data), "--out", str(out)])
+        executor.main([*EXECUTOR, "--planner", str(planner_path), *with_planners(flags, planner_path), "--data", str(data), "--out", str(out)])
         paths[plan] = out / SUITE / f"{plan}_executor_d2.pt"
     return paths
 

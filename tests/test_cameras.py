@@ -103,8 +103,8 @@ def test_points_are_where_something_moves(played):
 
 def test_tracks_follow_from_the_seed(played):
     sim, states = played
-    one, two, other = (sims.tracks(sim, states, np.zeros((len(states), 3)), seed=s) for s in (3, 3, 4))
-    assert one.keys() == {f"{w}/{c}" for w in ("tracks", "visible") for c in sims.CAMERAS} | {"hand/agentview"}
+    one, two, other = (sims.tracks(sim, states, seed=s) for s in (3, 3, 4))
+    assert one.keys() == {f"{w}/{c}" for w in ("tracks", "visible") for c in sims.CAMERAS}
     assert all(np.array_equal(one[k], two[k]) for k in one)
     assert not np.array_equal(one["tracks/agentview"], other["tracks/agentview"])
     assert one["tracks/agentview"].dtype == np.float16 and one["visible/agentview"].dtype == bool

@@ -10,10 +10,12 @@ import core
 import executor
 import mask_planner
 import places
-from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill
+from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill, with_planners
 
 VARIANTS = {**PLANS, "explicit, two looks": [*PLANS["mask-explicit"], "--history", "2"], "four looks": ["--history", "4"],
-            "cloning, two looks": [*PLANS["none"], "--history", "2"]}
+            "cloning, two looks": [*PLANS["none"], "--history", "2"], "tracks, two looks": [*PLANS["track"], "--history", "2"],
+            "early": [*PLANS["track"], "--no-late"], "late": [*PLANS["track"], "--no-early"],
+            "unfused": [*PLANS["track"], "--no-late", "--no-early"]}
 
 
 @pytest.fixture
@@ -21,7 +23,8 @@ def build(data, planner_path, tmp_path):
     """build(*flags) -> a new executor, its data, the path of its checkpoint."""
 
     def build(*flags, planner=planner_path):
-        argv = [*EXECUTOR, "--planner", str(planner), "--data", str(data), "--out", str(tmp_path), *flags]
+        argv = [*EXECUTOR, "--planner", str(planner), "--data", str(data), "--out", str(tmp_path),
+                *with_planners(flags, planner_path)]
         return executor.build(core.parse(executor.Config, "", argv))
 
     return build
@@ -35,7 +38,7 @@ def frame_of(videos, episode, t):
     """A row of the data file as the simulator would give it live."""
     frame = {k: videos.arrays[f"obs/{k}"][episode][t] for k in
              ("agentview_rgb", "eye_in_hand_rgb", "ee_states", "gripper_states", "joint_states")}
-    return frame | {"masks": videos.arrays["masks"][episode][t]}
+    return frame | {"hand": videos.arrays["hand"][episode][t], "masks": videos.arrays["masks"][episode][t]}
 
 
 # --- network --------------------------------------------------------------------------------------
@@ -89,12 +92,13 @@ def test_random_shift():
     B, H, W = 300, 13, 17
     y, x = np.mgrid[:H, :W]
     picture = torch.from_numpy(np.stack([y, x, y + x], -1).astype(np.uint8))
-    shifted = executor.random_shift(picture.expand(B, H, W, 3)).numpy().astype(int)
+    shifted, moved = (x.numpy().astype(int) for x in core.random_shift(picture.expand(B, H, W, 3)))
     assert shifted.shape == (B, H, W, 3)
     moves = set()
-    for one in shifted:
+    for one, move in zip(shifted, moved):
         dy, dx = one[6, 8, :2] - [6, 8]
         moves.add((dy, dx))
+        assert move.tolist() == [-dx, -dy]
         rows, columns = np.clip(y + dy, 0, H - 1), np.clip(x + dx, 0, W - 1)
         assert np.array_equal(one, np.stack([rows, columns, rows + columns], -1))
     assert {dy for dy, _ in moves} == {dx for _, dx in moves} == set(range(-4, 5)) and len(moves) > 60
@@ -103,7 +107,7 @@ def test_random_shift():
 def test_pictures_are_shifted_in_training_only(build, monkeypatch):
     model, actions, _ = build()
     batch, calls = tensors(actions(0)), []
-    monkeypatch.setattr(executor, "random_shift", lambda images: calls.append(images.shape) or images)
+    monkeypatch.setattr(core, "random_shift", lambda images: (calls.append(images.shape) or images, None))
     model.eval()(batch)
     assert not calls
     model.train()(batch)
@@ -144,7 +148,8 @@ def test_the_explicit_plan_in_numbers(build):
 
 def test_standardised_by_the_demonstrations(build):
     model, actions, _ = build("--plan-form", "explicit")
-    said = model.places.in_metres(actions.cached["numbers"].float()[:, :, 1:]).flatten(0, 1)  # (DRAWS frames, N - 1, 5)
+    said = actions.cached["numbers"].float()[:, :, [1, 2, 1, 2]]  # of the task's objects, at the first look and now
+    said = model.places.in_metres(said).flatten(0, 1)  # (DRAWS frames, M, 5)
     torch.testing.assert_close(model.places.mean, said.mean(0), atol=1e-4, rtol=0)
     torch.testing.assert_close(model.places.std, said.std(0).clamp(min=1e-3), atol=1e-4, rtol=1e-3)
     now = actions.cached["numbers"].float()[0, :, None]
@@ -238,9 +243,9 @@ def test_planner_stays_in_eval(build):
     assert not any(p.requires_grad for p in model.planner.parameters())
 
 
-@pytest.mark.parametrize("plan", ["mask", "mask-explicit"])
+@pytest.mark.parametrize("plan", ["mask", "mask-explicit", "track", "ee"])
 def test_training_leaves_the_planner_unchanged(executor_paths, planner_path, plan):
-    planner, trained = core.load(planner_path)["model"], core.load(executor_paths[plan])["model"]
+    planner, trained = core.load(planner_path.with_stem(plan.split("-")[0]))["model"], core.load(executor_paths[plan])["model"]
     for name, value in planner.items():
         assert torch.equal(trained[f"planner.{name}"], value), name
 
@@ -258,8 +263,7 @@ def test_cached_and_uncached_training_see_the_same(build, flags):
                 torch.manual_seed(step)
                 losses.append(model.train(mode).loss(batch)[0].item())
             assert losses[0] == pytest.approx(losses[1], rel=0.01)
-    frames, goal = (x.flatten(0, 1) for x in (b["frames"], b["goal"]))
-    for k, v in model.features(frames, goal).items():
+    for k, v in model.features({k: b[k].flatten(0, 1) for k in executor.LOOK}).items():
         torch.testing.assert_close(a[k].flatten(0, 1), v, atol=0.01, rtol=0.01)
 
 
@@ -367,7 +371,8 @@ def test_names_tell_runs_apart(build):
 
 @pytest.mark.parametrize("plan", PLANS)
 def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys, plan):
-    argv = [*EXECUTOR, "--steps", "6", "--planner", str(planner_path), "--data", str(data), *PLANS[plan]]
+    argv = [*EXECUTOR, "--steps", "6", "--planner", str(planner_path), "--data", str(data),
+            *with_planners(PLANS[plan], planner_path)]
     executor.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("executor", "step", [*argv, "--out", str(tmp_path / "broken")])
     whole, broken = (tmp_path / name / SUITE / f"{plan}_executor_d2.pt" for name in ("whole", "broken"))
@@ -399,7 +404,8 @@ def test_policy_executes_its_chunk_in_order(executor_paths, videos):
     assert policy.wants_frame, "what is left of the last episode's chunk is forgotten"
 
 
-@pytest.mark.parametrize("plan, history, look", [("mask", 1, 1), ("mask", 3, 2), ("mask-explicit", 2, 1), ("none", 1, 3)])
+@pytest.mark.parametrize("plan, history, look", [("mask", 1, 1), ("mask", 3, 2), ("mask-explicit", 2, 1), ("none", 1, 3),
+                                                 ("track", 1, 2), ("track-latent", 1, 1), ("ee", 1, 2)])
 def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, look):
     """Frames of the data file as live frames: pixels, states and features equal the training batch's.
 
@@ -412,34 +418,76 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     model, actions, _ = build("--history", str(look), "--no-cache", *PLANS[plan], planner=tmp_path / "p.pt")
     t = 8
     actions.demos.draw = lambda *rest: (np.array([0]), np.array([t]), np.random.default_rng(0))
-    trained, live, pictures = tensors(actions(0)), {}, []
+    trained, live, looks = tensors(actions(0)), {}, []
     model.forward = lambda batch: live.update(batch) or (torch.zeros(1, look, 8, 7), None)
     if model.planner:
         features = model.features
-        model.features = lambda frames, goal: pictures.append((frames, goal)) or features(frames, goal)
+        model.features = lambda seen: looks.append(seen) or features(seen)
     policy = executor.Policy(model)
     policy.reset(model.goals[0, 1])     # the last frame of video 1, as goal_of gives for video 0
     for step in range(t + 1):
         policy(frame_of(videos, 0, step) if policy.wants_frame else None)
     assert torch.equal(live["state"], trained["state"])
     assert plan == "mask-explicit" or torch.equal(live["wrist"], trained["wrist"])
+    assert plan == "mask-explicit" or torch.equal(live["picture"], trained["picture"])
     if plan == "none":
-        assert torch.equal(live["frames"], trained["frames"]) and torch.equal(live["goal"], trained["goal"])
+        assert torch.equal(live["goal"], trained["goal"])
         return
+    rows = np.maximum(t + 4 * np.arange(1 - look, 1), 0)
+    for row, seen in zip(rows, looks[-look:]):
+        wanted = actions.look(np.array([row]), np.array([0]))
+        assert seen.keys() == wanted.keys() == set(executor.LOOK)
+        assert all(np.array_equal(seen[k], wanted[k]) for k in wanted)
     if plan == "mask-explicit":  # its few numbers are always cached, in float16
-        rows = np.maximum(t + 4 * np.arange(1 - look, 1), 0)
-        for row, (frames, goal) in zip(rows, pictures[-look:]):
-            assert np.array_equal(frames[0], actions.frames(row)) and torch.equal(goal[0], model.goals[0, 1])
-        assert torch.equal(live["first"][0, -1], model.features(*pictures[0])["numbers"][0])
+        assert torch.equal(live["first"][0, -1], model.features(looks[0])["numbers"][0])
         for k in ("numbers", "goal_code", "first"):
             torch.testing.assert_close(live[k], trained[k], atol=0.01, rtol=0.01)
         return
-    for k, (frames, goal) in enumerate(pictures[-look:]):
-        assert torch.equal(frames, trained["frames"][:, k]) and torch.equal(goal, trained["goal"][:, k])
-    said = features(trained["frames"].flatten(0, 1), trained["goal"].flatten(0, 1))
-    assert said.keys() == {"image", "plan"} <= live.keys()
+    said = features({k: trained[k].flatten(0, 1) for k in executor.LOOK})
+    assert said.keys() == ({"tracks"} if plan == "track" else {"image", "plan"}) <= live.keys()
     for k, v in said.items():
         torch.testing.assert_close(live[k][0], v, atol=1e-4, rtol=1e-4)
+
+
+# --- tracks ---------------------------------------------------------------------------------------
+
+
+def test_fusions_change_what_they_should(build):
+    """Tracks reach the action by early fusion, by late fusion, by both, or not at all; pictures always do."""
+    for flags, heard in (([], True), (["--no-late"], True), (["--no-early"], True), (["--no-early", "--no-late"], False)):
+        model, actions, path = build(*PLANS["track"], *flags)
+        batch = tensors(actions(0))
+        with torch.no_grad():
+            said = model.eval()(batch)[0]
+            other = model(batch | {"tracks": batch["tracks"].flip(0)})[0]
+            seen = model(batch | {"picture": 255 - batch["picture"]})[0]
+        assert torch.equal(said, other) != heard and not torch.equal(said, seen)
+    assert path.name == "track-unfused_executor.pt" if model.config.action_demos == 10 else "track-unfused" in path.name
+
+
+def test_a_track_carries_its_own_view(build):
+    """Exchanging the views of two equal tracks changes nothing but by the view's id; the order of points is of no matter."""
+    model, actions, _ = build(*PLANS["track"], "--no-late")
+    batch = tensors(actions(0))
+    batch["tracks"] = torch.rand_like(batch["tracks"])
+    order = torch.randperm(32)
+    with torch.no_grad():
+        model.spatial.view.zero_()
+        model.spatial.track.weight.mul_(20)     # a new network hears little of its tracks
+        for block in model.spatial.gpt.blocks:
+            block.qkv.weight.mul_(10)
+        said = model.eval()(batch)[0]
+        torch.testing.assert_close(model(batch | {"tracks": batch["tracks"][..., order, :]})[0], said, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(model(batch | {"tracks": batch["tracks"].flip(2)})[0], said, atol=1e-5, rtol=1e-4)
+        model.spatial.view.normal_()
+        said = model(batch)[0]
+        torch.testing.assert_close(model(batch | {"tracks": batch["tracks"][..., order, :]})[0], said, atol=1e-5, rtol=1e-4)
+        assert not torch.allclose(model(batch | {"tracks": batch["tracks"].flip(2)})[0], said, atol=1e-4)
+
+
+def test_a_form_that_the_planner_cannot_give_is_refused(build, refused):
+    refused(lambda: build("--plan-form", "tracks"), "--plan-form tracks", "latent or explicit")
+    refused(lambda: build(*PLANS["track"], "--plan-form", "explicit"), "explicit", "tracks or latent")
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -69,7 +69,7 @@ def test_episodes_have_the_documented_shapes(data_file, sim):
               "obs/eye_in_hand_rgb": picture, "obs/ee_states": ((6,), np.float32),
               "obs/joint_states": ((7,), np.float32), "obs/gripper_states": ((2,), np.float32)}
     wanted |= {f"tracks/{c}": ((256, 2), np.float16) for c in sims.CAMERAS}
-    wanted["hand/agentview"] = (2,), np.float16
+    wanted["hand"] = (2,), np.float16
     wanted |= {f"visible/{c}": ((256,), np.bool_) for c in sims.CAMERAS}
     with h5py.File(data_file) as f:
         for demo in f["data"].values():

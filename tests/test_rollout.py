@@ -33,6 +33,7 @@ class Short:
 
 
 class Scripted:
+    action_dim = 7
     """Stands in for a simulator: success at the given steps."""
 
     def __init__(self, *successes):
@@ -72,7 +73,7 @@ def alone(monkeypatch, sim):
         short = Short(sim, horizon)
         for name, value in changes.items():
             setattr(short, name, value)
-        monkeypatch.setattr(sims, "Sim", lambda *arguments: short)
+        monkeypatch.setattr(sims, "make", lambda *arguments: short)
 
     return alone
 
