@@ -51,6 +51,7 @@ class Config:
     results: str = flag("results", "folder of the results")
     device: str | None = flag(None, "cpu or cuda")
     table: bool = flag(False, "only make README's table and the plot from the results")
+    cost: bool = flag(False, "only count the floating point operations of 600 steps of each executor (ATM, Table IV)")
 
 
 # ---------------------------------------------------------------------------------------------- episodes
@@ -112,6 +113,21 @@ def play(sim, actor, start, film):
         if success if policy else actor[0].done:
             break
     return success, steps, pictures
+
+
+def cost(checkpoint, steps=600):
+    """Floating point operations of planner and executor in an episode of that length (ATM, Table IV), by torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+    policy = executor.Policy(executor.load_executor(checkpoint))
+    side = policy.executor.extra["size"]
+    black = np.zeros((side, side, 3), np.uint8)
+    frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float16),
+             "ee_states": np.zeros(6, np.float32), "gripper_states": np.zeros(2, np.float32)}
+    policy.reset(black)
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(steps):
+            policy(frame)
+    return counter.get_total_flops()
 
 
 def write_film(path, pictures):
@@ -237,8 +253,8 @@ def pooled(folder):
     rows = {}
     for path in sorted(Path(folder).glob("*.json")):
         r = json.loads(path.read_text())
-        r["of"] = len(r["tasks"])
-        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of")
+        r |= {"of": len(r["tasks"]), "mujoco": r["versions"]["mujoco"]}  # another version of it is another simulator
+        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of", "mujoco")
         key = tuple(r[name] for name in names)
         row = rows.setdefault(key, dict(zip(names, key))
                               | {"seeds": 0, "success": 0, "episodes": 0})
@@ -255,13 +271,13 @@ def make_table(folder, readme="README.md"):
     rows = pooled(folder)
     if not rows:
         fail(f"no results in {folder}/: python rollout.py <checkpoint> makes one")
-    lines = ["| suite | plan | tasks | videos per task | action demos per task | seeds | success | 95 % interval |",
-             "|---|---|---|---|---|---|---|---|"]
+    lines = ["| suite | plan | tasks | videos per task | action demos per task | seeds | success | 95 % interval | mujoco |",
+             "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         low, high = r["interval"]
         lines.append(f"| {r['suite']} | {r['plan']} | {r['of']} | {r['videos'] or '-'} | {r['action_demos'] or '-'} | "
                      f"{r['seeds'] if r['preset'] else '-'} | {r['success']}/{r['episodes']} = "
-                     f"{100 * r['success'] / r['episodes']:.1f} % | {100 * low:.1f} - {100 * high:.1f} |")
+                     f"{100 * r['success'] / r['episodes']:.1f} % | {100 * low:.1f} - {100 * high:.1f} | {r['mujoco']} |")
     print("\n".join(lines))
     insert(readme, "results", lines)
     insert(readme, "times", times(folder))
@@ -334,6 +350,10 @@ def main(argv=None):
         if any(e[k] != extras[0][k] for e in extras for k in ("suite", "tasks", "size", "render")):
             fail("these checkpoints are of different suites, tasks, sizes or rendering: evaluate them one by one")
         suite, size, render = (extras[0][k] for k in ("suite", "size", "render"))
+        if config.cost:
+            for checkpoint in checkpoints:
+                print(f"{checkpoint}: {cost(checkpoint) / 1e12:.3f} TFLOPs in 600 steps (paper: ATM 1.56, UniPi 39.29)")
+            return
         names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))
         unknown = [n for n in names if n not in extras[0]["tasks"]]
         if unknown:

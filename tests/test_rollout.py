@@ -238,7 +238,7 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
 
 def written(folder, plan, seed, success, demos=10, **changes):
     r = {"suite": SUITE, "plan": plan, "preset": "laptop", "videos": 20, "action_demos": demos, "seed": seed,
-         "success": success, "episodes": 100, "scenes": "bundled initial states",
+         "success": success, "episodes": 100, "scenes": "bundled initial states", "versions": {"mujoco": "3.3.0"},
          "seconds": {"data": 600, "planner": None, "executor": 120, "rollout": 90},
          "tasks": dict.fromkeys(sims.tasks(SUITE), {})} | changes
     folder.mkdir(exist_ok=True)
@@ -315,3 +315,13 @@ def test_bad_input_is_one_line(executor_paths, planner_path, tmp_path, refused):
     core.save(tmp_path / "small.pt", **content | {"extra": content["extra"] | {"size": 64}})
     refused(run(good, str(tmp_path / "small.pt")), "different", "one by one")
     assert not os.path.exists(tmp_path / "results")
+
+
+def test_cost_is_that_of_the_looks(executor_paths, capsys):
+    """The counter sees planner and executor; 4 of 8 actions are executed, so a quarter of the steps look."""
+    paths = [str(executor_paths[plan]) for plan in ("mask", "none", "track")]
+    rollout.main([*paths, "--cost", "--device", "cpu"])
+    lines = capsys.readouterr().out.strip().splitlines()
+    assert len(lines) == 3 and all(path in line and "TFLOPs" in line for path, line in zip(paths, lines))
+    once, twice = rollout.cost(paths[0], steps=4), rollout.cost(paths[0], steps=5)
+    assert once > 1e6 and twice == 2 * once
