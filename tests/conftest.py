@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"     # before torch is imported
@@ -57,6 +58,13 @@ def run_and_kill(module, when, argv):
     run = subprocess.run([sys.executable, "-c", KILLED.format(module=module, when=when), *argv],
                          env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
+
+
+def shapes_of_a_frame():
+    """What a frame of any simulator holds: {name: (shape, dtype)}."""
+    picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
+    return {"agentview_rgb": picture, "eye_in_hand_rgb": picture, "masks": ((SIZE, SIZE), np.uint8), "hand": ((2,), np.float16),
+            "ee_states": ((6,), f4), "joint_states": ((7,), f4), "gripper_states": ((2,), f4)}
 
 
 def equal(a, b):

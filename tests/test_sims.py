@@ -9,7 +9,7 @@ import pytest
 
 import cameras
 import sims
-from conftest import ROOT, SIZE, SUITE
+from conftest import ROOT, SIZE, SUITE, shapes_of_a_frame
 
 BOWL, PLATE = 2, 3      # labels in the masks of task 0
 
@@ -157,10 +157,7 @@ def test_reset_wants_one_of_seed_and_init(sim, refused):
 def test_frame(sim):
     frame = sim.reset(seed=7)
     shapes = {k: (v.shape, v.dtype) for k, v in frame.items()}
-    picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
-    assert shapes == {"agentview_rgb": picture, "eye_in_hand_rgb": picture, "masks": ((SIZE, SIZE), np.uint8),
-                      "ee_states": ((6,), f4), "joint_states": ((7,), f4), "gripper_states": ((2,), f4),
-                      "hand": ((2,), np.float16)}
+    assert shapes == shapes_of_a_frame()
     assert frame["agentview_rgb"].std() > 20 and frame["eye_in_hand_rgb"].std() > 20
     np.testing.assert_allclose(frame["ee_states"][:3], sim.data.site("gripper0_grip_site").xpos, atol=1e-6)
     after, _ = sim.step(np.zeros(7))
