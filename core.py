@@ -46,6 +46,16 @@ def fail(message):
 # --- networks -------------------------------------------------------------------------------------
 
 
+def attend(q, k, v, mask=None, dropout=0.0):
+    """Attention: q, k, v (B, heads, L, d), mask (L, L) bool -> (B, heads, L, d)."""
+    if q.is_cuda:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout)
+    # the same, written out: in bf16 on a CPU 4.6 times faster forward and backward
+    score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])                # (B, heads, L, L)
+    score = score if mask is None else score.masked_fill(~mask, -math.inf)
+    return F.dropout(score.softmax(-1), dropout) @ v
+
+
 class Block(nn.Module):
     """Pre-norm transformer block.  x (B, L, D) -> (B, L, D)."""
 
@@ -68,12 +78,7 @@ class Block(nn.Module):
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, L, D/heads)
         dropout = self.dropout if self.training else 0.0
-        if x.is_cuda:
-            y = F.scaled_dot_product_attention(q, k, v, mask, dropout)      # (B, heads, L, D/heads)
-        else:       # the same, written out: in bf16 on a CPU 4.6 times faster forward and backward
-            score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])        # (B, heads, L, L)
-            score = score if mask is None else score.masked_fill(~mask, -math.inf)
-            y = F.dropout(score.softmax(-1), dropout) @ v                   # (B, heads, L, D/heads)
+        y = attend(q, k, v, mask, dropout)                                  # (B, heads, L, D/heads)
         y = y.transpose(1, 2).reshape(B, L, D)                              # (B, L, D)
         x = x + self.drop(self.out(y))
         return x + self.drop(self.down(F.gelu(self.up(self.norm2(x)))))
