@@ -1,0 +1,308 @@
+"""AVDC section 3.3: acting from the flow of a video, without any action label.
+
+    python rollout.py --policy flow-oracle --suite avdc            # true future, exact flow
+    python rollout.py --policy flow-true runs/avdc/flow.pt         # true pictures, learned flow
+    python rollout.py --policy flow-generated runs/avdc/flow.pt runs/avdc/video.pt
+
+Points of the task's object are followed through the video; where the picture shows them says how
+the object moves, a rigid motion in space, from their depth in the first picture alone.  A hand that
+holds or pushes the object must go there, too.
+
+Sizes: P points, K pictures to come, H W pixels.
+"""
+import numpy as np
+import torch
+
+import cameras
+import sims
+import video_planner
+
+# --- rigid motion ---------------------------------------------------------------------------------
+
+def rotation(w):
+    """Rotation vector (3,) radians -> matrix (3, 3)."""
+    from scipy.spatial.transform import Rotation
+    return Rotation.from_rotvec(w).as_matrix()
+
+
+def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
+    """The paper's L_trans: the rigid motion that brings points to where the picture then shows them.
+
+    points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
+    `cameras.project` wants them; noise: of a good target, in pictures; prior: how far, in radians
+    and metres, an object is expected to turn and move
+    -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
+
+    differs: Gauss-Newton from standing still, for the authors' 50 starts of BFGS and RANSAC: weights
+    that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out, and the
+    prior keeps depth, which a small object's picture hardly shows, from flying off.
+    """
+    eye, axes, focal = view
+    centre, R, t = points.mean(0), np.eye(3), np.zeros(3)
+    keep = np.repeat(1 / np.square(prior), 3)           # (6,) stiffness of turn and way
+    turn = np.zeros(3)
+    for k in range(rounds):
+        arm = (points - centre) @ R.T                                       # (P, 3)
+        local = (centre + arm + t - eye) @ axes.T                           # (P, 3) right, down, ahead
+        X, Y, Z = local.T
+        if (Z < 1e-3).any():                            # behind the camera: no such motion
+            return np.eye(3), np.zeros(3), np.ones(len(points), bool)
+        off = 0.5 + focal * local[:, :2] / Z[:, None] - targets             # (P, 2)
+        size = np.linalg.norm(off, axis=1)
+        if k < rounds // 2:
+            weight = 1 / np.maximum(size, noise) / noise
+        else:
+            weight = 1 / (1 + (size / (2 * noise)) ** 2) / noise ** 2       # (P,)
+        zero = np.zeros_like(Z)
+        J = focal * np.stack([np.stack([1 / Z, zero, -X / Z ** 2], 1),
+                              np.stack([zero, 1 / Z, -Y / Z ** 2], 1)], 1) @ axes  # (P, 2, 3)
+        # d(point)/d(turn) is the cross product with the arm
+        cross = np.cross(np.eye(3)[None], arm[:, None], axis=-1)            # (P, 3 axes, 3)
+        J = np.concatenate([J @ cross.transpose(0, 2, 1), J], 2)            # (P, 2, 6)
+        A = np.einsum("pij,p,pik->jk", J, weight, J) + np.diag(keep)
+        b = np.einsum("pij,p,pi->j", J, weight, off) + keep * np.concatenate([turn, t])
+        step = np.linalg.solve(A, -b)
+        step *= min(1, 0.5 / np.linalg.norm(step[:3]), 0.2 / np.linalg.norm(step[3:]))
+        R, t, turn = rotation(step[:3]) @ R, t + step[3:], turn + step[:3]
+        if np.abs(step).max() < 1e-7 and k > rounds // 2:
+            break
+    return R, centre + t - R @ centre, size < 4 * noise
+
+
+def camera_motion(points, targets, view, noise):
+    """The dual (iTHOR): the scene stands still and the camera moves.  Arguments as for `fit_motion`
+    -> R, t of the camera: C = T^-1."""
+    R, t, good = fit_motion(points, targets, view, noise)
+    return R.T, -R.T @ t, good
+
+
+def unproject(places, depth, view):
+    """Places (P, 2) in [0, 1] and depth (P,) metres -> points (P, 3)."""
+    eye, axes, focal = view
+    ray = np.concatenate([(places - 0.5) / focal, np.ones((len(places), 1))], 1)
+    return eye + (ray * depth[:, None]) @ axes
+
+
+# --- from video to subgoals -----------------------------------------------------------------------
+
+POINTS = 300        # of the object that are followed
+NOISE = {"oracle": 0.1, "true": 0.7, "generated": 1.0}      # of a target, pixels
+LIFTS = 0.1         # metres: an object that rises this far is held, any other pushed
+HOVER, BACK, LOWER = 0.2, 0.08, 0.03    # metres: above a point; behind it and below it, to push
+SINK = 0.01         # metres below the points seen, which are of the upper side, to hold
+REACHED = {"grasp": 0.04, "push": 0.12}     # metres from a subgoal
+SQUEEZE = 15        # steps in which the fingers close
+STILL, PATIENCE, PLANS = 0.001, 15, 6       # metres per step, steps so, plans per episode
+
+
+def infer_motions(places, points, correspond, view, K, noise):
+    """Points of the object (P, 3), seen at places (P, 2), through a video of K pictures to come.
+
+    correspond(k, places (P', 2), kept (P',)) -> where these of the points are in the next picture
+    -> [(R, t)] * K, from each picture to the next: AVDC's incremental integration, in which the
+    points that the motion has moved are where the next flow is read.  A point that went another
+    way, as one that a hand has covered, is lost for good, as long as a fifth of all are left.
+    """
+    motions, kept, whole = [], np.arange(len(points)), len(points)
+    for k in range(K):
+        targets = correspond(k, places, kept)
+        R, t, good = fit_motion(points, targets, view, noise)
+        points = points @ R.T + t
+        if good.sum() > whole / 5:
+            points, kept = points[good], kept[good]
+        places = cameras.project(points, *view)[0]
+        motions.append((R, t))
+    return motions
+
+
+def grasp_point(points):
+    """The sample that is nearest to all others (P, 3) -> (3,): AVDC's medoid."""
+    return points[np.linalg.norm(points[:, None] - points, axis=-1).sum(1).argmin()]
+
+
+def subgoals(grasp, motions):
+    """The grasp point and where each motion takes it -> (1 + K, 3)."""
+    way = [grasp]
+    for R, t in motions:
+        way.append(R @ way[-1] + t)
+    return np.array(way)
+
+
+
+
+# --- acting ---------------------------------------------------------------------------------------
+
+def true_future(sim, seed):
+    """Joint positions (T, nq) from now on until the package's own policy is done, from now (T = 1
+    if it does not get there).  A second simulator plays them."""
+    import mujoco
+    other = getattr(sim, "shadow", None)
+    if other is None:
+        other = sim.shadow = sims.make(sim.suite, sim.task, observe=False)
+    other.reset(**seed)
+    all_of_it = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(sim.model, all_of_it))
+    mujoco.mj_getState(sim.model, sim.data, state, all_of_it)
+    mujoco.mj_setState(other.model, other.data, state, all_of_it)
+    mujoco.mj_forward(other.model, other.data)
+    other.observation = other.env._get_obs()    # its script goes by the last one
+    way, left = [sim.data.qpos.copy()], other.linger
+    for _ in range(other.horizon):
+        _, success = other.step(other.script(), observe=False)
+        way.append(other.data.qpos.copy())
+        left -= success
+        if left <= 0:
+            break
+    return np.stack(way)
+
+
+class Actor:
+    """AVDC in a freshly reset Meta-World simulator: `actor(sim)` -> the next action (4,); `done` once
+    the task has succeeded.
+
+    future: what the video is, "oracle" and "true": of the package's own policy from now on, or
+    "generated"; where: the scene, as given to sim.reset; view: the camera; net: a FlowNet, for all
+    but oracle; planner: a VideoPlanner told by language and text (E,), for generated.
+    """
+
+    def __init__(self, sim, future, where, view, net=None, planner=None, text=None, replan=True,
+                 seed=0):
+        self.sim, self.future, self.where, self.view = sim, future, where, view
+        self.net, self.planner, self.text = net, planner, text
+        self.plans_left, self.mode, self.done = PLANS if replan else 1, None, False
+        self.rng = np.random.default_rng(seed)
+        self.plan()
+
+    def plan(self):
+        """Imagines a video from now on and infers subgoals."""
+        self.plans_left -= 1
+        self.still = PATIENCE
+        places, points, picture, fixed = self.object_points()
+        correspond, view = self.correspondence(picture, fixed)
+        noise = NOISE[self.future] / len(picture)
+        motions = infer_motions(places, points, correspond, view, video_planner.FRAMES, noise)
+        way = subgoals(grasp_point(points), motions)                        # (1 + K, 3)
+        if self.mode is None:
+            rise = np.abs(way[1:-1, 2] - way[0, 2]).max()
+            self.mode = "grasp" if rise > LIFTS else "push"
+        if self.mode == "push":
+            self.contact, way = self.push(points, motions, way)
+            self.stage = "over"
+        else:
+            # ours: the points seen lie on the object's near side; its middle is half its width behind
+            across = np.ptp(points @ view[1][0])
+            behind = view[1][2] * [1, 1, 0] / np.linalg.norm(view[1][2][:2])
+            way = way + min(across / 2, 0.02) * behind - [0, 0, SINK]
+            self.contact = way[0]
+            self.stage = "follow" if getattr(self, "stage", "over") == "follow" else "over"
+        self.way = list(way[1:])
+        self.before, self.steps = self.hand, 0
+
+    def push(self, points, motions, way):
+        """Where to put the closed hand to push the object on its way, and that way.
+
+        points (P, 3), way (1 + K, 3) of the medoid -> contact (3,), way.  ours: of the object's
+        points the one nearest to the medoid behind which the depth picture shows room for a hand.
+        """
+        def direction(way):
+            ahead = way[1:] - way[0]
+            far = np.flatnonzero(np.linalg.norm(ahead[:, :2], axis=1) > 0.1)
+            return ahead[far[0] if len(far) else -1]
+
+        d = direction(way)
+        if np.linalg.norm(d[:2]) < abs(d[2]):               # differs: down, from straight above
+            return way[0] - [0, 0, LOWER], way - [0, 0, LOWER]
+        for point in sorted(points, key=lambda p: np.linalg.norm(p - way[0]))[::10]:
+            here = subgoals(point, motions)
+            d = direction(here) * [1, 1, 0]
+            contact = point - BACK * d / max(np.linalg.norm(d), 1e-6) - [0, 0, LOWER]
+            if self.room(contact):
+                return contact, here - [0, 0, LOWER]
+        d = direction(way) * [1, 1, 0]
+        return way[0] - BACK * d / max(np.linalg.norm(d), 1e-6) - [0, 0, LOWER], way - [0, 0, LOWER]
+
+    def room(self, point):
+        """Whether the first picture shows nothing but robot before or at this point and above it."""
+        column = point + np.outer([0.0, 0.04, 0.08, 0.12, 0.16], [0, 0, 1])  # (5, 3)
+        sim = self.sim
+        eye, axes, focal = sim.camera.pose(sim.data, self.view)
+        local = (column - eye) @ axes.T
+        ray = (local / local[:, 2:]) @ axes
+        groups = np.array(sim.camera.option.geomgroup, np.uint8)
+        geom, far = cameras.cast(sim.model, sim.data, groups, eye, ray)
+        robot = (geom >= 0) & (sim.label[geom] == 1)
+        return bool((robot | (geom < 0) | (far > local[:, 2])).all())
+
+    def object_points(self):
+        """What the first picture shows of the object: places (P, 2), points (P, 3), the picture; and
+        the bodies that they are on and where, (P,), (P, 3), for the exact correspondence."""
+        sim = self.sim
+        picture = sim.camera.picture(sim.data, self.view)
+        rows, columns = np.nonzero(sim.camera.mask(sim.data, self.view, sim.label) == 2)
+        if not len(rows):       # hidden: nothing to follow; the middle of the picture's object
+            rows, columns = np.array([len(picture) // 2]), np.array([len(picture) // 2])
+        chosen = self.rng.integers(len(rows), size=POINTS)
+        jitter = self.rng.uniform(size=(POINTS, 2))
+        places = (np.stack([columns[chosen], rows[chosen]], 1) + jitter) / len(picture)
+        replay = cameras.Replay(sim.camera, self.view, sim.model, sim.data.qpos[None])
+        body, local = replay.pick(np.zeros(POINTS, int), places)
+        own = np.isin(body, np.unique(sim.model.geom_bodyid[sim.label == 2]))
+        own = own if own.any() else body >= 0
+        points = replay.follow(body[own], local[own])[0][0]
+        return places[own], points, picture, (body[own], local[own])
+
+    def correspondence(self, picture, fixed):
+        """-> correspond(k, places, kept) as for `infer_motions`, and the camera: eye, axes, focal length."""
+        sim = self.sim
+        view = sim.camera.pose(sim.data, self.view)
+        if self.future == "generated":
+            imagined = self.planner.imagine(torch.as_tensor(picture)[None],
+                                            torch.as_tensor(self.text)[None],
+                                            torch.Generator().manual_seed(self.plans_left))
+            pictures = [picture, *imagined[0].cpu().numpy()]
+        else:
+            way = true_future(sim, self.where)
+            times = video_planner.clip_times(np.array([0]), np.array([len(way)]))[0]
+            replay = cameras.Replay(sim.camera, self.view, sim.model, way[times])
+            if self.future == "oracle":
+                exact = replay.follow(*fixed)[1]                            # (1 + K, P, 2)
+                return lambda k, places, kept: exact[k + 1, kept], view
+            pictures = []
+            for t in range(len(times)):
+                replay.at(t)
+                pictures.append(sim.camera.picture(replay.data, self.view))
+        self.pictures = pictures
+
+        def learned(k, places, kept):
+            from flow import sample_flow
+            return places + sample_flow(self.net.flow(pictures[k], pictures[k + 1]), places)
+        return learned, view
+
+    @property
+    def hand(self):
+        """The middle between the fingertips (3,), metres."""
+        return self.sim.env.tcp_center.copy()
+
+    def __call__(self, sim):
+        """The action for the current state, (4,) float32 in [-1, 1]."""
+        self.done = sim.success()
+        self.still -= np.linalg.norm(self.hand - self.before) < STILL
+        self.before, self.steps = self.hand, self.steps + 1
+        if self.still <= 0 and self.plans_left:
+            self.plan()
+        hand, target = self.hand, self.contact
+        if self.stage == "over":
+            if np.linalg.norm((hand - target)[:2]) < 0.02:
+                self.stage = "down"
+            target = target + [0, 0, HOVER]
+        if self.stage == "down" and abs(hand[2] - self.contact[2]) < 0.015:
+            self.stage, self.steps = "hold", 0
+        if self.stage == "hold" and (self.mode == "push" or self.steps > SQUEEZE):
+            self.stage = "follow"
+        if self.stage == "follow":
+            while len(self.way) > 1 and np.linalg.norm(hand - self.way[0]) < REACHED[self.mode]:
+                self.way.pop(0)
+            target = self.way[0]
+        closed = self.mode == "push" or self.stage in ("hold", "follow")
+        move = np.clip(20 * (target - hand), -1, 1)
+        return np.append(move, 1 if closed else -1).astype(np.float32)
