@@ -1,21 +1,50 @@
 """AVDC section 3.3: acting from the flow of a video, without any action label.
 
-    python rollout.py --policy flow-oracle --suite avdc            # true future, exact flow
-    python rollout.py --policy flow-true runs/avdc/flow.pt         # true pictures, learned flow
-    python rollout.py --policy flow-generated runs/avdc/flow.pt runs/avdc/video.pt
+    python avdc.py --future oracle          # true future, exact correspondence: the upper bound
+    python avdc.py --future true            # true pictures of the future, learned flow
+    python avdc.py --future generated       # imagined pictures, learned flow: AVDC
 
 Points of the task's object are followed through the video; where the picture shows them says how
 the object moves, a rigid motion in space, from their depth in the first picture alone.  A hand that
-holds or pushes the object must go there, too.
+holds or pushes the object must go there, too.  Needs runs/avdc/flow.pt (`flow.py`) for all but
+oracle, and runs/avdc/video.pt (`video_planner.py --suite avdc`) for generated.
 
 Sizes: P points, K pictures to come, H W pixels.
 """
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
 import numpy as np
 import torch
 
 import cameras
+import core
+import extract
+import flow
+import rollout
 import sims
 import video_planner
+from core import flag
+
+
+@dataclass
+class Config:
+    future: str = flag("generated", "where the video comes from", choices=["oracle", "true", "generated"])
+    suite: str = flag("avdc", "suite of Meta-World, or a task")
+    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    views: str = flag("0,1,2", "cameras: numbers of flow.ANGLES; generated knows only 0")
+    episodes: int = flag(25, "episodes per task and camera", minimum=1)
+    scenes: int = flag(2000, "seed of the first scene; videos have small ones", minimum=0)
+    horizon: int = flag(500, "steps of an episode", minimum=1)
+    replan: bool = flag(True, "imagine again when the hand stands still")
+    films: bool = flag(True, "write an mp4 of each task's first episode")
+    workers: int = flag(2, "processes", minimum=1)
+    out: str = flag("runs", "folder of the runs")
+    results: str = flag("results", "folder of the results")
+    device: str | None = flag(None, "unused here; the same flags everywhere")
+
 
 # --- rigid motion ---------------------------------------------------------------------------------
 
@@ -135,16 +164,11 @@ def subgoals(grasp, motions):
 def true_future(sim, seed):
     """Joint positions (T, nq) from now on until the package's own policy is done, from now (T = 1
     if it does not get there).  A second simulator plays them."""
-    import mujoco
     other = getattr(sim, "shadow", None)
     if other is None:
         other = sim.shadow = sims.make(sim.suite, sim.task, observe=False)
     other.reset(**seed)
-    all_of_it = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(sim.model, all_of_it))
-    mujoco.mj_getState(sim.model, sim.data, state, all_of_it)
-    mujoco.mj_setState(other.model, other.data, state, all_of_it)
-    mujoco.mj_forward(other.model, other.data)
+    cameras.copy_state(other.model, sim.data, other.data)
     other.observation = other.env._get_obs()    # its script goes by the last one
     way, left = [sim.data.qpos.copy()], other.linger
     for _ in range(other.horizon):
@@ -195,7 +219,7 @@ class Actor:
             way = way + min(across / 2, 0.02) * behind - [0, 0, SINK]
             self.contact = way[0]
             self.stage = "follow" if getattr(self, "stage", "over") == "follow" else "over"
-        self.way = list(way[1:])
+        self.way, self.planned = list(way[1:]), way
         self.before, self.steps = self.hand, 0
 
     def push(self, points, motions, way):
@@ -274,8 +298,7 @@ class Actor:
         self.pictures = pictures
 
         def learned(k, places, kept):
-            from flow import sample_flow
-            return places + sample_flow(self.net.flow(pictures[k], pictures[k + 1]), places)
+            return places + flow.sample_flow(self.net.flow(pictures[k], pictures[k + 1]), places)
         return learned, view
 
     @property
@@ -306,3 +329,96 @@ class Actor:
         closed = self.mode == "push" or self.stage in ("hold", "follow")
         move = np.clip(20 * (target - hand), -1, 1)
         return np.append(move, 1 if closed else -1).astype(np.float32)
+
+
+# --- episodes -------------------------------------------------------------------------------------
+
+def film_picture(actor, step):
+    """What happens, with the subgoals drawn in, beside the imagined picture of about now."""
+    import cv2
+    sim = actor.sim
+    picture = np.kron(sim.camera.picture(sim.data, actor.view), np.ones((3, 3, 1), np.uint8)).copy()
+    places = cameras.project(actor.planned, *sim.camera.pose(sim.data, actor.view))[0]
+    for k, place in enumerate(np.nan_to_num(places, nan=-1).clip(-1, 2)):
+        centre = np.rint(place * len(picture)).astype(int).tolist()
+        cv2.circle(picture, centre, 4, (40 + 30 * k, 255 - 30 * k, 60), -1 if k else 2, cv2.LINE_AA)
+    cells = [extract.caption(picture, f"{actor.mode}, {actor.stage}, step {step}", 16)]
+    if getattr(actor, "pictures", None):
+        k = video_planner.FRAMES - len(actor.way) if actor.stage == "follow" else 0
+        imagined = np.kron(actor.pictures[min(k, len(actor.pictures) - 1)], np.ones((3, 3, 1), np.uint8))
+        cells.append(extract.caption(imagined, f"{actor.future} {k}", 16))
+    return np.concatenate(cells, 1)
+
+
+def run_task(job):
+    """Worker: one task and camera -> task, [(success, steps), ...]."""
+    config, task, view = job
+    torch.set_num_threads(1)
+    runs, size = Path(config.out) / config.suite, 96
+    net = planner = text = None
+    if config.future != "oracle":
+        net = flow.load_net(runs / "flow.pt")
+        size = net.config.size
+    if config.future == "generated":
+        planner = video_planner.load_planner(runs / "video.pt")
+        text = extract.embed(sims.describe(config.suite, task)[0])
+    sim = sims.make(config.suite, task, size)
+    camera, outcomes = flow.views()[view], []
+    for seed in range(config.scenes, config.scenes + config.episodes):
+        sim.reset(seed=seed)
+        actor = Actor(sim, config.future, {"seed": seed}, camera, net, planner, text,
+                      config.replan, seed)
+        pictures = []
+        for step in range(1, config.horizon + 1):
+            if config.films and seed == config.scenes and step % 4 == 1:
+                pictures.append(film_picture(actor, step))
+            _, success = sim.step(actor(sim), observe=False)
+            if success:
+                break
+        if pictures:
+            name = f"flow-{config.future}_films/{task}_{view}_{'success' if success else 'failure'}.mp4"
+            rollout.write_film(runs / name, pictures)
+        outcomes.append((bool(success), step))
+        run_task.progress.put(1)
+    sim.close()
+    return task, outcomes
+
+
+def main(argv=None):
+    """Command line: episodes of every task from every camera, a JSON as rollout.py's."""
+    config = core.parse(Config, "Act from the flow of a video, without action labels.", argv)
+    names = sims.choose_tasks(config.suite, config.tasks)
+    if not sims.is_metaworld(config.suite):
+        core.fail(f"--suite {config.suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
+    chosen = [int(v) for v in config.views.split(",") if v.strip() in ("0", "1", "2")]
+    if not chosen:
+        core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
+    needed = {"oracle": [], "true": ["flow"], "generated": ["flow", "video"]}[config.future]
+    for name in needed:
+        made_by = {"flow": "flow.py", "video": "video_planner.py"}[name]
+        core.load(Path(config.out) / config.suite / f"{name}.pt",
+                  made_by=f"python {made_by} --suite {config.suite}")
+    begin, found = time.time(), {name: [] for name in names}
+    jobs = [(config, name, view) for name in names for view in chosen]
+    with extract.pool(config.workers, run_task) as (workers, queue):
+        results = workers.imap_unordered(run_task, jobs)
+        total = len(jobs) * config.episodes
+        for task, outcomes in extract.watch(results, queue, len(jobs), total, "avdc"):
+            found[task] += outcomes
+    seconds = time.time() - begin
+    about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
+    plan = f"flow-{config.future}" + "-once" * (not config.replan)
+    r = rollout.result(about, None, config.suite, found, seconds)
+    r |= {"plan": plan, "action_demos": 0, "views": config.views, "counts": "ever succeeded"}
+    for task, count in r["tasks"].items():
+        print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   ({count['steps']:.0f} steps)")
+    part = f"_{len(names)}tasks" * (len(names) < len(sims.tasks(config.suite)))
+    path = Path(config.results) / f"{config.suite}_{plan}{part}.json"
+    core.write(path, json.dumps(r, indent=1) + "\n")
+    low, high = r["interval"]
+    print(f"{config.suite} {plan}: {r['success']}/{r['episodes']} = "
+          f"{100 * r['success'] / r['episodes']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] -> {path}")
+
+
+if __name__ == "__main__":
+    main()

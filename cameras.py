@@ -135,6 +135,24 @@ class Camera:
         self.renderer.close()
 
 
+def free(lookat, distance, azimuth, elevation):
+    """A camera of MuJoCo's that is fixed to nothing: what it looks at (3,) and from how far, metres; degrees."""
+    import mujoco
+    view = mujoco.MjvCamera()
+    view.lookat[:], view.distance, view.azimuth, view.elevation = lookat, distance, azimuth, elevation
+    return view
+
+
+def copy_state(model, source, target):
+    """Everything that a simulation's future depends on, from one MjData to another of the same model."""
+    import mujoco
+    everything = mujoco.mjtState.mjSTATE_INTEGRATION
+    state = np.empty(mujoco.mj_stateSize(model, everything))
+    mujoco.mj_getState(model, source, state, everything)
+    mujoco.mj_setState(model, target, state, everything)
+    mujoco.mj_forward(model, target)
+
+
 # ---------------------------------------------------------------------------------------------- point tracks
 
 NEAR = 0.003  # metres; what a ray meets later than this before a point hides it

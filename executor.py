@@ -3,6 +3,7 @@
     python executor.py --planner runs/libero_spatial/mask.pt                          # Mask2Act: latent plan
     python executor.py --planner runs/libero_spatial/mask.pt --plan-form explicit     # ours: the plan in numbers
     python executor.py --planner runs/libero_spatial/track.pt                         # ATM: early and late fusion
+    python executor.py --planner runs/mt10/video.pt                                   # UniPi as Mask2Act compares it
     python executor.py --planner none --suite libero_spatial                          # behavioural cloning
 
 The executor E (Mask2Act section 3.3, eq. 4) sees the last h steps of third-person picture (through the frozen planner's
@@ -28,6 +29,7 @@ import extract
 import mask_planner
 import sims
 import track_planner
+import video_planner
 from core import flag
 from places import Places
 
@@ -88,13 +90,13 @@ class Config:
 
 
 def plan_name(config):
-    """none, mask, mask-explicit, track, track-latent or ee, as in results and file names; ablations add to it."""
+    """none, mask, mask-explicit, track, track-latent, ee or video-latent, as in results and file names; ablations add to it."""
     if config.planner == "none":
         return "none"
     name, form = Path(config.planner).stem, config.plan_form
     if form == "tracks":
         return name + {(True, True): "", (True, False): "-early", (False, True): "-late"}.get((config.early, config.late), "-unfused")
-    return name + ("-explicit" if form == "explicit" else "-latent" * name.startswith("track"))
+    return name + ("-explicit" if form == "explicit" else "-latent" * name.startswith(("track", "video")))
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -140,7 +142,8 @@ class Spatial(nn.Module):
 
 
 PLANNERS = {planner.kind: (planner, module) for planner, module in
-            ((mask_planner.MaskPlanner, mask_planner), (track_planner.TrackPlanner, track_planner))}
+            ((mask_planner.MaskPlanner, mask_planner), (track_planner.TrackPlanner, track_planner),
+             (video_planner.VideoPlanner, video_planner))}
 
 
 def make_planner(about):
@@ -162,7 +165,7 @@ class Executor(nn.Module):
         self.own_goal = sims.is_metaworld(extra["suite"])  # else the goal picture is of another scene
         if extra["planner"]:
             self.planner = make_planner(extra["planner"]).requires_grad_(False)
-            W, n = self.planner.config.width, self.planner.n
+            W, n = self.planner.width, self.planner.n
         else:  # behavioural cloning: the same encoder, trained; the goal picture beside the present one says the task
             self.planner = None
             self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
@@ -184,6 +187,8 @@ class Executor(nn.Module):
             if self.planner and self.planner.kind == "track_planner":  # a point's tokens of all times are one
                 hand = self.planner.config.points == "ee"
                 W, n = W * (track_planner.STEPS // track_planner.PATCH), 1 if hand else n
+            elif self.planner and self.planner.kind == "video_planner":  # as are a cell's of all pictures to come
+                W = W * video_planner.FRAMES
             self.latent = None
             if self.planner:
                 self.latent = MapToken(W, n, D) if n > 1 else nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
@@ -225,6 +230,8 @@ class Executor(nn.Module):
             grid = track_planner.grid_points(self.planner.cells).to(frames.device).expand(B, -1, -1)
             points = look["hand"].float()[:, None] if self.planner.config.points == "ee" else grid
             return dict(zip(("plan", "image"), self.planner.plan(frames[:, -1], points, goal)))
+        if self.planner.kind == "video_planner":
+            return dict(zip(("plan", "image"), self.planner.plan(frames[:, -1], goal)))
         x, fine = self.planner.encode(frames, fine=True)
         x = torch.cat([self.planner.encode(goal)[:, None], x], 1)  # (B, 1 + h, n, D)
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)

@@ -153,7 +153,7 @@ class MaskPlanner(nn.Module):
         self.config = config
         self.encoder = core.ImageEncoder(config.width, config.blocks, config.channels)
         self.side = self.encoder.cells(config.size)  # the feature map is side x side
-        self.n = self.side ** 2
+        self.n, self.width = self.side ** 2, config.width
         self.place = nn.Parameter(torch.randn(self.n, config.width) * 0.02)
         self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)  # goal first
         self.gpt = core.Transformer(config.width, config.depth, max(4, config.width // 64))

@@ -27,11 +27,12 @@ import extract
 import mask_planner
 import sims
 import track_planner
+import video_planner
 from core import fail, flag
 
 FILM_SCALE = 3  # films are enlarged by this factor
 COLOURS = {"none": "#888888", "mask": "#d62728", "mask-explicit": "#1f77b4", "expert": "#2ca02c",
-           "track": "#9467bd", "track-latent": "#e377c2", "ee": "#ff7f0e"}
+           "track": "#9467bd", "track-latent": "#e377c2", "ee": "#ff7f0e", "video-latent": "#8c564b"}
 
 
 @dataclass
@@ -60,7 +61,11 @@ def film_frame(frame, policy, sim):
     """One picture of a film: third-person view, with the plan's masks decoded at two horizons, and the wrist view."""
     planner = policy.executor.planner if policy else None
     views = [("now", frame["agentview_rgb"])]
-    if planner and planner.kind == "track_planner":
+    if planner and planner.kind == "video_planner":
+        with torch.no_grad():
+            imagined = planner.imagine(policy.frames[-1], policy.goal[None], torch.Generator().manual_seed(0))
+        views += [(f"imagined {k}", imagined[0, k - 1].cpu().numpy()) for k in (1, 4, video_planner.FRAMES)]
+    elif planner and planner.kind == "track_planner":
         views.append(("plan", draw_plan(policy, frame)))
     elif planner:
         now = mask_planner.binary_masks(torch.as_tensor(mask_planner.half(frame["masks"]))[None].long(),

