@@ -38,7 +38,7 @@ class Config:
     size: int = flag(96, "height and width of the pictures, pixels", minimum=32)
     width: int = flag(96, "of the features that are matched", minimum=16)
     depth: int = flag(3, "transformer blocks over both pictures", minimum=1)
-    pairs: int = flag(20, "pairs of pictures per video, per camera a third of them", minimum=1)
+    pairs: int = flag(9, "pairs of pictures per video, of each camera a third", minimum=1)
     steps: int = flag(2000, "gradient steps", minimum=1)
     batch: int = flag(8, "pairs per step", minimum=1)
     lr: float = flag(5e-4, "peak learning rate", minimum=0)
