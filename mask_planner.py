@@ -9,7 +9,6 @@ The executor later sees the plan only: no masks are needed at test time.
 
 Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask pixels.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +20,11 @@ import torch.nn.functional as F
 import core
 import extract
 import sims
+import stage1
+import train
 from core import flag
+from masks import (binary_masks, bootstrapped_cross_entropy, dice, double, half, hardest_fraction, iou,
+                   soft_aggregate)
 from places import LOCATIONS, Locator, locate
 
 # Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of delta t; an episode
@@ -61,55 +64,6 @@ class Config:
         # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
         "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6, blocks=(2, 2, 2, 2), channels=64,
                       history=10, lr=5e-4)}
-
-
-# ---------------------------------------------------------------------------------------------- losses
-
-def soft_aggregate(prob):
-    """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
-
-    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is proportional to the odds p / (1 - p).
-    """
-    background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
-    p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
-    return torch.log(p / (1 - p))
-
-
-def bootstrapped_cross_entropy(logits, target, hardest):
-    """Cross-entropy of the hardest pixels of each mask (XMem).  The curve rises while `hardest` falls: by design.
-
-    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1]: the fraction of pixels kept -> scalar.
-    """
-    loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
-    kept = max(1, int(hardest * loss.shape[1]))
-    return loss.topk(kept, 1).values.mean()
-
-
-def dice(prob, target):
-    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).
-
-    prob (B, N, H, W), target (B, N, H, W) of 0 and 1 -> (B, N).
-    """
-    m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
-    return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
-
-
-def hardest_fraction(progress):
-    """XMem's schedule as fractions of the training: all pixels until 20 %, then falling to 15 % of them at 70 %."""
-    return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
-
-
-# ---------------------------------------------------------------------------------------------- geometry
-
-def binary_masks(masks, N):
-    """masks (..., H, W) of 0..N integers -> (..., N, H, W) float of 0 and 1; one map per object."""
-    return (masks.unsqueeze(-3) == torch.arange(1, N + 1, device=masks.device)[:, None, None]).float()
-
-
-def iou(m, g):
-    """Intersection over union of boolean masks (..., H, W) -> (...); nan where both are empty."""
-    union = (m | g).sum((-1, -2)).float()
-    return torch.where(union > 0, (m & g).sum((-1, -2)) / union, torch.nan)
 
 
 # ---------------------------------------------------------------------------------------------- networks
@@ -230,18 +184,7 @@ class MaskPlanner(nn.Module):
         return loss, {"ce": ce.item(), "dice": d.item(), "draw": draw.item(), "located": located.item()}
 
 
-
 # ---------------------------------------------------------------------------------------------- data
-
-def half(masks):
-    """Masks (..., H, W) at half the resolution: every second pixel."""
-    return masks[..., ::2, ::2]
-
-
-def double(masks, shape):
-    """The inverse, for drawing: masks (h, w) at full resolution, shape (H, W)."""
-    return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
-
 
 def draw_frames(episodes, step, config):
     """Random frames for one training step -> episode (B,), t (B,), rng.
@@ -326,7 +269,7 @@ def show(planner, episodes, columns=4, seed=3):
 
 def load_planner(path, device="cpu"):
     """A trained MaskPlanner, frozen."""
-    content = core.load(path, kind=MaskPlanner.kind, made_by="python mask_planner.py --suite libero_spatial")
+    content = train.load(path, kind=MaskPlanner.kind, made_by="python mask_planner.py --suite libero_spatial")
     planner = MaskPlanner(core.from_dict(Config, content["config"]))
     planner.load_state_dict(content["model"])
     return planner.to(device).eval().requires_grad_(False)
@@ -334,33 +277,20 @@ def load_planner(path, device="cpu"):
 
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
-    config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
+    config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.",
+                        argv)
     path = Path(config.out) / config.suite / "mask.pt"
-    if config.show and not path.exists():
-        core.fail(f"no planner {path} to show: train it with python mask_planner.py --suite {config.suite}")
-    extract.ensure(config.suite, names, config.demos, config.data, config.size)
-    videos = extract.Episodes(config.data, config.suite, names, config.demos)
-    held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    videos, held_out, note = stage1.prepare(config, path, "mask_planner")
     config.objects = min(config.objects, len(videos.objects))
     torch.manual_seed(config.seed)
-    planner = MaskPlanner(config)
-
-    def batches(step):
-        return make_batch(videos, *draw_frames(videos, step, config), config)
-
-    note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames"
+    batches = lambda step: make_batch(videos, *draw_frames(videos, step, config), config)
     if config.show:
         planner = load_planner(path, config.device)
     else:
-        planner = core.fit(planner, batches, config, path, lambda p: show(p, held_out), note)
-    scores = table(validate(planner, held_out))
-    print(scores)
-    core.write(path.with_suffix(".txt"), scores + "\n")
-    if config.show:
-        import imageio.v3 as iio
-        iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))
-    print(f"picture: {path.with_suffix('.png')}   next: python executor.py --planner {path}", file=sys.stdout)
+        planner = train.fit(MaskPlanner(config), batches, config, path,
+                            lambda p: show(p, held_out), note)
+    stage1.report(config, path, table(validate(planner, held_out)),
+                  lambda: show(planner, held_out, columns=8))
 
 
 if __name__ == "__main__":

@@ -24,10 +24,11 @@ import torch.nn.functional as F
 import core
 import extract
 import sims
+import stage1
+import train
 from core import flag
-
-# differs: the 16 steps are those to come; ATM's first is the present one, which is known
-STEPS, PATCH = 16, 4
+from tracks import (PATCH, STEPS, augment, image_patches, sincos, track_from_patches,
+                    track_patches)
 AHEAD = (4, 8, 16)  # steps at which tracks are judged
 MARGIN = 0.75  # from the picture's middle, in pictures
 PIXELS = 128  # the picture's width in which errors are told, whatever it is
@@ -71,39 +72,6 @@ class Config:
                            jitter=0.0, dropout=0.0, batch=32, lr=1e-3),
                "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, blocks=(0,), channels=64, mask_ratio=0.5,
                           jitter=0.3, dropout=0.2, batch=512, lr=1e-4)}
-
-
-# ---------------------------------------------------------------------------------------------- patches
-
-def track_patches(tracks):
-    """(B, S, N, 2) -> (B, P, N, 2 PATCH): each point's places in pieces of PATCH steps."""
-    B, S, N, _ = tracks.shape
-    return tracks.view(B, S // PATCH, PATCH, N, 2).transpose(2, 3).flatten(3)
-
-
-def track_from_patches(patches):
-    """The inverse: (B, P, N, 2 PATCH) -> (B, S, N, 2)."""
-    return patches.unflatten(3, (PATCH, 2)).transpose(2, 3).flatten(1, 2)
-
-
-def image_patches(images, side):
-    """(B, 3, H, W) -> (B, n, 3 side side), row by row."""
-    B, C, H, W = images.shape
-    x = images.view(B, C, H // side, side, W // side, side)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * side * side)
-
-
-def sincos(places, D):
-    """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT and MAE."""
-    half = D // (2 * places.shape[-1])
-    angle = places[..., None] / 10000 ** (torch.arange(half, device=places.device) / half)  # (..., k, half)
-    return F.pad(torch.cat([angle.sin(), angle.cos()], -1).flatten(-2), (0, D - 2 * half * places.shape[-1]))
-
-
-def grid_points(side):
-    """Points in the middles of side x side cells, row by row, (side side, 2)."""
-    middle = (torch.arange(side) + 0.5) / side
-    return torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1).reshape(-1, 2)
 
 
 # ---------------------------------------------------------------------------------------------- network
@@ -211,20 +179,6 @@ class TrackPlanner(nn.Module):
         return 10 * track + image, {"track": track.item(), "image": image.item()}
 
 
-def augment(images, tracks, strength, often=0.9):
-    """ATM's: jitter of colours, then each picture shifted by up to 4 pixels, the tracks with it.
-
-    images (B, H, W, 3) uint8, tracks (B, T, N, 2) -> the same.  ours: one draw of the jitter for an eighth of the batch.
-    """
-    if strength:
-        from torchvision.transforms import v2
-        jitter = v2.RandomApply([v2.ColorJitter(*[strength] * 4)], often)
-        images = torch.cat([jitter(part) for part in images.permute(0, 3, 1, 2).chunk(8)]).permute(0, 2, 3, 1)
-    images, move = core.random_shift(images)  # (B, 2) pixels x, y
-    size = torch.tensor([images.shape[2], images.shape[1]], device=move.device)
-    return images, tracks + (move / size)[:, None, None]
-
-
 # ---------------------------------------------------------------------------------------------- data
 
 def make_batch(episodes, camera, episode, t, rng, config, number=None):
@@ -326,7 +280,7 @@ def show(planner, episodes, columns=4, seed=3):
 
 def load_planner(path, device="cpu"):
     """A trained TrackPlanner, frozen."""
-    content = core.load(path, kind=TrackPlanner.kind, made_by="python track_planner.py --suite libero_spatial")
+    content = train.load(path, kind=TrackPlanner.kind, made_by="python track_planner.py --suite libero_spatial")
     planner = TrackPlanner(core.from_dict(Config, content["config"]), content["extra"]["E"])
     planner.load_state_dict(content["model"])
     return planner.to(device).eval().requires_grad_(False)
@@ -335,31 +289,22 @@ def load_planner(path, device="cpu"):
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
-    usual = "language" if config.points == "any" and not sims.is_metaworld(config.suite) else "image"
+    any_point = config.points == "any"
+    usual = "language" if any_point and not sims.is_metaworld(config.suite) else "image"
     config.goal = config.goal or usual
-    name = {"any": "track", "ee": "ee"}[config.points] + f"-{config.goal}" * (config.goal != usual)
+    name = ("track" if any_point else "ee") + f"-{config.goal}" * (config.goal != usual)
     path = Path(config.out) / config.suite / f"{name}.pt"
-    if config.show and not path.exists():
-        core.fail(f"no planner {path} to show: train it with python track_planner.py --suite {config.suite}")
-    extract.ensure(config.suite, names, config.demos, config.data, config.size)
-    videos = extract.Episodes(config.data, config.suite, names, config.demos)
-    held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    videos, held_out, note = stage1.prepare(config, path, "track_planner")
     torch.manual_seed(config.seed)
     E = videos.text.shape[1]
-    note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames, told by {config.goal}"
     if config.show:
         planner = load_planner(path, config.device)
     else:
-        planner = core.fit(TrackPlanner(config, E), lambda step: training_batch(videos, step, config), config, path,
-                           lambda p: show(p, held_out), note, {"E": E})
-    scores = table(validate(planner, held_out))
-    print(scores)
-    core.write(path.with_suffix(".txt"), scores + "\n")
-    if config.show:
-        import imageio.v3 as iio
-        iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))
-    print(f"picture: {path.with_suffix('.png')}   next: python executor.py --planner {path}")
+        planner = train.fit(TrackPlanner(config, E),
+                            lambda step: training_batch(videos, step, config), config, path,
+                            lambda p: show(p, held_out), f"{note}, told by {config.goal}", {"E": E})
+    stage1.report(config, path, table(validate(planner, held_out)),
+                  lambda: show(planner, held_out, columns=8))
 
 
 if __name__ == "__main__":

