@@ -38,7 +38,8 @@ def write(path, content, append=False):
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if not append:
-                os.fsync(file.fileno())     # else a power cut can leave the new name without its data
+                # else a power cut can leave the new name without its data
+                os.fsync(file.fileno())
     except OSError as error:
         if not append:
             os.remove(part)
@@ -117,16 +118,16 @@ def block_causal_mask(steps, tokens):
 class ImageEncoder(nn.Module):
     """ResNet with GroupNorm.  Images -> feature map (B, D, h, w).
 
-    `blocks` = residual blocks per stage, `channels` = width of the first stage, doubled at each next one:
-    (2, 2, 2, 2) and 64 is ResNet-18 with stride 32; (1, 1, 1) has stride 16. Weights start at random:
-    nothing is downloaded.
+    `blocks` = residual blocks per stage, `channels` = width of the first stage, doubled at each
+    next one: (2, 2, 2, 2) and 64 is ResNet-18 with stride 32; (1, 1, 1) has stride 16. Weights
+    start at random: nothing is downloaded.
     """
 
     def __init__(self, dim, blocks=(2, 2, 2, 2), channels=64):
         super().__init__()
         if not blocks or min(blocks) < 1 or channels % 16:
-            fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block per stage, "
-                 "channels a multiple of 16")
+            fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block "
+                 "per stage, channels a multiple of 16")
         # differs: GroupNorm, where ResNet has BatchNorm: its statistics go on moving in a "frozen"
         # encoder, and rollout batches of one differ from training batches.
         norm = lambda width: nn.GroupNorm(width // 16, width)
@@ -137,10 +138,12 @@ class ImageEncoder(nn.Module):
             for block in range(count):
                 new, stride = channels * 2 ** stage, 2 if stage and not block else 1
                 shortcut = nn.Sequential(nn.Conv2d(width, new, 1, stride, bias=False), norm(new))
-                body.append(BasicBlock(width, new, stride, None if new == width else shortcut, norm_layer=norm))
+                body.append(BasicBlock(width, new, stride, None if new == width else shortcut,
+                                       norm_layer=norm))
                 width = new
         self.body, self.head = nn.Sequential(*stem, *body), nn.Conv2d(width, dim, 1)
-        self.cut, self.fine = len(stem) + sum(blocks[:2]), channels * 2 ** (len(blocks[:2]) - 1)  # see forward
+        # see forward
+        self.cut, self.fine = len(stem) + sum(blocks[:2]), channels * 2 ** (len(blocks[:2]) - 1)
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -158,7 +161,8 @@ class ImageEncoder(nn.Module):
         """
         if images.dtype == torch.uint8:
             images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
-        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))  # (B, C, h', w')
+        # (B, C, h', w')
+        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))
         y = self.head(self.body[self.cut:](x))                              # (B, D, h, w)
         return (y, x) if fine else y
 
@@ -166,7 +170,8 @@ class ImageEncoder(nn.Module):
 def random_shift(images, pad=4):
     """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).
 
-    images (B, H, W, 3) -> the same shape, and by how many pixels what they show has moved, (B, 2) x right, y down.
+    images (B, H, W, 3) -> the same shape, and by how many pixels what they show has moved, (B, 2) x
+    right, y down.
     """
     B, H, W, _ = images.shape
     move = torch.randint(-pad, pad + 1, (2, B, 1))
@@ -211,7 +216,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def default_text(field, presets):
-    """What --help says is the default of a field: its own, each preset's, or what the machine decides."""
+    """What --help says is the default of a field: its own, each preset's, or what the machine
+    decides."""
     if field.default is not None:
         return str(field.default)
     if any(field.name in preset for preset in presets.values()):

@@ -1,13 +1,16 @@
 """Stage 2, for every plan: from plans and a few action-labelled demonstrations to actions.
 
-    python executor.py --planner runs/libero_spatial/mask.pt                        # latent plan
-    python executor.py --planner runs/libero_spatial/mask.pt --plan-form explicit   # ours: in numbers
-    python executor.py --planner runs/libero_spatial/track.pt                       # ATM
-    python executor.py --planner none --suite libero_spatial                        # cloning
+    python executor.py --planner runs/libero_spatial/mask.pt                       # latent plan
+    python executor.py --planner runs/libero_spatial/mask.pt --plan-form explicit  # in numbers
+    python executor.py --planner runs/libero_spatial/track.pt                      # ATM
+    python executor.py --planner none --suite libero_spatial                       # cloning
 
-Trains the network of `policy.py`; what the frozen planner says of the demonstrations is computed once.
+Trains the network of `policy.py`; what the frozen planner says of the demonstrations is computed
+once.
 
-Measured at the laptop preset on libero_spatial, 3,000 steps on one CPU core: explicit 0.8 minutes, latent 2.3, cloning 5.4; success with ten demonstrations per task 86, 74 and 64 %, with two 47, 35 and 27 % (README has the intervals).
+Measured at the laptop preset on libero_spatial, 3,000 steps on one CPU core: explicit 0.8 minutes,
+latent 2.3, cloning 5.4; success with ten demonstrations per task 86, 74 and 64 %, with two 47, 35
+and 27 % (README has the intervals).
 
 Sizes: B batch, T steps of history, C actions per chunk.
 """
@@ -33,30 +36,45 @@ DRAWS = 3  # goals per training frame for which the frozen planner's plan is cac
 @dataclass
 class Config:
     planner: str = flag("", "checkpoint of stage 1, or none: behavioural cloning")
-    plan_form: str | None = flag(None, "latent: the plan's tokens (Mask2Act; the default but for any-point tracks); explicit: "
-                                 "where the objects are, in metres (masks); tracks: where points will go (ATM)",
+    plan_form: str | None = flag(None, "latent: the plan's tokens (Mask2Act; the default but for "
+                                 "any-point tracks); explicit: where the objects are, in metres "
+                                 "(masks); tracks: where points will go (ATM)",
                                  choices=["latent", "explicit", "tracks"])
-    early: bool = flag(True, "tracks beside the picture's patches (ATM, Table III), for --plan-form tracks")
-    late: bool = flag(True, "tracks beside the action head (ATM, Table III), for --plan-form tracks")
+    early: bool = flag(True, "tracks beside the picture's patches (ATM, Table III), "
+                       "for --plan-form tracks")
+    late: bool = flag(True, "tracks beside the action head (ATM, Table III), "
+                      "for --plan-form tracks")
     suite: str = flag("libero_spatial", "suite, for --planner none; otherwise the planner's")
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the planner's, or all")
-    demos: int | None = flag(None, "videos per task, as for the planner: goal pictures come from them", minimum=1)
-    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of the videos)", minimum=1)
+    tasks: str = flag("",
+                      "numbers or names of tasks, comma-separated; empty: the planner's, or all")
+    demos: int | None = flag(None,
+                             "videos per task, as for the planner: goal pictures come from them",
+                             minimum=1)
+    action_demos: int | None = flag(None, "action-labelled demonstrations per task "
+                                    "(the first of the videos)", minimum=1)
     steps: int | None = flag(None, "gradient steps", minimum=1)
-    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU", choices=["laptop", "paper"])
+    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
+                              choices=["laptop", "paper"])
     width: int | None = flag(None, "width of the transformer", minimum=8)
     depth: int | None = flag(None, "transformer blocks", minimum=1)
-    blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of its own image encoders")
-    channels: int | None = flag(None, "channels of their first stage, doubled at each next one", minimum=16)
+    blocks: tuple[int, ...] | None = flag(None,
+                                          "residual blocks in each stage of its own image encoders")
+    channels: int | None = flag(None, "channels of their first stage, doubled at each next one",
+                                minimum=16)
     history: int | None = flag(None, "looks h that the executor remembers", minimum=1)
-    blur: float = flag(1.0, "noise on the explicit plan in training, percent of the picture's width", minimum=0)
-    # ours: chunks.  In a prototype on one task, executing 1, 4 or 8 of 8 actions solved 5, 7 and 1 of 10 scenes
+    blur: float = flag(1.0,
+                       "noise on the explicit plan in training, percent of the picture's width",
+                       minimum=0)
+    # ours: chunks.  In a prototype on one task, executing 1, 4 or 8 of 8 actions solved 5, 7 and 1
+    # of 10 scenes
     chunk: int = flag(8, "actions predicted at once (1: the paper)", minimum=1)
     execute: int = flag(4, "of these, actions executed before the next look", minimum=1)
     dropout: float = flag(0.0, "in the transformer", minimum=0)
-    # 46 ms per step with the latent plan on one core, 85 without: the wrist's own encoder is trained in both
+    # 46 ms per step with the latent plan on one core, 85 without: the wrist's own encoder is
+    # trained in both
     cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
-    batch: int | None = flag(None, "samples per step; by default 32 with pictures, 128 without", minimum=1)
+    batch: int | None = flag(None, "samples per step; by default 32 with pictures, 128 without",
+                             minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
@@ -64,27 +82,31 @@ class Config:
     device: str | None = flag(None, "cpu or cuda")
     bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
 
-    # Cloning was tried with others too (two demonstrations, one seed): learning rate 3e-4 14, dropout 0.1 25, as here 20 of 100
+    # Cloning was tried with others too (two demonstrations, one seed): learning rate 3e-4 14,
+    # dropout 0.1 25, as here 20 of 100
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
-    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=3000, width=128, depth=3, blocks=(1, 1, 1), channels=32,
-                           history=1, lr=1e-3),
-               "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4, blocks=(2, 2, 2, 2),
-                          channels=64, history=10, lr=5e-4)}
+    PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=3000, width=128, depth=3,
+                              blocks=(1, 1, 1), channels=32, history=1, lr=1e-3),
+               "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4,
+                             blocks=(2, 2, 2, 2), channels=64, history=10, lr=5e-4)}
 
 
 def plan_name(config):
-    """none, mask, mask-explicit, track, track-latent or ee, as in results and file names; ablations add to it."""
+    """none, mask, mask-explicit, track, track-latent or ee, as in results and file names; ablations
+    add to it."""
     if config.planner == "none":
         return "none"
     name, form = Path(config.planner).stem, config.plan_form
     if form == "tracks":
-        return name + {(True, True): "", (True, False): "-early", (False, True): "-late"}.get((config.early, config.late), "-unfused")
+        return name + {(True, True): "", (True, False): "-early",
+                       (False, True): "-late"}.get((config.early, config.late), "-unfused")
     return name + ("-explicit" if form == "explicit" else "-latent" * name.startswith("track"))
 
 
 def waypoints(position, gripper):
-    """Where the hand is when its gripper's command next changes, at the end if it does not.  While the fingers still
-    follow a change, its own place is the waypoint: whether to close now is often open, where to be then is not.
+    """Where the hand is when its gripper's command next changes, at the end if it does not. While
+    the fingers still follow a change, its own place is the waypoint: whether to close now is often
+    open, where to be then is not.
 
     position (T, 3) metres, gripper (T,) commands -> (T, 3) metres.
     """
@@ -93,26 +115,33 @@ def waypoints(position, gripper):
     return position[np.append(changes, len(gripper) - 1)[passed]]
 
 
-# ---------------------------------------------------------------------------------------------- data
+# --- data -----------------------------------------------------------------------------------------
 
 class ActionData:
-    """Batches for stage 2: frames of the action demonstrations, actions, and goals from the videos."""
+    """Batches for stage 2: frames of the action demonstrations, actions, and goals from the
+    videos."""
 
     def __init__(self, config, executor, demos, videos):
         self.c, self.executor, self.demos, self.videos = config, executor, demos, videos
         planner = executor.planner
-        self.h, self.stride = (getattr(planner and planner.config, k, 1) for k in ("history", "stride"))
+        self.h, self.stride = (getattr(planner and planner.config, k, 1)
+                               for k in ("history", "stride"))
         state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
         executor.mean.copy_(torch.from_numpy(state.mean(0)))
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
-        position, gripper = demos.gather("obs/ee_states", *self.every())[:, :3], demos.gather("actions", *self.every())[:, -1]
-        self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b]) for a, b in zip(demos.start, demos.start[1:])])
-        cached = planner and (config.cache or executor.places)  # numbers are too few to be worth saving memory
+        position = demos.gather("obs/ee_states", *self.every())[:, :3]
+        gripper = demos.gather("actions", *self.every())[:, -1]
+        self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b])
+                                        for a, b in zip(demos.start, demos.start[1:])])
+        # numbers are too few to be worth saving memory
+        cached = planner and (config.cache or executor.places)
         self.draws = 1 if executor.own_goal or executor.told == "language" else DRAWS
-        self.cached = self.compute(f"frozen planner, goals per frame: {self.draws}") if cached else None
+        what = f"frozen planner, goals per frame: {self.draws}"
+        self.cached = self.compute(what) if cached else None
         if executor.places:
             target = self.cached["target"].float() if executor.own_goal else None
-            executor.places.fit(self.cached["numbers"].float(), target, position, self.waypoint[:, 2].mean())
+            executor.places.fit(self.cached["numbers"].float(), target, position,
+                                self.waypoint[:, 2].mean())
 
     def every(self):
         """All frames of the demonstrations: episode (frames,), t (frames,)."""
@@ -120,7 +149,8 @@ class ActionData:
         return episode, np.arange(len(self.demos)) - self.demos.start[episode]
 
     def goal_of(self, row, draw):
-        """Goal number `draw` (...) of demonstration frame `row` (...): which video ends in it, see Episodes.goal_of."""
+        """Goal number `draw` (...) of demonstration frame `row` (...): which video ends in it, see
+        Episodes.goal_of."""
         episode = np.searchsorted(self.demos.start, row, "right") - 1
         task = self.demos.task[episode]
         per_task = len(self.videos.length) // len(self.videos.tasks)
@@ -132,40 +162,49 @@ class ActionData:
         return task * per_task + other
 
     def look(self, row, draw):
-        """What the planner sees at demonstration frames `row` (...) with goal number `draw`, as arrays, see LOOK."""
+        """What the planner sees at demonstration frames `row` (...) with goal number `draw`, as
+        arrays, see LOOK."""
         episode = np.searchsorted(self.demos.start, row, "right") - 1
         t = row - self.demos.start[episode]
         if self.executor.told == "language":
             goal = self.demos.text[self.demos.task[episode]]  # (..., E)
         else:
             video = self.goal_of(row, draw)
-            goal = self.videos.gather("obs/agentview_rgb", video, self.videos.length[video] - 1)  # (..., H, W, 3)
+            # (..., H, W, 3)
+            goal = self.videos.gather("obs/agentview_rgb", video, self.videos.length[video] - 1)
         past = t[..., None] + self.stride * np.arange(1 - self.h, 1)
-        return {"frames": self.demos.gather("obs/agentview_rgb", episode[..., None], past), "goal": goal,
-                "wrist": self.demos.gather("obs/eye_in_hand_rgb", episode, t), "hand": self.demos.gather("hand", episode, t)}
+        return {"frames": self.demos.gather("obs/agentview_rgb", episode[..., None], past),
+                "goal": goal, "wrist": self.demos.gather("obs/eye_in_hand_rgb", episode, t),
+                "hand": self.demos.gather("hand", episode, t)}
 
     def compute(self, what, size=64):
-        """The frozen planner's outputs for all frames and their goals -> dict of (draws, frames, ...) float16."""
+        """The frozen planner's outputs for all frames and their goals -> dict of (draws, frames,
+        ...) float16."""
         device, out = next(self.executor.parameters()).device, [[] for _ in range(self.draws)]
         parts = np.array_split(np.arange(len(self.demos)), -(-len(self.demos) // size))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
             for part in tqdm(parts, desc=what, mininterval=5):
                 for draw in range(self.draws):
-                    look = {k: torch.as_tensor(v, device=device) for k, v in self.look(part, draw).items()}
-                    out[draw].append({k: v.half().cpu() for k, v in self.executor.features(look).items()})
-        return {k: torch.stack([torch.cat([piece[k] for piece in pieces]) for pieces in out]) for k in out[0][0]}
+                    look = {k: torch.as_tensor(v, device=device)
+                            for k, v in self.look(part, draw).items()}
+                    out[draw].append({k: v.half().cpu()
+                                      for k, v in self.executor.features(look).items()})
+        return {k: torch.stack([torch.cat([piece[k] for piece in pieces]) for pieces in out])
+                for k in out[0][0]}
 
     def __call__(self, step):
         """The batch of one training step, a function of (seed, step)."""
         c = self.c
         episode, t, rng = self.demos.draw(step, c.batch, c.seed)
         draw = rng.integers(self.draws, size=len(t))
-        past = np.maximum(t[:, None] + c.execute * np.arange(1 - c.history, 1), 0)  # (B, T): the times of the looks
+        # (B, T): the times of the looks
+        past = np.maximum(t[:, None] + c.execute * np.arange(1 - c.history, 1), 0)
         e = episode[:, None]
         row = self.demos.start[e] + past  # (B, T)
         ahead = past[..., None] + np.arange(c.chunk)  # (B, T, C)
         batch = {"state": np.concatenate([self.demos.gather(k, e, past) for k in STATE], -1),
-                 "action": self.demos.gather("actions", e[..., None], ahead), "waypoint": self.waypoint[row]}
+                 "action": self.demos.gather("actions", e[..., None], ahead),
+                 "waypoint": self.waypoint[row]}
         if not self.executor.places:
             batch["wrist"] = self.demos.gather("obs/eye_in_hand_rgb", e, past)
         if self.cached:
@@ -181,11 +220,12 @@ class ActionData:
         return batch | look | {"picture": look["frames"][:, :, -1]}
 
 
-# ---------------------------------------------------------------------------------------------- command
+# --- command --------------------------------------------------------------------------------------
 
 def load_executor(path, device="cpu"):
     """A trained executor with its planner, from its checkpoint alone."""
-    content = train.load(path, kind=Executor.kind, made_by="python executor.py --planner runs/<suite>/mask.pt")
+    content = train.load(path, kind=Executor.kind,
+                         made_by="python executor.py --planner runs/<suite>/mask.pt")
     executor = Executor(core.from_dict(Config, content["config"]), content["extra"])
     executor.load_state_dict(content["model"])
     return executor.to(device).eval().requires_grad_(False)
@@ -194,14 +234,17 @@ def load_executor(path, device="cpu"):
 def build(config):
     """Planner, data and a new executor -> executor, ActionData, path of its checkpoint."""
     if not config.planner:
-        core.fail("no --planner: give a checkpoint of stage 1 (python mask_planner.py makes runs/<suite>/mask.pt), or none")
+        core.fail("no --planner: give a checkpoint of stage 1 (python mask_planner.py makes "
+                  "runs/<suite>/mask.pt), or none")
     planner, about, forms = None, None, ["latent"]
     if config.planner != "none":
         content = train.load(config.planner, made_by="python mask_planner.py (or track_planner.py)")
         if content.get("kind") not in PLANNERS:
-            core.fail(f"{config.planner} holds a model of kind '{content.get('kind')}', not a planner: {', '.join(PLANNERS)}")
+            core.fail(f"{config.planner} holds a model of kind '{content.get('kind')}', not a "
+                      f"planner: {', '.join(PLANNERS)}")
         planner = PLANNERS[content["kind"]][1].load_planner(config.planner, config.device)
-        about = {"kind": planner.kind, "config": core.as_dict(planner.config), "arguments": planner.arguments}
+        about = {"kind": planner.kind, "config": core.as_dict(planner.config),
+                 "arguments": planner.arguments}
         forms = planner.forms
         config.suite, config.demos = planner.config.suite, planner.config.demos
         config.tasks = config.tasks or planner.config.tasks
@@ -210,38 +253,48 @@ def build(config):
         core.fail(f"--plan-form {config.plan_form}: {config.planner} can give {' or '.join(forms)}")
     config.batch = config.batch or (128 if planner and config.plan_form == "explicit" else 32)
     if config.action_demos > config.demos:
-        core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: give --demos {config.action_demos}")
+        core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: "
+                  f"give --demos {config.action_demos}")
     names = sims.choose_tasks(config.suite, config.tasks)
     if not planner:
-        extract.ensure(config.suite, names, config.demos, config.data, extract.Config.PRESETS[config.preset]["size"])
+        extract.ensure(config.suite, names, config.demos, config.data,
+                       extract.Config.PRESETS[config.preset]["size"])
     videos = extract.Episodes(config.data, config.suite, names, config.demos)
     demos = extract.Episodes(config.data, config.suite, names, config.action_demos)
     if planner and planner.config.size != videos.size:
-        core.fail(f"{config.planner} was trained on {planner.config.size} px, {config.data}/ holds {videos.size} px: "
-                  "give the --data folder it was trained on")
+        core.fail(f"{config.planner} was trained on {planner.config.size} px, {config.data}/ "
+                  f"holds {videos.size} px: give the --data folder it was trained on")
     goals = 0 if sims.is_metaworld(config.suite) else min(GOALS, config.demos)
     extra = {"planner": about, "E": videos.text.shape[1], "suite": config.suite, "tasks": names,
-             "size": videos.size, "render": videos.render, "action_dim": videos.arrays["actions"][0].shape[1], "goals": goals,
-             "seconds": {"data": round(videos.seconds), "planner": train.last_seconds(config.planner)}}
+             "size": videos.size, "render": videos.render,
+             "action_dim": videos.arrays["actions"][0].shape[1], "goals": goals,
+             "seconds": {"data": round(videos.seconds),
+                         "planner": train.last_seconds(config.planner)}}
     torch.manual_seed(config.seed)
     executor = Executor(config, extra).to(config.device)
     if planner:
         executor.planner.load_state_dict(planner.state_dict())
     executor.texts.copy_(torch.as_tensor(videos.text))
     for k in range(len(names) if goals else 0):
-        last = np.flatnonzero(videos.task == k)[-goals:]  # the latest videos: the first ones lend their actions
-        executor.goals[k] = torch.as_tensor(videos.gather("obs/agentview_rgb", last, videos.length[last] - 1))
+        # the latest videos: the first ones lend their actions
+        last = np.flatnonzero(videos.task == k)[-goals:]
+        executor.goals[k] = torch.as_tensor(videos.gather("obs/agentview_rgb", last,
+                                                          videos.length[last] - 1))
     default = Config.PRESETS[config.preset]["action_demos"]
-    name = f"{plan_name(config)}_executor" + f"_d{config.action_demos}" * (config.action_demos != default)
+    name = f"{plan_name(config)}_executor" + f"_d{config.action_demos}" * (
+        config.action_demos != default)
     path = Path(config.out) / config.suite / (name + f"_s{config.seed}" * (config.seed > 0) + ".pt")
     return executor, ActionData(config, executor, demos, videos), path
 
 
 def main(argv=None):
     """Command line: trains one executor."""
-    config = core.parse(Config, "Stage 2 of Mask2Act: learn actions from plans and a few demonstrations.", argv)
+    config = core.parse(Config,
+                        "Stage 2 of Mask2Act: learn actions from plans and a few demonstrations.",
+                        argv)
     executor, data, path = build(config)
-    note = f"plan {plan_name(config)}, {config.action_demos} action demonstrations per task, {len(data.demos)} frames"
+    note = (f"plan {plan_name(config)}, {config.action_demos} action demonstrations per task, "
+            f"{len(data.demos)} frames")
     train.fit(executor, data, config, path, note=note, extra=executor.extra)
     print(f"next: python rollout.py {path}")
 

@@ -1,8 +1,12 @@
-"""The executor E: the network that hears any plan and says actions, and how it acts in a closed loop.
+"""The executor E: the network that hears any plan and says actions, and how it acts.
 
-E (Mask2Act section 3.3, eq. 4) sees the last h steps of third-person picture (through the frozen planner's encoder), wrist picture (through its own), robot state and plan, and says the next actions. ATM's policy (section IV-B) is the same with encoders of its own for both pictures and the tracks fused in. `executor.py` trains it.
+E (Mask2Act section 3.3, eq. 4) sees the last h steps of third-person picture (through the frozen
+planner's encoder), wrist picture (through its own), robot state and plan, and says the next
+actions. ATM's policy (section IV-B) is the same with encoders of its own for both pictures and the
+tracks fused in. `executor.py` trains it.
 
-Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk; of tracks S steps, N points.
+Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk; of tracks S
+steps, N points.
 """
 import numpy as np
 import torch
@@ -18,19 +22,22 @@ from tracks import PATCH, STEPS, grid_points
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 AIM = 0.005  # metres, noise on the waypoint that the action head hears in training
-# metres, noise on the hand's place as the transformer hears it in training, with the explicit plan.  Without it some
-# networks go by the few absolute paths they have seen: two demonstrations, second training seed, 19 of 100, with it 51
+# metres, noise on the hand's place as the transformer hears it in training, with the explicit plan.
+# Without it some networks go by the few absolute paths they have seen: two demonstrations, second
+# training seed, 19 of 100, with it 51
 FEEL = 0.01
 NEAR = 0.1  # metres, the unit in which the heads hear and say ways
 LOOK = ("frames", "goal", "wrist", "hand")  # what planners see
 # ATM's 32 points per picture: two lattices of 4 x 4
-POINTS = [[x, y] for side in (np.linspace(0.05, 0.85, 4), np.linspace(0.15, 0.95, 4)) for y in side.tolist() for x in side.tolist()]
+POINTS = [[x, y] for side in (np.linspace(0.05, 0.85, 4), np.linspace(0.15, 0.95, 4))
+          for y in side.tolist() for x in side.tolist()]
 
 
-# ---------------------------------------------------------------------------------------------- network
+# --- network --------------------------------------------------------------------------------------
 
 class MapToken(nn.Module):
-    """A map of features -> one token: spatial-softmax key points, which say where, beside a thin flattened map."""
+    """A map of features -> one token: spatial-softmax key points, which say where, beside a thin
+    flattened map."""
 
     def __init__(self, width, n, dim, points=32, channels=8):
         super().__init__()
@@ -43,14 +50,16 @@ class MapToken(nn.Module):
         """x (..., n, D) -> (..., dim)."""
         x = self.norm(x)
         centre = torch.linspace(-1, 1, self.side, device=x.device)
-        grid = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1).reshape(-1, 2)  # (n, 2) x, y
+        # (n, 2) x, y
+        grid = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1).reshape(-1, 2)
         share = self.points(x).softmax(-2)  # (..., n, points)
         where = (share.transpose(-1, -2) @ grid.to(share.dtype)).flatten(-2)  # (..., 2 points)
         return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
 
 
 class Spatial(nn.Module):
-    """ATM's spatial encoder (section IV-B, Fig. 11): patches of both pictures and, by early fusion, tracks -> one token."""
+    """ATM's spatial encoder (section IV-B, Fig. 11): patches of both pictures and, by early fusion,
+    tracks -> one token."""
 
     def __init__(self, n, D, early, depth=2):
         super().__init__()
@@ -64,7 +73,8 @@ class Spatial(nn.Module):
         x = (pictures + self.view + self.kind[0]).flatten(1, 2) + self.place  # (B, 2 n, D)
         x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
         if self.track:  # each token with the id of its own view: ATM's code mixes them up
-            t = self.track(tracks.transpose(2, 3).flatten(3)) + self.view + self.kind[1]  # (B, 2, N, D)
+            # (B, 2, N, D)
+            t = self.track(tracks.transpose(2, 3).flatten(3)) + self.view + self.kind[1]
             x = torch.cat([x, t.flatten(1, 2)], 1)
         return self.gpt(x)[:, 0]
 
@@ -84,39 +94,45 @@ class Executor(nn.Module):
     kind = "executor"
 
     def __init__(self, config, extra):
-        """extra  what else the checkpoint holds: about the planner or None, suite, tasks, size, render, A, goals per task, E
-        numbers per sentence."""
+        """extra  what else the checkpoint holds: about the planner or None, suite, tasks, size,
+        render, A, goals per task, E numbers per sentence."""
         super().__init__()
         self.config, self.extra = config, extra
         c, size, D, A = config, extra["size"], config.width, extra["action_dim"]
-        self.own_goal = sims.is_metaworld(extra["suite"])  # else the goal picture is of another scene
+        # else the goal picture is of another scene
+        self.own_goal = sims.is_metaworld(extra["suite"])
         if extra["planner"]:
             self.planner = make_planner(extra["planner"]).requires_grad_(False)
             W, n = self.planner.config.width, self.planner.n
-        else:  # behavioural cloning: the same encoder, trained; the goal picture beside the present one says the task
+        else:  # behavioural cloning: the same encoder, trained; the goal picture says the task
             self.planner = None
             self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
             W, n = 2 * D, self.encoder.cells(size) ** 2
-        self.told = self.planner and getattr(self.planner.config, "goal", "image")  # "language", or by a picture
+        # "language", or by a picture
+        self.told = self.planner and getattr(self.planner.config, "goal", "image")
         self.places, self.spatial = None, None
         if c.plan_form == "tracks":
-            self.encoder, self.wrist_encoder = (core.ImageEncoder(D, c.blocks, c.channels) for _ in range(2))
+            self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
             self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.early)
         elif self.planner and c.plan_form == "explicit":
-            # ours: no pictures beside the plan in numbers: they are more to overfit, and nine tenths of the time
+            # ours: no pictures beside the numbers: they are more to overfit, 9/10 of the time
             self.places = Places(self.planner.locator.N, self.own_goal, c.blur)
-            self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))
+            M = self.places.M
+            self.explicit = nn.Sequential(nn.Linear(5 * M, D), nn.GELU(), nn.Linear(D, D))
             self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
         else:
             self.image = MapToken(W, n, D)
             self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
             self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
-            if self.planner and self.planner.kind == "track_planner":  # a point's tokens of all times are one
+            # a point's tokens of all times are one
+            if self.planner and self.planner.kind == "track_planner":
                 hand = self.planner.config.points == "ee"
                 W, n = W * (STEPS // PATCH), 1 if hand else n
             self.latent = None
             if self.planner:
-                self.latent = MapToken(W, n, D) if n > 1 else nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
+                one = lambda: nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
+                self.latent = MapToken(W, n, D) if n > 1 else one()
         self.state = nn.Linear(8, D)
         # goal, or image and wrist; state, plan, action; of ATM: spatial, state, action
         self.tokens = 3 if self.spatial else 4 if self.places else 5
@@ -127,11 +143,13 @@ class Executor(nn.Module):
         self.reach = mlp(D, 3 + (self.places.M if self.places else 0))
         late = 2 * STEPS * len(POINTS) * 2 if self.spatial and c.late else 0
         self.head = mlp(D + 3 + late, c.chunk * A)
-        self.register_buffer("mask", core.block_causal_mask(c.history, self.tokens), persistent=False)
+        mask = core.block_causal_mask(c.history, self.tokens)
+        self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("mean", torch.zeros(8))
         self.register_buffer("std", torch.ones(8))
-        self.register_buffer("texts", torch.zeros(len(extra["tasks"]), extra["E"]))
-        self.register_buffer("goals", torch.zeros(len(extra["tasks"]), extra["goals"], size, size, 3, dtype=torch.uint8))
+        tasks, goals = len(extra["tasks"]), extra["goals"]
+        self.register_buffer("texts", torch.zeros(tasks, extra["E"]))
+        self.register_buffer("goals", torch.zeros(tasks, goals, size, size, 3, dtype=torch.uint8))
 
     def train(self, mode=True):
         super().train(mode)
@@ -141,15 +159,18 @@ class Executor(nn.Module):
 
     @torch.no_grad()
     def features(self, look):
-        """What the frozen planner says of a look: frames (B, h, H, W, 3) uint8 as it wants them, wrist (B, H, W, 3), hand
-        (B, 2), and goal (B, H, W, 3) uint8, or (B, E) if it is told by language ->
-        {"tracks": (B, 2, S, N, 2)} of the third person and the wrist; {"numbers": (B, N, 5), "goal_code": (B, D)}; or
-        {"image": (B, n, D), of the last frame, "plan": (B, n or 1, D or P D)}."""
+        """What the frozen planner says of a look: frames (B, h, H, W, 3) uint8 as it wants them,
+        wrist (B, H, W, 3), hand (B, 2), and goal (B, H, W, 3) uint8, or (B, E) if it is told by
+        language
+        -> {"tracks": (B, 2, S, N, 2)} of the third person and the wrist; {"numbers": (B, N, 5),
+        "goal_code": (B, D)}; or {"image": (B, n, D), of the last frame, "plan": (B, n or 1, D or
+        P D)}."""
         frames, goal = look["frames"], look["goal"]
         B = len(frames)
         if self.spatial:
             points = torch.tensor(POINTS, device=frames.device).expand(2 * B, -1, -1)
-            tracks, _ = self.planner(torch.cat([frames[:, -1], look["wrist"]]), points, torch.cat([goal, goal]))
+            tracks, _ = self.planner(torch.cat([frames[:, -1], look["wrist"]]), points,
+                                     torch.cat([goal, goal]))
             return {"tracks": tracks.unflatten(0, (2, B)).transpose(0, 1)}
         if self.planner.kind == "track_planner":
             grid = grid_points(self.planner.cells).to(frames.device).expand(B, -1, -1)
@@ -160,30 +181,65 @@ class Executor(nn.Module):
         plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
         if not self.places:
             return {"image": x[:, -1], "plan": plan}
-        said = {"numbers": self.planner.locator(self.planner.as_map(plan), fine[:, -1])[:, :, 0], "goal_code": x[:, 0].mean(1)}
-        if self.own_goal and "target" not in look:  # where robot and objects are in the goal picture
+        said = {"numbers": self.planner.locator(self.planner.as_map(plan), fine[:, -1])[:, :, 0],
+                "goal_code": x[:, 0].mean(1)}
+        # where robot and objects are in the goal picture
+        if self.own_goal and "target" not in look:
             still = goal[:, None].expand(-1, self.planner.config.history, -1, -1, -1)
-            said["target"] = self.features({"frames": still, "goal": goal, "target": None})["numbers"]
+            said["target"] = self.features({"frames": still, "goal": goal,
+                                            "target": None})["numbers"]
         return said
 
     def forward(self, batch):
-        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan numbers, first and, if the goal
-        is of this scene, target (B, T, N, 5), goal_code (B, T, D); else wrist (B, T, H, W, 3) uint8 and image, plan
-        (B, T, n, D), or, for tracks, picture (B, T, H, W, 3) and tracks (B, T, 2, S, N, 2), or, for cloning, picture and goal
+        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan
+        numbers, first and, if the goal is of this scene, target (B, T, N, 5), goal_code (B, T, D);
+        else wrist (B, T, H, W, 3) uint8 and image, plan (B, T, n, D), or, for tracks, picture (B,
+        T, H, W, 3) and tracks (B, T, 2, S, N, 2), or, for cloning, picture and goal
         -> actions (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) in metres."""
+        x, heard = self.listen(batch)  # (B, T, D), (B, T, M, 5) or None
+        # ours: first where to, in metres, then how: an action is clipped at a few centimetres' way
+        # and says little about a target further off.  The place is the demonstration's own, where
+        # its hand next opens or closes.
+        there = self.reach(x).float()  # (B, T, 3 + M)
+        # (B, T, 3) metres, (B, T, M)
+        there, pointer = there[..., :3] * NEAR + self.mean[:3], there[..., 3:].softmax(-1)
+        # beside one of the things that the plan names, as seen at the waypoint's height
+        if self.places:
+            there = there + F.pad(self.places.beside(heard, pointer, there[..., 2]) - self.mean[:2],
+                                  (0, 1))  # (B, T, 3)
+        # In training the true one, with noise: a head that hears a poor guess learns to do without.
+        # differs: ATM's late fusion would give the head the plan's numbers again; with two
+        # demonstrations it then learns paths by heart and does not go to the waypoint (success 16
+        # of 50; without the numbers 27 of 50)
+        aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
+        way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
+        # ATM's late fusion
+        late = [batch["tracks"].flatten(2).to(x.dtype)] if self.spatial and self.config.late else []
+        action = self.head(torch.cat([x, way.to(x.dtype), *late], -1))
+        return action.unflatten(-1, (self.config.chunk, -1)), there
+
+    def listen(self, batch):
+        """What the transformer says at the action's place (B, T, D), and what it heard of the
+        explicit plan (B, T, M, 5) or None; batch as for forward."""
         B, T = batch["state"].shape[:2]
         state, heard = batch["state"], None
         if self.places:
-            if self.training:  # roughly where the hand is: how far from the waypoint, the head hears exactly
+            # roughly where the hand is: how far from the waypoint, the head hears exactly
+            if self.training:
                 state = state + F.pad(FEEL * torch.randn_like(state[..., :3]), (0, 5))
-            heard = self.places.hear(batch["first"], batch["numbers"], batch.get("target"))  # (B, T, M, 5)
-            # ours: the goal picture's mean token; a place in the picture is another height in another task
-            tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))  # (B, T, D) each
+            # (B, T, M, 5)
+            heard = self.places.hear(batch["first"], batch["numbers"], batch.get("target"))
+            # ours: the goal picture's mean token; a place in the picture is another height in
+            # another task
+            # (B, T, D) each
+            tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))
         else:
-            shift = (lambda images: core.random_shift(images)[0]) if self.training else lambda images: images
-            encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)  # (B T, n, D)
+            shift = lambda images: core.random_shift(images)[0] if self.training else images
+            # (B T, n, D)
+            encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)
         if self.spatial:
-            both = [encode(net, batch[k]) for net, k in ((self.encoder, "picture"), (self.wrist_encoder, "wrist"))]
+            both = [encode(net, batch[k]) for net, k in ((self.encoder, "picture"),
+                                                         (self.wrist_encoder, "wrist"))]
             seen = self.spatial(torch.stack(both, 1), batch["tracks"].flatten(0, 1))  # (B T, D)
             tokens = [seen.unflatten(0, (B, T)), self.state((state - self.mean) / self.std)]
         elif not self.places:
@@ -192,32 +248,22 @@ class Executor(nn.Module):
             else:
                 both = torch.cat([batch["picture"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
                 x = encode(self.encoder, both).unflatten(0, (B, 2, T))
-                image, plan = torch.cat([x[:, 0], x[:, 1]], -1), torch.zeros(B, T, self.config.width, device=x.device)
-            tokens = [self.image(image), self.wrist(encode(self.wrist_encoder, batch["wrist"]).unflatten(0, (B, T)))]
+                image = torch.cat([x[:, 0], x[:, 1]], -1)
+                plan = torch.zeros(B, T, self.config.width, device=x.device)
+            tokens = [self.image(image),
+                      self.wrist(encode(self.wrist_encoder, batch["wrist"]).unflatten(0, (B, T)))]
         if not self.spatial:
             tokens += [self.state((state - self.mean) / self.std), plan]
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
         x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
         L = T * self.tokens
-        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L]).unflatten(1, (T, self.tokens))[:, :, -1]  # (B, T, D)
-        # ours: first where to, in metres, then how: an action is clipped at a few centimetres' way and says little about
-        # a target further off.  The place is the demonstration's own, where its hand next opens or closes.
-        there = self.reach(x).float()  # (B, T, 3 + M)
-        there, pointer = there[..., :3] * NEAR + self.mean[:3], there[..., 3:].softmax(-1)  # (B, T, 3) metres, (B, T, M)
-        if self.places:  # beside one of the things that the plan names, as seen at the waypoint's height
-            there = there + F.pad(self.places.beside(heard, pointer, there[..., 2]) - self.mean[:2], (0, 1))  # (B, T, 3)
-        # In training the true one, with noise: a head that hears a poor guess learns to do without it.
-        # differs: ATM's late fusion would give the head the plan's numbers again; with two demonstrations it then learns
-        # paths by heart and does not go to the waypoint (success 16 of 50; without the numbers 27 of 50)
-        aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
-        way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
-        late = [batch["tracks"].flatten(2).to(x.dtype)] if self.spatial and self.config.late else []  # ATM's late fusion
-        action = self.head(torch.cat([x, way.to(x.dtype), *late], -1)).unflatten(-1, (self.config.chunk, -1))  # (B, T, C, A)
-        return action, there
+        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L]).unflatten(1, (T, self.tokens))
+        return x[:, :, -1], heard
 
     def loss(self, batch):
-        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T, C, A), and waypoint
-        (B, T, 3): the hand's position where it next opens or closes, metres -> MSE of both, parts."""
+        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T,
+        C, A), and waypoint (B, T, 3): the hand's position where it next opens or closes, metres ->
+        MSE of both, parts."""
         if self.planner and "frames" in batch:
             B, T = batch["state"].shape[:2]
             said = self.features({k: batch[k].flatten(0, 1) for k in LOOK if k in batch})
@@ -225,28 +271,35 @@ class Executor(nn.Module):
         action, there = self(batch)
         error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, A)
         waypoint = F.mse_loss(there / NEAR, batch["waypoint"] / NEAR)
-        parts = {"motion": error[..., :-1].mean().item(), "gripper": error[..., -1].mean().item(), "waypoint": waypoint.item()}
+        parts = {"motion": error[..., :-1].mean().item(), "gripper": error[..., -1].mean().item(),
+                 "waypoint": waypoint.item()}
         return error.mean() + 0.3 * waypoint, parts
 
 
-# ---------------------------------------------------------------------------------------------- acting
+# --- acting ---------------------------------------------------------------------------------------
 
 class Policy:
-    """A trained executor as a closed loop: `wants_frame`, then `policy(frame)` -> the next action (A,)."""
+    """A trained executor as a closed loop: `wants_frame`, then `policy(frame)` -> the next action
+    (A,)."""
 
     def __init__(self, executor):
         self.executor, self.c = executor.eval(), executor.config
         self.device = next(executor.parameters()).device
 
     def reset(self, goal, task=0):
-        """Starts an episode.  goal (H, W, 3) uint8: the goal picture; `executor.goals` (tasks, goals, H, W, 3) are some.
-        task: index into the executor's tasks, for a plan that is told by language."""
-        self.goal = self.executor.texts[task] if self.executor.told == "language" else torch.as_tensor(goal, device=self.device)
+        """Starts an episode. goal (H, W, 3) uint8: the goal picture; `executor.goals` (tasks,
+        goals, H, W, 3) are some. task: index into the executor's tasks, for a plan that is told by
+        language."""
+        if self.executor.told == "language":
+            self.goal = self.executor.texts[task]
+        else:
+            self.goal = torch.as_tensor(goal, device=self.device)
         self.looks, self.queue, self.frames, self.first = [], [], [], None
 
     @property
     def wants_frame(self):
-        """Whether the next call looks at its frame; in between, actions of the last chunk are executed."""
+        """Whether the next call looks at its frame; in between, actions of the last chunk are
+        executed."""
         return not self.queue
 
     @torch.no_grad()
@@ -255,13 +308,16 @@ class Policy:
             return self.queue.pop(0)
         tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
         state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
-        picture, wrist = tensor(frame["agentview_rgb"]), tensor(frame["eye_in_hand_rgb"]) if "eye_in_hand_rgb" in frame else None
-        now = {"state": tensor(state), "picture": picture} | ({} if self.executor.places else {"wrist": wrist})
+        picture = tensor(frame["agentview_rgb"])
+        wrist = tensor(frame["eye_in_hand_rgb"]) if "eye_in_hand_rgb" in frame else None
+        now = {"state": tensor(state), "picture": picture} | ({} if self.executor.places
+                                                              else {"wrist": wrist})
         if self.executor.planner:
             # the planner's own history, at its own stride, when this executor looks that often
             h = getattr(self.executor.planner.config, "history", 1)
             self.frames = (self.frames or [picture] * h)[1 - h:] + [picture] if h > 1 else [picture]
-            now |= self.executor.features({"frames": torch.stack(self.frames, 1), "goal": self.goal[None], "wrist": wrist,
+            now |= self.executor.features({"frames": torch.stack(self.frames, 1),
+                                           "goal": self.goal[None], "wrist": wrist,
                                            "hand": tensor(frame["hand"])})
             if self.executor.places:
                 self.first = now["numbers"] if self.first is None else self.first

@@ -1,12 +1,13 @@
 """Episodes in the simulator: success rates with intervals, films, results, tables.
 
-    python rollout.py runs/libero_spatial/mask_executor.pt              # 10 tasks x 10 bundled initial states
-    python rollout.py --policy expert --suite libero_spatial            # the upper bound
-    python rollout.py --table                                           # README's table and plot from results/*.json
+    python rollout.py runs/libero_spatial/mask_executor.pt     # 10 tasks x 10 bundled states
+    python rollout.py --policy expert --suite libero_spatial   # the upper bound
+    python rollout.py --table                                  # README's table and plot
 
-An episode succeeds when LIBERO's goal predicates hold at any step within the horizon, as LIBERO itself counts; for
-the expert, which lets go and retreats, they must still hold at the end.  The bundled initial states are never
-trained on.  A crash ends the evaluation: it is an error, not a failed episode.
+An episode succeeds when LIBERO's goal predicates hold at any step within the horizon, as LIBERO
+itself counts; for the expert, which lets go and retreats, they must still hold at the end. The
+bundled initial states are never trained on. A crash ends the evaluation: it is an error, not a
+failed episode.
 """
 import json
 import sys
@@ -35,28 +36,33 @@ FILM_SCALE = 3  # films are enlarged by this factor
 
 @dataclass
 class Config:
-    policy: str = flag("executor", "executor: the given checkpoints; expert: the scripted demonstrator",
-                       choices=["executor", "expert"])
+    policy: str = flag("executor", "executor: the given checkpoints; expert: the scripted "
+                                   "demonstrator", choices=["executor", "expert"])
     suite: str = flag("libero_spatial", "suite, for --policy expert; otherwise the executor's")
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the executor's, or all")
+    tasks: str = flag("",
+                      "numbers or names of tasks, comma-separated; empty: the executor's, or all")
     episodes: int = flag(10, "episodes per task", minimum=1)
-    scenes: int | None = flag(None, "use sampled scenes with seeds from this one on, instead of the bundled states",
-                              minimum=0)
-    noise: float = flag(0.0, "standard deviation of noise on the executed motion, for --policy expert", minimum=0)
+    scenes: int | None = flag(None, "use sampled scenes with seeds from this one on, instead of "
+                                    "the bundled states", minimum=0)
+    noise: float = flag(0.0,
+                        "standard deviation of noise on the executed motion, for --policy expert",
+                        minimum=0)
     films: bool = flag(True, "write an mp4 of each task's first success and first failure")
-    render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the executor was trained on",
-                              choices=["fast", "faithful"])
+    render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the "
+                                    "executor was trained on", choices=["fast", "faithful"])
     workers: int = flag(2, "processes", minimum=1)
     results: str = flag("results", "folder of the results")
     device: str | None = flag(None, "cpu or cuda")
     table: bool = flag(False, "only make README's table and the plot from the results")
-    cost: bool = flag(False, "only count the floating point operations of 600 steps of each executor (ATM, Table IV)")
+    cost: bool = flag(False, "only count the floating point operations of 600 steps of each "
+                             "executor (ATM, Table IV)")
 
 
-# ---------------------------------------------------------------------------------------------- episodes
+# --- episodes -------------------------------------------------------------------------------------
 
 def film_frame(frame, policy, sim):
-    """One picture of a film: third-person view, with the plan's masks decoded at two horizons, and the wrist view."""
+    """One picture of a film: third-person view, with the plan's masks decoded at two horizons, and
+    the wrist view."""
     planner = policy.executor.planner if policy else None
     views = [("now", frame["agentview_rgb"])]
     if planner and planner.kind == "track_planner":
@@ -77,12 +83,15 @@ def film_frame(frame, policy, sim):
 
 
 def draw_plan(policy, frame, side=8):
-    """The third-person picture with where the track planner says that a grid of points, or the hand, will go."""
+    """The third-person picture with where the track planner says that a grid of points, or the
+    hand, will go."""
     planner = policy.executor.planner
-    grid = grid_points(side) if planner.config.points == "any" else torch.tensor(frame["hand"].astype(np.float32))[None]
+    hand = torch.tensor(frame["hand"].astype(np.float32))[None]
+    grid = grid_points(side) if planner.config.points == "any" else hand
     image, grid = policy.frames[-1], grid.to(policy.device)[None]  # (1, H, W, 3), (1, N, 2)
     with torch.no_grad():
-        tracks = torch.cat([grid[:, None], planner(image, grid, policy.goal[None])[0]], 1)[0].cpu().numpy()  # (1 + S, N, 2)
+        tracks = torch.cat([grid[:, None], planner(image, grid, policy.goal[None])[0]], 1)
+    tracks = tracks[0].cpu().numpy()  # (1 + S, N, 2)
     return extract.draw_tracks(frame["agentview_rgb"], tracks, np.ones(tracks.shape[:2], bool))
 
 
@@ -115,7 +124,8 @@ def play(sim, actor, start, film):
 
 
 def cost(checkpoint, steps=600):
-    """Floating point operations of planner and executor in an episode of that length (ATM, Table IV), by torch's counter."""
+    """Floating point operations of planner and executor in an episode of that length (ATM, Table
+    IV), by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
     policy = Policy(load_executor(checkpoint))
     side = policy.executor.extra["size"]
@@ -130,10 +140,12 @@ def cost(checkpoint, steps=600):
 
 
 def write_film(path, pictures):
-    """Pictures (list of (H, W, 3) uint8) -> mp4 at 5 per second, real time for looks 4 steps apart; and a still, .png."""
+    """Pictures (list of (H, W, 3) uint8) -> mp4 at 5 per second, real time for looks 4 steps apart;
+    and a still, .png."""
     import imageio.v2 as iio
     path.parent.mkdir(parents=True, exist_ok=True)
-    height, width = pictures[0].shape[0] // 2 * 2, pictures[0].shape[1] // 2 * 2  # the codec wants even numbers
+    # the codec wants even numbers
+    height, width = pictures[0].shape[0] // 2 * 2, pictures[0].shape[1] // 2 * 2
     with iio.get_writer(path, fps=5, macro_block_size=2, quality=7) as film:
         for picture in pictures:
             film.append_data(picture[:height, :width])
@@ -142,7 +154,8 @@ def write_film(path, pictures):
 
 
 def run_task(job):
-    """Worker: all checkpoints on some scenes of one task -> {checkpoint: [success, ...]}, in the scenes' order."""
+    """Worker: all checkpoints on some scenes of one task -> {checkpoint: [success, ...]}, in the
+    scenes' order."""
     config, checkpoints, suite, task, scenes, size, render = job
     torch.set_num_threads(1)
     observe = config.policy == "executor" or config.films
@@ -157,14 +170,17 @@ def run_task(job):
             if policy:
                 k = policy.executor.extra["tasks"].index(task)
                 carried = policy.executor.goals[k]  # (goals, H, W, 3)
-                policy.reset(sim.goal_image(**where) if policy.executor.own_goal else carried[scene % len(carried)], k)
+                policy.reset(sim.goal_image(**where) if policy.executor.own_goal
+                             else carried[scene % len(carried)], k)
             frame = sim.reset(**where)
-            actor = policy or (experts.demonstrator(sim, seed=scene), config.noise, np.random.default_rng([scene, 1]))
+            actor = policy or (experts.demonstrator(sim, seed=scene), config.noise,
+                               np.random.default_rng([scene, 1]))
             success, steps, pictures = play(sim, actor, frame, film)
             done[checkpoint].append((bool(success), steps))
             if film and success not in filmed:
                 filmed.add(success)
-                folder = Path(str(checkpoint or f"runs/{suite}/expert").removesuffix(".pt") + "_films")
+                folder = Path(str(checkpoint or f"runs/{suite}/expert").removesuffix(".pt")
+                              + "_films")
                 write_film(folder / f"{task}_{'success' if success else 'failure'}.mp4", pictures)
             run_task.progress.put(1)
     sim.close()
@@ -175,44 +191,52 @@ def evaluate(config, checkpoints, suite, names, size, render="fast"):
     """-> {checkpoint: {task: [(success, steps), ...]}} over config.episodes scenes of each task."""
     first = config.scenes if config.scenes is not None else 0
     if config.scenes is None and config.episodes > sims.INITS:
-        fail(f"--episodes {config.episodes}: there are {sims.INITS} evaluation scenes; or give --scenes 1000")
+        fail(f"--episodes {config.episodes}: there are {sims.INITS} evaluation scenes; or give "
+             f"--scenes 1000")
     scenes = list(range(first, first + config.episodes))
-    pieces = config.workers if len(names) < 2 * config.workers else 1  # few tasks: split each among the processes
+    # few tasks: split each among the processes
+    pieces = config.workers if len(names) < 2 * config.workers else 1
     jobs = [(config, checkpoints, suite, name, scenes[k::pieces], size, render)
             for name in names for k in range(pieces) if scenes[k::pieces]]
     total = len(names) * len(scenes) * len(checkpoints)
     found = {c: {name: [] for name in names} for c in checkpoints}
     observe = config.policy == "executor" or config.films
     with extract.pool(config.workers, run_task, observe) as (workers, queue):
-        results = workers.imap_unordered(run_task, jobs)
-        for task, done in extract.watch(results, queue, len(jobs), total, "rollout"):
+        finished = workers.imap_unordered(run_task, jobs)
+        for task, done in extract.watch(finished, queue, len(jobs), total, "rollout"):
             for checkpoint, outcome in done.items():
                 found[checkpoint][task] += outcome
     return found
 
 
-# ---------------------------------------------------------------------------------------------- command
+# --- command --------------------------------------------------------------------------------------
 
 def main(argv=None):
-    """Command line: evaluates checkpoints or the expert and writes one JSON each, or makes README's tables."""
+    """Command line: evaluates checkpoints or the expert and writes one JSON each, or makes README's
+    tables."""
     argv = list(sys.argv[1:] if argv is None else argv)
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     checkpoints, rest = argv[:first_flag], argv[first_flag:]
-    config = core.parse(Config, "rollout.py CHECKPOINT [CHECKPOINT ...]: success rates in the simulator.", rest)
+    config = core.parse(Config,
+                        "rollout.py CHECKPOINT [CHECKPOINT ...]: success rates in the simulator.",
+                        rest)
     if config.table:
         return results.make_table(config.results)
     size, suite, render = 128, config.suite, "fast"
     if config.policy == "executor":
         if not checkpoints:
-            fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or --policy expert")
-        extras = [train.load(c, kind=Executor.kind, made_by="python executor.py --planner runs/<suite>/mask.pt")
-                  ["extra"] for c in checkpoints]
+            fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or --policy "
+                 "expert")
+        made_by = "python executor.py --planner runs/<suite>/mask.pt"
+        extras = [train.load(c, Executor.kind, made_by)["extra"] for c in checkpoints]
         if any(e[k] != extras[0][k] for e in extras for k in ("suite", "tasks", "size", "render")):
-            fail("these checkpoints are of different suites, tasks, sizes or rendering: evaluate them one by one")
+            fail("these checkpoints are of different suites, tasks, sizes or rendering: evaluate "
+                 "them one by one")
         suite, size, render = (extras[0][k] for k in ("suite", "size", "render"))
         if config.cost:
             for checkpoint in checkpoints:
-                print(f"{checkpoint}: {cost(checkpoint) / 1e12:.3f} TFLOPs in 600 steps (paper: ATM 1.56, UniPi 39.29)")
+                print(f"{checkpoint}: {cost(checkpoint) / 1e12:.3f} TFLOPs in 600 steps (paper: "
+                      f"ATM 1.56, UniPi 39.29)")
             return
         names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))
         unknown = [n for n in names if n not in extras[0]["tasks"]]
@@ -226,12 +250,14 @@ def main(argv=None):
     for checkpoint in checkpoints:
         r = results.result(config, checkpoint, suite, found[checkpoint], seconds)
         for task, count in r["tasks"].items():
-            print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   ({count['steps']:.0f} steps)")
+            print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   "
+                  f"({count['steps']:.0f} steps)")
         path = results.result_path(config.results, r)
         path.parent.mkdir(parents=True, exist_ok=True)
         core.write(path, json.dumps(r, indent=1) + "\n")
         low, high = r["interval"]
-        print(f"{suite} {r['plan']}: {r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} % "
+        print(f"{suite} {r['plan']}: {r['success']}/{r['episodes']} = "
+              f"{100 * r['success'] / r['episodes']:.1f} % "
               f"[{100 * low:.1f}, {100 * high:.1f}]   {seconds / 60:.1f} minutes -> {path}")
 
 

@@ -1,4 +1,4 @@
-"""What every planner's program does around its training: data before, scores and a picture after."""
+"""What every planner's program does around its training: data before, scores after."""
 import core
 import extract
 import sims

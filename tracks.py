@@ -1,6 +1,8 @@
-"""Tracks as numbers: ATM's patches of tracks and pictures, places as sines, its augmentation (section IV-A).
+"""Tracks as numbers: ATM's patches of tracks and pictures, places as sines, its augmentation
+(section IV-A).
 
-Sizes: B batch, S steps of a track, N points, P patches of a track, n patches of the picture, D width, H W pixels.
+Sizes: B batch, S steps of a track, N points, P patches of a track, n patches of the picture, D
+width, H W pixels.
 """
 import torch
 import torch.nn.functional as F
@@ -30,10 +32,13 @@ def image_patches(images, side):
 
 
 def sincos(places, D):
-    """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT and MAE."""
+    """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT and
+    MAE."""
     half = D // (2 * places.shape[-1])
-    angle = places[..., None] / 10000 ** (torch.arange(half, device=places.device) / half)  # (..., k, half)
-    return F.pad(torch.cat([angle.sin(), angle.cos()], -1).flatten(-2), (0, D - 2 * half * places.shape[-1]))
+    # (..., k, half)
+    angle = places[..., None] / 10000 ** (torch.arange(half, device=places.device) / half)
+    return F.pad(torch.cat([angle.sin(), angle.cos()], -1).flatten(-2),
+                 (0, D - 2 * half * places.shape[-1]))
 
 
 def grid_points(side):
@@ -45,12 +50,14 @@ def grid_points(side):
 def augment(images, tracks, strength, often=0.9):
     """ATM's: jitter of colours, then each picture shifted by up to 4 pixels, the tracks with it.
 
-    images (B, H, W, 3) uint8, tracks (B, T, N, 2) -> the same.  ours: one draw of the jitter for an eighth of the batch.
+    images (B, H, W, 3) uint8, tracks (B, T, N, 2) -> the same. ours: one draw of the jitter for an
+    eighth of the batch.
     """
     if strength:
         from torchvision.transforms import v2
         jitter = v2.RandomApply([v2.ColorJitter(*[strength] * 4)], often)
-        images = torch.cat([jitter(part) for part in images.permute(0, 3, 1, 2).chunk(8)]).permute(0, 2, 3, 1)
+        images = torch.cat([jitter(part) for part in images.permute(0, 3, 1, 2).chunk(8)]).permute(
+            0, 2, 3, 1)
     images, move = core.random_shift(images)  # (B, 2) pixels x, y
     size = torch.tensor([images.shape[2], images.shape[1]], device=move.device)
     return images, tracks + (move / size)[:, None, None]

@@ -1,4 +1,4 @@
-"""Training, the same for all models: checkpoints, steps that an interruption cannot change, the log.
+"""Training, the same for all models: checkpoints, steps, continuation, the log.
 
     fit(model, data.batch, config, "runs/mask.pt")      # writes mask.pt, mask.jsonl, mask.png
 
@@ -47,7 +47,8 @@ def load(path, kind=None, made_by=None):
     broken = f"{path} is damaged or no checkpoint; delete it and make it again"
     broken += f" with: {made_by}" if made_by else ""
     try:
-        with zipfile.ZipFile(path) as file:     # a truncated file too: a zip's directory is at its end
+        # a truncated file too: a zip's directory is at its end
+        with zipfile.ZipFile(path) as file:
             if file.testzip():      # torch.load checks no checksum: changed bytes would be weights
                 fail(broken)
         # weights_only runs no code that the file brings
@@ -57,7 +58,8 @@ def load(path, kind=None, made_by=None):
     if not isinstance(content, dict):
         fail(broken)
     if kind is not None and content.get("kind") != kind:
-        fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind '{kind}' is needed here")
+        fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind '{kind}' is "
+             "needed here")
     if "version" in content and content["version"] != VERSION:
         fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
     return content
@@ -122,6 +124,13 @@ def join_processes(config):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def share_weights(model):
+    """Gives all processes the first one's weights: each drew its own random ones."""
+    for value in model.state_dict().values():
+        dist.broadcast(whole := value.contiguous(), 0)
+        value.copy_(whole)
+
+
 def average_gradients(parameters, world):
     """One flat all_reduce per step, by hand: DistributedDataParallel's wrapper hooks only into
     forward(), and our models are called through loss()."""
@@ -178,7 +187,8 @@ class Log:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
         line |= {"lr": learning_rate(done - 1, self.config), "seconds": round(now - self.begin, 2),
-                 "samples_per_second": round((self.samples - samples) / max(now - self.warm, 1e-9), 1)}
+                 "samples_per_second": round((self.samples - samples) / max(now - self.warm, 1e-9),
+                                             1)}
         self.rows = []
         say(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
         write(self.path, json.dumps(line) + "\n", append=True)
@@ -224,9 +234,7 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
     content = resume(model, config, path)
     done = content["step"] if content else 0
     if world > 1:
-        for value in model.state_dict().values():       # each process drew its own random weights
-            dist.broadcast(whole := value.contiguous(), 0)
-            value.copy_(whole)
+        share_weights(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, config, fused=device.type == "cuda")
     average = copy.deepcopy(model).eval() if config.ema else None
@@ -239,11 +247,12 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
             + f": {count(model):,} trainable parameters, {config.steps} steps"
             + (f", {note}" if note else "") + f" -> {path}")
         if done:
-            state = "continuing" if done < config.steps else "finished, nothing to do"
-            say(f"{path} is at step {done}: {state}")
+            say(f"{path} is at step {done}: "
+                + ("continuing" if done < config.steps else "finished, nothing to do"))
     run = path.removesuffix(".pt")
     log = Log(run + ".jsonl", done, config) if rank == 0 and done < config.steps else None
-    bar = tqdm(total=config.steps, initial=done, unit="step", disable=not log or not sys.stderr.isatty())
+    quiet = not log or not sys.stderr.isatty()
+    bar = tqdm(total=config.steps, initial=done, unit="step", disable=quiet)
     while done < config.steps:
         # Seeded per step, dropout and noise leave no generator state to store in the checkpoint.
         torch.manual_seed((config.seed << 32) + done * world + rank)
