@@ -1,4 +1,4 @@
-"""What a camera sees of a mujoco simulation: pictures, masks, exact point tracks; choosing an OpenGL.
+"""What a camera sees of a mujoco simulation: pictures, masks, exact point tracks; and an OpenGL.
 
 By default LIBERO's visual meshes are simplified and mirror reflections, shadows and multisampling
 are off, because software OpenGL pays per vertex and per shadow; `render="faithful"` keeps the

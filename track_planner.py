@@ -12,8 +12,8 @@ Measured at the laptop preset on libero_spatial: 5.7 minutes on two cores; mean 
 points at +16, third person, 9.1 pixels of 128, of points that stay 22.8
 (results/libero_spatial_track_planner.txt).
 
-Sizes: B batch, S steps of a track, N points, P patches of a track, n patches of the picture, D
-width, H W pixels.
+Sizes: B batch, S steps of a track, N points, P patches of a track, n of the picture, D width, H W
+pixels.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +29,8 @@ import sims
 import stage1
 import train
 from core import flag
-from tracks import (PATCH, STEPS, augment, image_patches, sincos, track_from_patches,
-                    track_patches)
+from tracks import PATCH, STEPS, augment, image_patches, sincos, track_from_patches, track_patches
+
 AHEAD = (4, 8, 16)  # steps at which tracks are judged
 MARGIN = 0.75  # from the picture's middle, in pictures
 PIXELS = 128  # the picture's width in which errors are told, whatever it is
