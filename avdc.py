@@ -23,8 +23,10 @@ import cameras
 import core
 import extract
 import flow
+import results
 import rollout
 import sims
+import train
 import video_planner
 from core import flag
 
@@ -396,7 +398,7 @@ def main(argv=None):
     needed = {"oracle": [], "true": ["flow"], "generated": ["flow", "video"]}[config.future]
     for name in needed:
         made_by = {"flow": "flow.py", "video": "video_planner.py"}[name]
-        core.load(Path(config.out) / config.suite / f"{name}.pt",
+        train.load(Path(config.out) / config.suite / f"{name}.pt",
                   made_by=f"python {made_by} --suite {config.suite}")
     begin, found = time.time(), {name: [] for name in names}
     jobs = [(config, name, view) for name in names for view in chosen]
@@ -408,7 +410,7 @@ def main(argv=None):
     seconds = time.time() - begin
     about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
     plan = f"flow-{config.future}" + "-once" * (not config.replan)
-    r = rollout.result(about, None, config.suite, found, seconds)
+    r = results.result(about, None, config.suite, found, seconds)
     r |= {"plan": plan, "action_demos": 0, "views": config.views, "counts": "ever succeeded"}
     for task, count in r["tasks"].items():
         print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   ({count['steps']:.0f} steps)")

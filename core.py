@@ -1,46 +1,53 @@
-"""What all models share: transformer, image encoder, one training function, checkpoints, flags.
+"""What all files share: the end of a run with bad input, writing files, networks, flags.
 
     class Config:                                   config = parse(Config, "Stage 1 of ...")
         steps: int = flag(2000, "gradient steps")   model = Planner(config)
-                                                    fit(model, data.batch, config, "runs/mask.pt")
 
-A model is an nn.Module with `kind` (a string), `config` (its dataclass) and
-`loss(batch) -> (scalar, dict of floats)`.
 Sizes: B batch, L tokens, D width, H W pixels, h w cells of the feature map.
 """
 
 import argparse
-import copy
 import dataclasses
 import errno
-import io
-import json
 import math
 import os
-import pickle
 import sys
-import time
 import types
 import typing
-import zipfile
 
-import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock
-from tqdm import tqdm
-
-VERSION = 1     # of the checkpoint's layout
-# Fields that may change between a run and its continuation; every other field shapes the weights.
-FREE_FIELDS = {"device", "save_every", "log_every", "data", "out", "preset"}
 
 
 def fail(message):
     """One line on stderr and exit code 2: the end of every run with a bad input."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def write(path, content, append=False):
+    """Bytes or text to a file, all or nothing: a run killed here leaves the previous file whole.
+    `append`: behind what is there, instead."""
+    path = os.fspath(path)
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    part = path if append else path + ".tmp"
+    try:
+        with open(part, "ab" if append else "wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            if not append:
+                # else a power cut can leave the new name without its data
+                os.fsync(file.fileno())
+    except OSError as error:
+        if not append:
+            os.remove(part)
+        if error.errno != errno.ENOSPC:
+            raise
+        fail(f"disk full while writing {path}, what was there is untouched; free space, run again")
+    if not append:
+        os.replace(part, path)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -116,16 +123,16 @@ def block_causal_mask(steps, tokens):
 class ImageEncoder(nn.Module):
     """ResNet with GroupNorm.  Images -> feature map (B, D, h, w).
 
-    `blocks` = residual blocks per stage, `channels` = width of the first stage, doubled at each next one:
-    (2, 2, 2, 2) and 64 is ResNet-18 with stride 32; (1, 1, 1) has stride 16. Weights start at random:
-    nothing is downloaded.
+    `blocks` = residual blocks per stage, `channels` = width of the first stage, doubled at each
+    next one: (2, 2, 2, 2) and 64 is ResNet-18 with stride 32; (1, 1, 1) has stride 16. Weights
+    start at random: nothing is downloaded.
     """
 
     def __init__(self, dim, blocks=(2, 2, 2, 2), channels=64):
         super().__init__()
         if not blocks or min(blocks) < 1 or channels % 16:
-            fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block per stage, "
-                 "channels a multiple of 16")
+            fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block "
+                 "per stage, channels a multiple of 16")
         # differs: GroupNorm, where ResNet has BatchNorm: its statistics go on moving in a "frozen"
         # encoder, and rollout batches of one differ from training batches.
         norm = lambda width: nn.GroupNorm(width // 16, width)
@@ -136,10 +143,12 @@ class ImageEncoder(nn.Module):
             for block in range(count):
                 new, stride = channels * 2 ** stage, 2 if stage and not block else 1
                 shortcut = nn.Sequential(nn.Conv2d(width, new, 1, stride, bias=False), norm(new))
-                body.append(BasicBlock(width, new, stride, None if new == width else shortcut, norm_layer=norm))
+                body.append(BasicBlock(width, new, stride, None if new == width else shortcut,
+                                       norm_layer=norm))
                 width = new
         self.body, self.head = nn.Sequential(*stem, *body), nn.Conv2d(width, dim, 1)
-        self.cut, self.fine = len(stem) + sum(blocks[:2]), channels * 2 ** (len(blocks[:2]) - 1)  # see forward
+        # see forward
+        self.cut, self.fine = len(stem) + sum(blocks[:2]), channels * 2 ** (len(blocks[:2]) - 1)
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -157,7 +166,8 @@ class ImageEncoder(nn.Module):
         """
         if images.dtype == torch.uint8:
             images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
-        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))  # (B, C, h', w')
+        # (B, C, h', w')
+        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))
         y = self.head(self.body[self.cut:](x))                              # (B, D, h, w)
         return (y, x) if fine else y
 
@@ -165,7 +175,8 @@ class ImageEncoder(nn.Module):
 def random_shift(images, pad=4):
     """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).
 
-    images (B, H, W, 3) -> the same shape, and by how many pixels what they show has moved, (B, 2) x right, y down.
+    images (B, H, W, 3) -> the same shape, and by how many pixels what they show has moved, (B, 2) x
+    right, y down.
     """
     B, H, W, _ = images.shape
     move = torch.randint(-pad, pad + 1, (2, B, 1))
@@ -180,78 +191,7 @@ def count(model):
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
-# --- checkpoints ----------------------------------------------------------------------------------
-
-
-def write(path, content, append=False):
-    """Bytes or text to a file, all or nothing: a run killed here leaves the previous file whole.
-    `append`: behind what is there, instead."""
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = path if append else path + ".tmp"
-    try:
-        with open(part, "ab" if append else "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            if not append:
-                os.fsync(file.fileno())     # else a power cut can leave the new name without its data
-    except OSError as error:
-        if not append:
-            os.remove(part)
-        if error.errno != errno.ENOSPC:
-            raise
-        fail(f"disk full while writing {path}, what was there is untouched; free space, run again")
-    if not append:
-        os.replace(part, path)
-
-
-def save(path, **content):
-    """Write a checkpoint."""
-    buffer = io.BytesIO()
-    torch.save(content, buffer)
-    write(path, buffer.getbuffer())
-
-
-def load(path, kind=None, made_by=None):
-    """The content of a checkpoint as a dict, on the CPU. `made_by` = the command that makes it."""
-    path = os.fspath(path)
-    if not os.path.isfile(path):
-        fail(f"{path} does not exist" + (f"; make it with: {made_by}" if made_by else ""))
-    broken = f"{path} is damaged or no checkpoint; delete it and make it again"
-    broken += f" with: {made_by}" if made_by else ""
-    try:
-        with zipfile.ZipFile(path) as file:     # a truncated file too: a zip's directory is at its end
-            if file.testzip():      # torch.load checks no checksum: changed bytes would be weights
-                fail(broken)
-        # weights_only runs no code that the file brings
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
-        fail(f"{broken} ({type(error).__name__})")
-    if not isinstance(content, dict):
-        fail(broken)
-    if kind is not None and content.get("kind") != kind:
-        fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind '{kind}' is needed here")
-    if "version" in content and content["version"] != VERSION:
-        fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
-    return content
-
-
-def resume(model, config, path):
-    """Load the weights at `path` into the model, if there are any. -> that checkpoint or None."""
-    if not os.path.exists(path):
-        return None
-    content = load(path, kind=model.kind)
-    old, new = content["config"], as_dict(config)
-    differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in old | new
-                 if k not in FREE_FIELDS and old.get(k) != new.get(k)]
-    if differing:
-        fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
-             "choose another --out, or delete that file")
-    model.load_state_dict(content["model"])
-    return content
-
-
-# --- training -------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------
 
 
 def default_device():
@@ -269,189 +209,6 @@ def default_bf16(device):
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def learning_rate(done, config):
-    """Linear warm-up over `warmup` steps, then a cosine to 0; `done` = steps already made."""
-    if done < config.warmup:
-        return config.lr * (done + 1) / config.warmup
-    progress = (done - config.warmup) / max(1, config.steps - config.warmup)
-    return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def make_optimizer(model, config, fused):
-    """AdamW over the trainable parameters, without decay on biases and norms (the 1-D ones)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return torch.optim.AdamW([
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ], lr=config.lr, fused=fused)
-
-
-@torch.no_grad()
-def update_average(average, model, decay, done):
-    """Move the averaged copy of the model towards it, after step `done`."""
-    # The plain formula would leave a short run with an average of mostly its random start.
-    decay = min(decay, (done + 1) / (done + 10))
-    for slow, p in zip(average.parameters(), model.parameters()):
-        slow.lerp_(p, 1 - decay)
-    for slow, value in zip(average.buffers(), model.buffers()):
-        slow.copy_(value)
-
-
-def join_processes(config):
-    """Join the other processes if torchrun started this one. -> (rank, world, device)."""
-    device = torch.device(config.device or default_device())
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
-    if not dist.is_initialized():       # once per process: a second group can race with the first
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def average_gradients(parameters, world):
-    """One flat all_reduce per step, by hand: DistributedDataParallel's wrapper hooks only into
-    forward(), and our models are called through loss()."""
-    for p in parameters:
-        if p.grad is None:      # every process must send the same number of values
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])                # (all parameters,)
-    dist.all_reduce(flat)
-    for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view(p.shape))
-
-
-def say(line):
-    tqdm.write(line)        # above the progress bar, not through it
-    sys.stdout.flush()
-
-
-def read_log(path):
-    """The rows of <run>.jsonl, as dicts; none without one. A kill can have cut the last line."""
-    if not os.path.exists(path):
-        return []
-    with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
-
-
-def last_seconds(checkpoint):
-    """Training time in seconds, from the log beside a checkpoint; None without one."""
-    rows = read_log(os.fspath(checkpoint).removesuffix(".pt") + ".jsonl")
-    return rows[-1]["seconds"] if rows else None
-
-
-class Log:
-    """The printed lines and <run>.jsonl, the same keys; values are means since the last line."""
-
-    def __init__(self, path, done, config):
-        """Keep the lines up to step `done`: a resumed run writes the later ones again."""
-        self.path, self.config, self.rows, self.samples = path, config, [], 0
-        kept = [row for row in read_log(path) if row["step"] <= done]
-        if os.path.exists(path):
-            write(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.first, self.begin = done, time.time() - (kept[-1]["seconds"] if kept else 0)
-
-    def step(self, done, row, samples):
-        """After every step: `row` = loss and parts, `samples` = size of the batch."""
-        left, now = self.config.steps - done, time.time()
-        self.rows.append(row)
-        self.samples += samples
-        if done == self.first + 1:      # the first step also pays for kernels and caches
-            self.warm = now
-        if done == self.first + 11 and left:
-            pace = (now - self.warm) / 10
-            say(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
-        if done % self.config.log_every and left:
-            return
-        line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
-        line |= {"lr": learning_rate(done - 1, self.config), "seconds": round(now - self.begin, 2),
-                 "samples_per_second": round((self.samples - samples) / max(now - self.warm, 1e-9), 1)}
-        self.rows = []
-        say(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
-        write(self.path, json.dumps(line) + "\n", append=True)
-
-
-def fit(model, batches, config, path, picture=None, note="", extra=None):
-    """Train `model` for config.steps; return it in eval(), with averaged weights if config.ema > 0.
-
-    batches(step) -> dict of arrays, a function of the step alone. Run again with the same config
-    after an interruption, it continues from `path` and ends with the weights of an unbroken run.
-    Writes <run>.pt (= path), <run>.jsonl (log) and <run>.png (picture(model): (H, W, 3) uint8).
-    `extra`: plain values that the checkpoint keeps beside the config, to rebuild the model from.
-    """
-    path = os.fspath(path)
-    rank, world, device = join_processes(config)
-    model.to(device).train()
-    content = resume(model, config, path)
-    done = content["step"] if content else 0
-    if world > 1:
-        for value in model.state_dict().values():       # each process drew its own random weights
-            dist.broadcast(whole := value.contiguous(), 0)
-            value.copy_(whole)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, config, fused=device.type == "cuda")
-    average = copy.deepcopy(model).eval() if config.ema else None
-    if content:
-        optimizer.load_state_dict(content["optimizer"])
-        if average:
-            average.load_state_dict(content["ema"])
-    if rank == 0:
-        say(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
-            + f": {count(model):,} trainable parameters, {config.steps} steps"
-            + (f", {note}" if note else "") + f" -> {path}")
-        if done:
-            state = "continuing" if done < config.steps else "finished, nothing to do"
-            say(f"{path} is at step {done}: {state}")
-    run = path.removesuffix(".pt")
-    log = Log(run + ".jsonl", done, config) if rank == 0 and done < config.steps else None
-    bar = tqdm(total=config.steps, initial=done, unit="step", disable=not log or not sys.stderr.isatty())
-    while done < config.steps:
-        # Seeded per step, dropout and noise leave no generator state to store in the checkpoint.
-        torch.manual_seed((config.seed << 32) + done * world + rank)
-        batch = {k: torch.as_tensor(v).to(device) for k, v in batches(done * world + rank).items()}
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(done, config)
-        with torch.autocast(device.type, torch.bfloat16, enabled=bool(config.bf16)):
-            loss, parts = model.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        if world > 1:
-            average_gradients(parameters, world)
-        norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
-        row = {"loss": float(loss.detach())} | {k: float(v) for k, v in parts.items()}
-        # The gradient too: a finite loss with an infinite gradient writes NaN into the weights.
-        if not math.isfinite(row["loss"]) or not math.isfinite(float(norm)):
-            fail(f"not finite at step {done + 1}: {row}, gradient norm {float(norm)}; the last "
-                 f"checkpoint is untouched: try a lower --lr (now {config.lr}) or --no-bf16")
-        optimizer.step()
-        if average:
-            update_average(average, model, config.ema, done)
-        done += 1
-        bar.update()
-        if log:
-            log.step(done, row, world * len(next(iter(batch.values()))))
-        if log and (done % config.save_every == 0 or done == config.steps):
-            save(path, kind=model.kind, config=as_dict(config), model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), ema=average and average.state_dict(), step=done,
-                 version=VERSION, extra=extra)
-            if picture:     # in fp32, as numpy has no bf16
-                import imageio.v3 as imageio
-                with torch.no_grad():
-                    pixels = picture((average or model).eval())
-                write(run + ".png", imageio.imwrite("<bytes>", pixels, extension=".png"))
-                model.train()
-    bar.close()
-    if dist.is_initialized():
-        dist.barrier()          # nobody reads the file before it is written
-    if average:
-        model.load_state_dict(average.state_dict())
-    return model.eval()
-
-
-# --- command line ---------------------------------------------------------------------------------
-
-
 def flag(default, help, choices=None, minimum=None):
     """A dataclass field that is a flag. Default None: the preset (or the machine) decides."""
     metadata = {"help": help, "choices": choices, "minimum": minimum}
@@ -464,7 +221,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def default_text(field, presets):
-    """What --help says is the default of a field: its own, each preset's, or what the machine decides."""
+    """What --help says is the default of a field: its own, each preset's, or what the machine
+    decides."""
     if field.default is not None:
         return str(field.default)
     if any(field.name in preset for preset in presets.values()):

@@ -21,6 +21,7 @@ import cameras
 import core
 import extract
 import sims
+import train
 import video_planner
 from core import flag
 
@@ -276,7 +277,7 @@ def show(net, pairs, rows=8):
 
 def load_net(path, device="cpu"):
     """A trained FlowNet, frozen."""
-    content = core.load(path, kind=FlowNet.kind, made_by="python flow.py --suite avdc")
+    content = train.load(path, kind=FlowNet.kind, made_by="python flow.py --suite avdc")
     net = FlowNet(core.from_dict(Config, content["config"]))
     net.load_state_dict(content["model"])
     return net.to(device).eval().requires_grad_(False)
@@ -299,7 +300,7 @@ def main(argv=None):
 
     torch.manual_seed(config.seed)
     path = Path(config.out) / config.suite / "flow.pt"
-    net = core.fit(FlowNet(config), batches, config, path, lambda n: show(n, pairs["valid"]),
+    net = train.fit(FlowNet(config), batches, config, path, lambda n: show(n, pairs["valid"]),
                    f"{len(tensors['a'])} pairs of pictures")
     errors = table(end_point_error(net, pairs["valid"], config))
     print(errors)

@@ -1,15 +1,16 @@
-"""Mask2Act stage 1 (section 3.2): learn from action-free video where the masks of robot and objects will be.
+"""Mask2Act stage 1 (section 3.2): learn from action-free video where the masks will be.
 
-    python mask_planner.py --suite libero_spatial                     # makes the data first if there is none
-    python mask_planner.py --suite libero_spatial --show              # predicted beside true masks, as a picture
+    python mask_planner.py --suite libero_spatial           # makes the data first if there is none
+    python mask_planner.py --suite libero_spatial --show    # predicted beside true masks
 
-The planner P sees the goal image and the last h frames and writes a plan (eq. 1); the decoder D moves any binary
-mask of now into the future, given the plan (eq. 2); soft aggregation makes the objects share the pixels (eq. 3).
-The executor later sees the plan only: no masks are needed at test time.
+The planner P sees the goal image and the last h frames and writes a plan (eq. 1); the decoder D
+moves any binary mask of now into the future, given the plan (eq. 2); soft aggregation makes the
+objects share the pixels (eq. 3). The executor later sees the plan only: no masks are needed at test
+time.
 
-Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask pixels.
+Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask
+pixels.
 """
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,11 +22,16 @@ import torch.nn.functional as F
 import core
 import extract
 import sims
+import stage1
+import train
 from core import flag
+from masks import (binary_masks, bootstrapped_cross_entropy, dice, double, half, hardest_fraction,
+                   iou, soft_aggregate)
 from places import LOCATIONS, Locator, locate
 
-# Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of delta t; an episode
-# takes about 110 steps, so the longest horizon reaches across one phase of it (approach, carry).
+# Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of
+# delta t; an episode takes about 110 steps, so the longest horizon reaches across one phase of it
+# (approach, carry).
 HORIZONS = (4, 8, 16, 32)
 EARLY = 10  # control steps in which the hand has hardly moved
 
@@ -36,15 +42,19 @@ class Config:
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     demos: int | None = flag(None, "action-free videos per task", minimum=1)
     steps: int | None = flag(None, "gradient steps", minimum=1)
-    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU", choices=["laptop", "paper"])
+    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
+                              choices=["laptop", "paper"])
     size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
     width: int | None = flag(None, "width of the transformer", minimum=8)
     depth: int | None = flag(None, "transformer blocks", minimum=1)
-    blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of the image encoder")
-    channels: int | None = flag(None, "channels of its first stage, doubled at each next one", minimum=16)
+    blocks: tuple[int, ...] | None = flag(None,
+                                          "residual blocks in each stage of the image encoder")
+    channels: int | None = flag(None, "channels of its first stage, doubled at each next one",
+                                minimum=16)
     history: int | None = flag(None, "frames h that the planner sees", minimum=1)
     stride: int = flag(4, "control steps between these frames", minimum=1)
-    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)", minimum=1)
+    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)",
+                        minimum=1)
     batch: int = flag(32, "samples per step", minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
@@ -55,64 +65,14 @@ class Config:
     bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
-    PRESETS = {
-        "laptop": dict(demos=20, steps=2000, size=96, width=128, depth=3, blocks=(1, 1, 1), channels=32,
-                       history=1, lr=1e-3),
-        # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
-        "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6, blocks=(2, 2, 2, 2), channels=64,
-                      history=10, lr=5e-4)}
+    # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
+    PRESETS = {"laptop": dict(demos=20, steps=2000, size=96, width=128, depth=3, blocks=(1, 1, 1),
+                              channels=32, history=1, lr=1e-3),
+               "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6,
+                             blocks=(2, 2, 2, 2), channels=64, history=10, lr=5e-4)}
 
 
-# ---------------------------------------------------------------------------------------------- losses
-
-def soft_aggregate(prob):
-    """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
-
-    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is proportional to the odds p / (1 - p).
-    """
-    background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
-    p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
-    return torch.log(p / (1 - p))
-
-
-def bootstrapped_cross_entropy(logits, target, hardest):
-    """Cross-entropy of the hardest pixels of each mask (XMem).  The curve rises while `hardest` falls: by design.
-
-    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1]: the fraction of pixels kept -> scalar.
-    """
-    loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
-    kept = max(1, int(hardest * loss.shape[1]))
-    return loss.topk(kept, 1).values.mean()
-
-
-def dice(prob, target):
-    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).
-
-    prob (B, N, H, W), target (B, N, H, W) of 0 and 1 -> (B, N).
-    """
-    m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
-    return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
-
-
-def hardest_fraction(progress):
-    """XMem's schedule as fractions of the training: all pixels until 20 %, then falling to 15 % of them at 70 %."""
-    return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
-
-
-# ---------------------------------------------------------------------------------------------- geometry
-
-def binary_masks(masks, N):
-    """masks (..., H, W) of 0..N integers -> (..., N, H, W) float of 0 and 1; one map per object."""
-    return (masks.unsqueeze(-3) == torch.arange(1, N + 1, device=masks.device)[:, None, None]).float()
-
-
-def iou(m, g):
-    """Intersection over union of boolean masks (..., H, W) -> (...); nan where both are empty."""
-    union = (m | g).sum((-1, -2)).float()
-    return torch.where(union > 0, (m & g).sum((-1, -2)) / union, torch.nan)
-
-
-# ---------------------------------------------------------------------------------------------- networks
+# --- networks -------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
     """D of eq. 2: one object's binary mask now, and the plan -> its mask at every horizon.
@@ -122,7 +82,8 @@ class Decoder(nn.Module):
 
     def __init__(self, width, K):
         super().__init__()
-        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.GELU())
+        conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o),
+                                                  nn.GELU())
         self.down1, self.down2, self.down3 = conv(1, 32, 2), conv(32, 64, 2), conv(64, 64, 2)
         self.plan = nn.Conv2d(width, 128, 1)
         self.fuse = nn.Sequential(conv(64 + 128, 128, 1), conv(128, 128, 1))
@@ -146,7 +107,8 @@ class Decoder(nn.Module):
 
 class MaskPlanner(nn.Module):
     """P and D of section 3.2."""
-    kind, arguments, forms = "mask_planner", [], ["latent", "explicit"]  # forms: what an executor can hear
+    # forms: what an executor can hear
+    kind, arguments, forms = "mask_planner", [], ["latent", "explicit"]
 
     def __init__(self, config):
         super().__init__()
@@ -155,25 +117,31 @@ class MaskPlanner(nn.Module):
         self.side = self.encoder.cells(config.size)  # the feature map is side x side
         self.n, self.width = self.side ** 2, config.width
         self.place = nn.Parameter(torch.randn(self.n, config.width) * 0.02)
-        self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)  # goal first
+        # goal first
+        self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)
         self.gpt = core.Transformer(config.width, config.depth, max(4, config.width // 64))
         self.decoder = Decoder(config.width, len(HORIZONS))
         self.locator = Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
-        self.register_buffer("mask", core.block_causal_mask(1 + config.history, self.n), persistent=False)
-        self.register_buffer("progress", torch.zeros(()))  # share of the training done, for the bootstrapping
+        self.register_buffer("mask", core.block_causal_mask(1 + config.history, self.n),
+                             persistent=False)
+        # share of the training done, for the bootstrapping
+        self.register_buffer("progress", torch.zeros(()))
 
     def encode(self, images, fine=False):
-        """images (..., H, W, 3) uint8 -> tokens (..., n, D); with `fine` also finer features (..., C, h', w')."""
+        """images (..., H, W, 3) uint8 -> tokens (..., n, D); with `fine` also finer features (...,
+        C, h', w')."""
         x, y = self.encoder(images.flatten(0, -4), fine=True)  # (B, D, h, w), (B, C, h', w')
         x = x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
         return (x, y.unflatten(0, images.shape[:-3])) if fine else x
 
     def forward(self, frames, goal, fine=False):
-        """Eq. 1: frames (B, T, H, W, 3) uint8, oldest first, goal (B, H, W, 3) uint8 -> plan (B, T, n, D).
+        """Eq. 1: frames (B, T, H, W, 3) uint8, oldest first, goal (B, H, W, 3) uint8 -> plan (B, T,
+        n, D).
 
         fine: also the last frame's finer features (B, C, h', w'), for the locator.
         """
-        # differs: n tokens per picture (a map), where PLEX has one; pooling to one token loses where things are
+        # differs: n tokens per picture (a map), where PLEX has one; pooling to one token loses
+        # where things are
         x, y = self.encode(frames, fine=True)  # (B, T, n, D), (B, T, C, h', w')
         plan = self.plan_from(torch.cat([self.encode(goal)[:, None], x], 1))
         return (plan, y[:, -1]) if fine else plan
@@ -195,11 +163,12 @@ class MaskPlanner(nn.Module):
 
     @torch.no_grad()
     def plan(self, frames, goal):
-        """What the executor sees: plan tokens (B, T, n, D).  No gradient; the decoder is not run."""
+        """What the executor sees: plan tokens (B, T, n, D). No gradient; the decoder is not run."""
         return self(frames, goal)
 
     def loss(self, batch):
-        """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H/2, W/2) of 0..N: now, then future.
+        """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H/2, W/2) of
+        0..N: now, then future.
 
         -> scalar, parts.  ours: the loss covers the last frame of the history only.
         """
@@ -211,43 +180,41 @@ class MaskPlanner(nn.Module):
         plan = self.as_map(plan[:, -1])  # (B, D, h, w)
         prob = self.decoder(plan, m[:, 0])  # (B, N, K, H, W)
         logits = soft_aggregate(prob).transpose(1, 2).flatten(0, 1)  # (B K, N + 1, H, W)
-        future, now = m[:, 1:].flatten(0, 1), m[:, :1].expand(-1, K, -1, -1, -1).flatten(0, 1)  # (B K, N, H, W)
-        ce = bootstrapped_cross_entropy(logits, masks[:, 1:].flatten(0, 1), hardest_fraction(float(self.progress)))
-        seen = torch.maximum(future, now).amax((2, 3))  # (B K, N); an object seen in neither picture would count as solved
+        # (B K, N, H, W)
+        future, now = m[:, 1:].flatten(0, 1), m[:, :1].expand(-1, K, -1, -1, -1).flatten(0, 1)
+        ce = bootstrapped_cross_entropy(logits, masks[:, 1:].flatten(0, 1),
+                                        hardest_fraction(float(self.progress)))
+        # (B K, N); an object seen in neither picture would count as solved
+        seen = torch.maximum(future, now).amax((2, 3))
         d = (dice(logits.softmax(1)[:, 1:], future) * seen).sum() / seen.sum().clamp(min=1)
-        # differs: the plan also has to say without any mask where the masks are, and its gradient reaches the planner
+        # differs: the plan also has to say without any mask where the masks are, and its gradient
+        # reaches the planner
         drawn = self.locator.draw(plan, fine)  # (B, N + 1, K + 1, 2 h', 2 w')
-        share = F.adaptive_avg_pool2d(m.flatten(0, 1), drawn.shape[-2:]).unflatten(0, m.shape[:2])  # (B, 1 + K, N, ...)
-        share = torch.cat([1 - share.sum(2, keepdim=True), share], 2).transpose(1, 2)  # (B, N + 1, 1 + K, 2 h', 2 w')
+        # (B, 1 + K, N, ...)
+        share = F.adaptive_avg_pool2d(m.flatten(0, 1), drawn.shape[-2:]).unflatten(0, m.shape[:2])
+        # (B, N + 1, 1 + K, 2 h', 2 w')
+        share = torch.cat([1 - share.sum(2, keepdim=True), share], 2).transpose(1, 2)
         draw = -(share * drawn.log_softmax(1)).sum(1).mean()
         where, present = locate(m)  # (B, 1 + K, N, 5), (B, 1 + K, N)
-        error = F.smooth_l1_loss(self.locator.read(drawn), where.transpose(1, 2), reduction="none", beta=0.02)
+        error = F.smooth_l1_loss(self.locator.read(drawn), where.transpose(1, 2), reduction="none",
+                                 beta=0.02)
         shown = present.transpose(1, 2)[..., None].float()  # (B, N, 1 + K, 1)
         located = (error * shown).sum() / shown.sum().clamp(min=1) / LOCATIONS
         if self.training:
             self.progress += 1 / self.config.steps
         loss = ce + d + 5 * draw + 10 * located
-        return loss, {"ce": ce.item(), "dice": d.item(), "draw": draw.item(), "located": located.item()}
+        return loss, {"ce": ce.item(), "dice": d.item(), "draw": draw.item(),
+                      "located": located.item()}
 
 
-
-# ---------------------------------------------------------------------------------------------- data
-
-def half(masks):
-    """Masks (..., H, W) at half the resolution: every second pixel."""
-    return masks[..., ::2, ::2]
-
-
-def double(masks, shape):
-    """The inverse, for drawing: masks (h, w) at full resolution, shape (H, W)."""
-    return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
-
+# --- data -----------------------------------------------------------------------------------------
 
 def draw_frames(episodes, step, config):
     """Random frames for one training step -> episode (B,), t (B,), rng.
 
-    ours: every fourth sample is from an episode's first EARLY steps.  There the picture alone does not tell which of two
-    bowls will move, and a planner that has seen little of it reads that from the hand later and not from the goal.
+    ours: every fourth sample is from an episode's first EARLY steps. There the picture alone does
+    not tell which of two bowls will move, and a planner that has seen little of it reads that from
+    the hand later and not from the goal.
     """
     episode, t, rng = episodes.draw(step, config.batch, config.seed)
     t[:config.batch // 4] = rng.integers(EARLY, size=config.batch // 4)
@@ -255,7 +222,8 @@ def draw_frames(episodes, step, config):
 
 
 def make_batch(episodes, episode, t, rng, config):
-    """The planner's view of frames t (B,) of some episodes, as a dict of arrays (see MaskPlanner.loss)."""
+    """The planner's view of frames t (B,) of some episodes, as a dict of arrays (see
+    MaskPlanner.loss)."""
     past = t[:, None] + config.stride * np.arange(1 - config.history, 1)  # (B, T)
     ahead = t[:, None] + np.array([0, *HORIZONS])  # (B, 1 + K)
     goal = episodes.goal_of(episode, rng)
@@ -268,15 +236,16 @@ def make_batch(episodes, episode, t, rng, config):
 def validate(planner, episodes, samples=600, seed=1):
     """Mask IoU per horizon beside copying the last mask, on held-out episodes.
 
-    Returns {group: {"planner": (K,), "copy": (K,), "n": (K,)}} for robot, moving and static: an object is moving at
-    a horizon if its mask then overlaps the present one by less than 0.7.
+    Returns {group: {"planner": (K,), "copy": (K,), "n": (K,)}} for robot, moving and static: an
+    object is moving at a horizon if its mask then overlaps the present one by less than 0.7.
     """
     config, device = planner.config, next(planner.parameters()).device
     planner.eval()
     total = {g: np.zeros((3, len(HORIZONS))) for g in ("robot", "moving", "static")}
     for step in range(-(-samples // 50)):
         episode, t, rng = episodes.draw(step, 50, seed)
-        batch = {k: torch.as_tensor(v, device=device) for k, v in make_batch(episodes, episode, t, rng, config).items()}
+        batch = {k: torch.as_tensor(v, device=device)
+                 for k, v in make_batch(episodes, episode, t, rng, config).items()}
         m = binary_masks(batch["masks"].long(), config.objects)  # (B, 1 + K, N, H, W)
         prob = planner.predict(batch["frames"], batch["goal"], m[:, 0])  # (B, N, K, H, W)
         label = soft_aggregate(prob).argmax(1)  # (B, K, H, W) in 0..N
@@ -284,12 +253,14 @@ def validate(planner, episodes, samples=600, seed=1):
         copied = iou(m[:, :1].bool().expand_as(m[:, 1:]), m[:, 1:].bool())  # (B, K, N)
         robot = torch.zeros_like(copied, dtype=torch.bool)
         robot[..., 0] = True
-        groups = {"robot": robot, "moving": ~robot & (copied < 0.7), "static": ~robot & (copied >= 0.7)}
+        groups = {"robot": robot, "moving": ~robot & (copied < 0.7),
+                  "static": ~robot & (copied >= 0.7)}
         for g, chosen in groups.items():
             chosen = chosen & ~copied.isnan()
             for row, value in enumerate((ours, copied, torch.ones_like(ours))):
                 total[g][row] += torch.where(chosen, value, 0).sum((0, 2)).cpu().numpy()
-    return {g: {"planner": a / np.maximum(n, 1), "copy": b / np.maximum(n, 1), "n": n} for g, (a, b, n) in total.items()}
+    return {g: {"planner": a / np.maximum(n, 1), "copy": b / np.maximum(n, 1), "n": n}
+            for g, (a, b, n) in total.items()}
 
 
 def table(scores):
@@ -303,30 +274,36 @@ def table(scores):
 
 @torch.no_grad()
 def show(planner, episodes, columns=4, seed=3):
-    """Rows of (now; predicted | true at every horizon), masks drawn on the frames -> (., ., 3) uint8."""
+    """Rows of (now; predicted | true at every horizon), masks drawn on the frames -> (., ., 3)
+    uint8."""
     config, device = planner.config, next(planner.parameters()).device
     episode, t, rng = episodes.draw(0, columns, seed)
     batch = make_batch(episodes, episode, t, rng, config)
     tensor = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
     m = binary_masks(tensor["masks"][:, 0].long(), config.objects)  # (B, N, H, W)
-    label = soft_aggregate(planner.predict(tensor["frames"], tensor["goal"], m)).argmax(1).cpu().numpy()  # (B, K, H, W)
+    prob = planner.predict(tensor["frames"], tensor["goal"], m)
+    label = soft_aggregate(prob).argmax(1).cpu().numpy()  # (B, K, H, W)
     full = lambda masks: double(masks, (config.size, config.size))
     rows = []
     for b in range(columns):
-        future = episodes.gather("obs/agentview_rgb", episode[b], t[b] + np.array(HORIZONS))  # (K, H, W, 3)
-        cells = [batch["goal"][b], extract.draw_masks(batch["frames"][b, -1], full(batch["masks"][b, 0]))]
+        # (K, H, W, 3)
+        future = episodes.gather("obs/agentview_rgb", episode[b], t[b] + np.array(HORIZONS))
+        cells = [batch["goal"][b],
+                 extract.draw_masks(batch["frames"][b, -1], full(batch["masks"][b, 0]))]
         for k in range(len(HORIZONS)):
             cells += [extract.draw_masks(batch["frames"][b, -1], full(label[b, k])),
                       extract.draw_masks(future[k], full(batch["masks"][b, 1 + k]))]
         rows.append(np.concatenate(cells, 1))
     titles = ["goal", "now"] + [f"{w} +{k}" for k in HORIZONS for w in ("plan", "true")]
-    head = np.concatenate([extract.caption(np.full((1, config.size, 3), 255, np.uint8), w) for w in titles], 1)
+    head = np.concatenate([extract.caption(np.full((1, config.size, 3), 255, np.uint8), w)
+                           for w in titles], 1)
     return np.concatenate([head, *rows])
 
 
 def load_planner(path, device="cpu"):
     """A trained MaskPlanner, frozen."""
-    content = core.load(path, kind=MaskPlanner.kind, made_by="python mask_planner.py --suite libero_spatial")
+    content = train.load(path, kind=MaskPlanner.kind,
+                         made_by="python mask_planner.py --suite libero_spatial")
     planner = MaskPlanner(core.from_dict(Config, content["config"]))
     planner.load_state_dict(content["model"])
     return planner.to(device).eval().requires_grad_(False)
@@ -334,33 +311,20 @@ def load_planner(path, device="cpu"):
 
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
-    config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
+    config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.",
+                        argv)
     path = Path(config.out) / config.suite / "mask.pt"
-    if config.show and not path.exists():
-        core.fail(f"no planner {path} to show: train it with python mask_planner.py --suite {config.suite}")
-    extract.ensure(config.suite, names, config.demos, config.data, config.size)
-    videos = extract.Episodes(config.data, config.suite, names, config.demos)
-    held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    videos, held_out, note = stage1.prepare(config, path, "mask_planner")
     config.objects = min(config.objects, len(videos.objects))
     torch.manual_seed(config.seed)
-    planner = MaskPlanner(config)
-
-    def batches(step):
-        return make_batch(videos, *draw_frames(videos, step, config), config)
-
-    note = f"{len(videos.length)} videos of {len(names)} tasks, {len(videos)} frames"
+    batches = lambda step: make_batch(videos, *draw_frames(videos, step, config), config)
     if config.show:
         planner = load_planner(path, config.device)
     else:
-        planner = core.fit(planner, batches, config, path, lambda p: show(p, held_out), note)
-    scores = table(validate(planner, held_out))
-    print(scores)
-    core.write(path.with_suffix(".txt"), scores + "\n")
-    if config.show:
-        import imageio.v3 as iio
-        iio.imwrite(path.with_suffix(".png"), show(planner, held_out, columns=8))
-    print(f"picture: {path.with_suffix('.png')}   next: python executor.py --planner {path}", file=sys.stdout)
+        planner = train.fit(MaskPlanner(config), batches, config, path,
+                            lambda p: show(p, held_out), note)
+    stage1.report(config, path, table(validate(planner, held_out)),
+                  lambda: show(planner, held_out, columns=8))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ import torch.nn.functional as F
 import core
 import extract
 import sims
+import stage1
+import train
 from core import flag
 
 FRAMES = 7      # to come; with the present one the eight of AVDC
@@ -502,7 +504,7 @@ def write_film(path, frames, scale=2):
 
 def load_planner(path, device="cpu"):
     """A trained VideoPlanner, frozen, with its averaged weights."""
-    content = core.load(path, kind=VideoPlanner.kind, made_by="python video_planner.py --suite mt10")
+    content = train.load(path, kind=VideoPlanner.kind, made_by="python video_planner.py --suite mt10")
     planner = VideoPlanner(core.from_dict(Config, content["config"]), content["extra"]["E"])
     planner.load_state_dict(content["ema"] or content["model"])
     return planner.to(device).eval().requires_grad_(False)
@@ -511,18 +513,12 @@ def load_planner(path, device="cpu"):
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "Stage 1 of AVDC and UniPi: learn to imagine videos.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
     pictured = sims.is_metaworld(config.suite) and config.suite != "avdc"
     usual = "image" if pictured else "language"
     config.goal = config.goal or usual
     name = "video" + f"-{config.goal}" * (config.goal != usual)
     path = Path(config.out) / config.suite / f"{name}.pt"
-    if config.show and not path.exists():
-        core.fail(f"no planner {path} to show: train it with python video_planner.py "
-                  f"--suite {config.suite}")
-    extract.ensure(config.suite, names, config.demos, config.data, config.size)
-    videos = extract.Episodes(config.data, config.suite, names, config.demos)
-    held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
+    videos, held_out, note = stage1.prepare(config, path, "video_planner")
     torch.manual_seed(config.seed)
     E = videos.text.shape[1]
 
@@ -534,18 +530,13 @@ def main(argv=None):
         write_film(path.with_suffix(".mp4"), film)
         return sheet
 
-    note = f"{len(videos.length)} videos of {len(names)} tasks, told by {config.goal}"
     if config.show:
         planner = load_planner(path, config.device)
-        import imageio.v3 as iio
-        iio.imwrite(path.with_suffix(".png"), picture(planner))
     else:
-        planner = core.fit(VideoPlanner(config, E), batches, config, path, picture, note, {"E": E})
+        planner = train.fit(VideoPlanner(config, E), batches, config, path, picture,
+                            f"{note}, told by {config.goal}", {"E": E})
     scores = table(validate(planner, held_out, train_silhouette(videos).to(config.device)))
-    print(scores)
-    core.write(path.with_suffix(".txt"), scores + "\n")
-    print(f"picture: {path.with_suffix('.png')}, film: {path.with_suffix('.mp4')}   "
-          f"next: python executor.py --planner {path}")
+    stage1.report(config, path, scores, lambda: picture(planner))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import torch
 import torch.nn as nn
 
 import core
+import train
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -70,9 +71,9 @@ def batches(step):
     return {"x": x, "y": x[:, ::-1].copy()}
 
 
-def train(path, **changes):
+def trained(path, **changes):
     config = Config(**changes)
-    return core.fit(Toy(config), batches, config, str(path))
+    return train.fit(Toy(config), batches, config, str(path))
 
 
 def child(path, processes=0, **changes):
@@ -203,8 +204,8 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
     path = tmp_path / "run.pt"
     extra = {"objects": ["robot", "bowl"]}
     batch = {"x": x, "y": y}
-    model = core.fit(model, lambda step: batch, config, path, picture, "9 episodes", extra)
-    assert core.load(path, kind="regression")["extra"] == extra
+    model = train.fit(model, lambda step: batch, config, path, picture, "9 episodes", extra)
+    assert train.load(path, kind="regression")["extra"] == extra
     lines = capsys.readouterr().out.splitlines()
     for word in ("cpu", f"{core.count(model):,} trainable", "300 steps", "9 episodes", str(path)):
         assert word in lines[0]
@@ -218,17 +219,17 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
 
 def test_frozen_parts_and_decay(tmp_path):
     before = Toy(Config())
-    model = train(tmp_path / "run.pt")
+    model = trained(tmp_path / "run.pt")
     assert torch.equal(model.frozen.weight, before.frozen.weight)
     assert not torch.equal(model.body.blocks[0].up.weight, before.body.blocks[0].up.weight)
-    decayed, plain = core.load(tmp_path / "run.pt")["optimizer"]["param_groups"]
+    decayed, plain = train.load(tmp_path / "run.pt")["optimizer"]["param_groups"]
     assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
     assert len(decayed["params"]) == 4 and len(plain["params"]) == 10
 
 
 def test_learning_rate():
     config = Config(steps=100, warmup=10, lr=2.0)
-    rates = [core.learning_rate(done, config) for done in range(100)]
+    rates = [train.learning_rate(done, config) for done in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
 
@@ -243,8 +244,8 @@ def test_average_of_the_weights(tmp_path):
         return plain_loss(batch)
 
     model.loss = loss
-    core.fit(model, batches, config, tmp_path / "run.pt")
-    content = core.load(tmp_path / "run.pt")
+    train.fit(model, batches, config, tmp_path / "run.pt")
+    content = train.load(tmp_path / "run.pt")
     average = seen[0]
     for done, weight in enumerate([*seen[1:], content["model"]["body.norm.weight"]]):
         decay = min(0.9, (done + 1) / (done + 10))
@@ -256,7 +257,7 @@ def test_average_of_the_weights(tmp_path):
 
 def test_killed_run_continues_exactly(tmp_path):
     whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
-    train(whole)
+    trained(whole)
     # "slow" sleeps in every step and changes nothing else: there is time to kill it between saves.
     process = child(broken, mode="slow", log_every=1)
     while not broken.exists() and process.poll() is None:
@@ -264,14 +265,14 @@ def test_killed_run_continues_exactly(tmp_path):
     time.sleep(0.5)                                 # into the steps that will be made again
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    step = core.load(broken)["step"]
+    step = train.load(broken)["step"]
     assert 0 < step < 12
     with open(tmp_path / "broken.jsonl", "a") as file:
         file.write('{"step": 11, "lo')              # a line that the kill cut
     out, err = child(broken, mode="slow", log_every=1).communicate()
     assert f"at step {step}: continuing" in out, err
     assert err == ""                                # no terminal, no progress bar
-    one, other = core.load(whole), core.load(broken)
+    one, other = train.load(whole), train.load(broken)
     assert other["step"] == 12
     for key in ("model", "ema", "optimizer"):
         assert equal(one[key], other[key]), key
@@ -282,20 +283,20 @@ def test_killed_run_continues_exactly(tmp_path):
 
 
 def test_finished_run_is_left_alone(tmp_path, capsys):
-    model = train(tmp_path / "run.pt")
+    model = trained(tmp_path / "run.pt")
     before = (tmp_path / "run.pt").read_bytes(), (tmp_path / "run.jsonl").read_bytes()
-    again = train(tmp_path / "run.pt", log_every=1)
+    again = trained(tmp_path / "run.pt", log_every=1)
     assert "finished" in capsys.readouterr().out
     assert before == ((tmp_path / "run.pt").read_bytes(), (tmp_path / "run.jsonl").read_bytes())
     assert equal(dict(model.state_dict()), dict(again.state_dict()))
 
 
 def test_another_configuration_is_refused(tmp_path, capsys):
-    train(tmp_path / "run.pt")
+    trained(tmp_path / "run.pt")
     before = (tmp_path / "run.pt").read_bytes()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path / "run.pt", lr=0.5, save_every=1)
+        trained(tmp_path / "run.pt", lr=0.5, save_every=1)
     assert stop.value.code == 2
     refused(capsys, "lr 0.003 there, 0.5 here", "--out", "delete")
     assert (tmp_path / "run.pt").read_bytes() == before
@@ -304,10 +305,10 @@ def test_another_configuration_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("mode", ["nan", "steep"])
 def test_non_finite_loss_or_gradient_stops_the_run(tmp_path, capsys, mode):
     with pytest.raises(SystemExit) as stop:
-        train(tmp_path / "run.pt", mode=mode, save_every=2)
+        trained(tmp_path / "run.pt", mode=mode, save_every=2)
     assert stop.value.code == 2
     refused(capsys, "step 6", "--lr")
-    content = core.load(tmp_path / "run.pt")
+    content = train.load(tmp_path / "run.pt")
     assert content["step"] == 4
     assert all(v.isfinite().all() for v in content["model"].values())
 
@@ -326,8 +327,8 @@ def test_two_processes_share_one_model(tmp_path):
         parts = [batches(2 * step), batches(2 * step + 1)]
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
-    core.fit(Linear(config), both, config, tmp_path / "one.pt")
-    one, two = core.load(tmp_path / "one.pt"), core.load(tmp_path / "two.pt.linear")
+    train.fit(Linear(config), both, config, tmp_path / "one.pt")
+    one, two = train.load(tmp_path / "one.pt"), train.load(tmp_path / "two.pt.linear")
     torch.testing.assert_close(one["model"], two["model"], atol=1e-5, rtol=1e-5)
 
 
@@ -356,8 +357,8 @@ class Intruder:
 
 def test_load_refuses_what_it_should(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    core.save("deep/er/good.pt", kind="toy", model={"w": torch.ones(1000)}, step=3)
-    assert core.load("deep/er/good.pt", kind="toy")["step"] == 3
+    train.save("deep/er/good.pt", kind="toy", model={"w": torch.ones(1000)}, step=3)
+    assert train.load("deep/er/good.pt", kind="toy")["step"] == 3
     assert os.listdir("deep/er") == ["good.pt"]
     whole = (tmp_path / "deep/er/good.pt").read_bytes()
     torch.save({"kind": "toy", "model": Intruder()}, "evil.pt")
@@ -365,12 +366,12 @@ def test_load_refuses_what_it_should(tmp_path, capsys, monkeypatch):
         (tmp_path / f"{name}.pt").write_bytes(content)
     for name in ("missing", "empty", "text", "cut", "evil"):
         with pytest.raises(SystemExit) as stop:
-            core.load(f"{name}.pt", kind="toy", made_by="python toy.py --suite x")
+            train.load(f"{name}.pt", kind="toy", made_by="python toy.py --suite x")
         assert stop.value.code == 2
         refused(capsys, f"{name}.pt", "python toy.py --suite x")
     assert not os.path.exists("intruded")
     with pytest.raises(SystemExit):
-        core.load("deep/er/good.pt", kind="video_planner")
+        train.load("deep/er/good.pt", kind="video_planner")
     refused(capsys, "toy", "video_planner")
 
 
@@ -378,13 +379,13 @@ def test_load_refuses_what_it_should(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("size", [10, 3_000_000])
 def test_full_disk_leaves_the_old_file(tmp_path, capsys, size):
     path = tmp_path / "run.pt"
-    core.save(path, step=1)
+    train.save(path, step=1)
     os.symlink("/dev/full", f"{path}.tmp")
     with pytest.raises(SystemExit) as stop:
-        core.save(path, step=2, model=torch.zeros(size))
+        train.save(path, step=2, model=torch.zeros(size))
     assert stop.value.code == 2
     refused(capsys, "disk full", "run.pt")
-    assert core.load(path)["step"] == 1 and os.listdir(tmp_path) == ["run.pt"]
+    assert train.load(path)["step"] == 1 and os.listdir(tmp_path) == ["run.pt"]
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -440,8 +441,8 @@ def test_config_to_dict_and_back(capsys):
 if __name__ == "__main__":      # a child process of the tests above: path, changed fields as JSON
     torch.set_num_threads(1)
     out, changes = sys.argv[1], json.loads(sys.argv[2])
-    result = train(out, **changes)
+    result = trained(out, **changes)
     if "RANK" in os.environ:
         torch.save(dict(result.state_dict()), f"{out}.rank{os.environ['RANK']}")
         linear = Config(seed=3, ema=0.0, steps=3)
-        core.fit(Linear(linear), batches, linear, f"{out}.linear")
+        train.fit(Linear(linear), batches, linear, f"{out}.linear")

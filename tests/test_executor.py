@@ -10,7 +10,10 @@ import core
 import executor
 import mask_planner
 import places
+import train
 from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill, with_planners
+from masks import binary_masks
+from policy import AIM, FEEL, LOOK, MapToken, NEAR, Policy, STATE
 
 VARIANTS = {**PLANS, "explicit, two looks": [*PLANS["mask-explicit"], "--history", "2"], "four looks": ["--history", "4"],
             "cloning, two looks": [*PLANS["none"], "--history", "2"], "tracks, two looks": [*PLANS["track"], "--history", "2"],
@@ -69,7 +72,7 @@ def test_loss_equals_a_loop(build):
     squares = {"motion": [], "gripper": []}
     for b, t, c, k in np.ndindex(*said.shape):
         squares["motion" if k < 6 else "gripper"].append((said[b, t, c, k] - batch["action"][b, t, c, k]).item() ** 2)
-    way = [((there[b, t, k] - batch["waypoint"][b, t, k]) / executor.NEAR).item() ** 2 for b, t, k in np.ndindex(there.shape)]
+    way = [((there[b, t, k] - batch["waypoint"][b, t, k]) / NEAR).item() ** 2 for b, t, k in np.ndindex(there.shape)]
     assert parts == pytest.approx({k: np.mean(v) for k, v in squares.items()} | {"waypoint": np.mean(way)}, rel=1e-3)
     assert loss.item() == pytest.approx(np.mean(squares["motion"] + squares["gripper"]) + 0.3 * np.mean(way), rel=1e-3)
 
@@ -115,7 +118,7 @@ def test_pictures_are_shifted_in_training_only(build, monkeypatch):
 
 
 def test_key_points_lie_where_the_feature_is():
-    token = executor.MapToken(8, 16, 6).eval()
+    token = MapToken(8, 16, 6).eval()
     token.norm.forward = lambda x: x
     token.points.weight.data.zero_()
     token.points.weight.data[:, 0] = 100
@@ -191,20 +194,20 @@ def test_the_ground_of_a_real_scene(build, videos):
     """By its own hand alone, from two demonstrations, the executor knows where the plate is to a few centimetres."""
     eye, rays = (torch.as_tensor(x, dtype=torch.float32) for x in places.calibrate(*hand_and_fingertips(videos)))
     masks = torch.as_tensor(videos.arrays["masks"][0][:1].copy()).long()
-    plate = places.locate(mask_planner.binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
+    plate = places.locate(binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
     there = places.ground(plate, eye, rays, torch.tensor(0.9)).numpy()
     assert np.linalg.norm(there - videos.arrays["obs/ee_states"][0][-1, :2]) < 0.15, "where the bowl was set down"
 
 
 def hand_and_fingertips(videos):
     """Where the hand was felt (F, 3) and, in the true masks, seen (F, 2)."""
-    seen = [places.locate(mask_planner.binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
+    seen = [places.locate(binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
             for m in videos.arrays["masks"]]
     return np.concatenate([s[:, :3] for s in videos.arrays["obs/ee_states"]]), np.concatenate(seen)
 
 
 def test_the_hand_is_felt_with_noise_in_training_only(build):
-    for flags, noise in ((["--plan-form", "explicit"], executor.FEEL), ([], 0)):
+    for flags, noise in ((["--plan-form", "explicit"], FEEL), ([], 0)):
         model, actions, _ = build(*flags, "--batch", "64")
         heard = []
         model.state.register_forward_pre_hook(lambda _, x: heard.append(x[0] * model.std + model.mean))
@@ -227,9 +230,9 @@ def test_what_the_action_head_hears(build):
         _, there = model.eval()(batch)
         model.train()(batch)
     own, true = heard
-    torch.testing.assert_close(own, (there - batch["state"][..., :3]) / executor.NEAR)
-    off = true * executor.NEAR + batch["state"][..., :3] - batch["waypoint"]
-    assert 0 < off.abs().max() < 5 * executor.AIM
+    torch.testing.assert_close(own, (there - batch["state"][..., :3]) / NEAR)
+    off = true * NEAR + batch["state"][..., :3] - batch["waypoint"]
+    assert 0 < off.abs().max() < 5 * AIM
 
 
 # --- the frozen planner ---------------------------------------------------------------------------
@@ -245,7 +248,7 @@ def test_planner_stays_in_eval(build):
 
 @pytest.mark.parametrize("plan", ["mask", "mask-explicit", "track", "ee"])
 def test_training_leaves_the_planner_unchanged(executor_paths, planner_path, plan):
-    planner, trained = core.load(planner_path.with_stem(plan.split("-")[0]))["model"], core.load(executor_paths[plan])["model"]
+    planner, trained = train.load(planner_path.with_stem(plan.split("-")[0]))["model"], train.load(executor_paths[plan])["model"]
     for name, value in planner.items():
         assert torch.equal(trained[f"planner.{name}"], value), name
 
@@ -263,7 +266,7 @@ def test_cached_and_uncached_training_see_the_same(build, flags):
                 torch.manual_seed(step)
                 losses.append(model.train(mode).loss(batch)[0].item())
             assert losses[0] == pytest.approx(losses[1], rel=0.01)
-    for k, v in model.features({k: b[k].flatten(0, 1) for k in executor.LOOK}).items():
+    for k, v in model.features({k: b[k].flatten(0, 1) for k in LOOK}).items():
         torch.testing.assert_close(a[k].flatten(0, 1), v, atol=0.01, rtol=0.01)
 
 
@@ -321,7 +324,7 @@ def test_waypoints_are_the_demonstrations_own(build, videos):
 
 def test_states_are_normalised_by_the_data(build, videos):
     model, _, _ = build("--action-demos", "1")
-    state = np.concatenate([videos.arrays[k][0] for k in executor.STATE], 1)
+    state = np.concatenate([videos.arrays[k][0] for k in STATE], 1)
     np.testing.assert_allclose(model.mean, state.mean(0), atol=1e-5)
     np.testing.assert_allclose(model.std, state.std(0).clip(1e-3), atol=1e-5)
     assert {"mean", "std", "goals"} <= model.state_dict().keys()
@@ -355,7 +358,7 @@ def test_one_batch_is_overfitted(build):
 @pytest.mark.parametrize("plan", PLANS)
 def test_checkpoint_alone_gives_the_same_executor(build, plan):
     model, actions, path = build(*PLANS[plan], "--steps", "2")
-    model = core.fit(model, actions, model.config, path, extra=model.extra)
+    model = train.fit(model, actions, model.config, path, extra=model.extra)
     again, batch = executor.load_executor(path), tensors(actions(0))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     with torch.no_grad():
@@ -376,11 +379,11 @@ def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys,
     executor.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("executor", "step", [*argv, "--out", str(tmp_path / "broken")])
     whole, broken = (tmp_path / name / SUITE / f"{plan}_executor_d2.pt" for name in ("whole", "broken"))
-    assert core.load(broken)["step"] == 2
+    assert train.load(broken)["step"] == 2
     capsys.readouterr()
     executor.main([*argv, "--out", str(tmp_path / "broken")])
     assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = core.load(whole), core.load(broken)
+    one, other = train.load(whole), train.load(broken)
     assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
 
 
@@ -389,7 +392,7 @@ def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys,
 
 def test_policy_executes_its_chunk_in_order(executor_paths, videos):
     model = executor.load_executor(executor_paths["mask"])
-    policy, said = executor.Policy(model), []
+    policy, said = Policy(model), []
     forward = model.forward
     model.forward = lambda batch: said.append(forward(batch)) or said[-1]
     policy.reset(model.goals[0, 0])
@@ -414,7 +417,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     planner = mask_planner.MaskPlanner(mask_planner.Config(
         tasks="0", demos=2, steps=5, preset="laptop", size=SIZE, width=32, depth=1, blocks=(1, 1, 1), channels=16,
         history=history, device="cpu", bf16=False))
-    core.save(tmp_path / "p.pt", kind=planner.kind, config=core.as_dict(planner.config), model=planner.state_dict())
+    train.save(tmp_path / "p.pt", kind=planner.kind, config=core.as_dict(planner.config), model=planner.state_dict())
     model, actions, _ = build("--history", str(look), "--no-cache", *PLANS[plan], planner=tmp_path / "p.pt")
     t = 8
     actions.demos.draw = lambda *rest: (np.array([0]), np.array([t]), np.random.default_rng(0))
@@ -423,7 +426,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     if model.planner:
         features = model.features
         model.features = lambda seen: looks.append(seen) or features(seen)
-    policy = executor.Policy(model)
+    policy = Policy(model)
     policy.reset(model.goals[0, 1])     # the last frame of video 1, as goal_of gives for video 0
     for step in range(t + 1):
         policy(frame_of(videos, 0, step) if policy.wants_frame else None)
@@ -436,14 +439,14 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     rows = np.maximum(t + 4 * np.arange(1 - look, 1), 0)
     for row, seen in zip(rows, looks[-look:]):
         wanted = actions.look(np.array([row]), np.array([0]))
-        assert seen.keys() == wanted.keys() == set(executor.LOOK)
+        assert seen.keys() == wanted.keys() == set(LOOK)
         assert all(np.array_equal(seen[k], wanted[k]) for k in wanted)
     if plan == "mask-explicit":  # its few numbers are always cached, in float16
         assert torch.equal(live["first"][0, -1], model.features(looks[0])["numbers"][0])
         for k in ("numbers", "goal_code", "first"):
             torch.testing.assert_close(live[k], trained[k], atol=0.01, rtol=0.01)
         return
-    said = features({k: trained[k].flatten(0, 1) for k in executor.LOOK})
+    said = features({k: trained[k].flatten(0, 1) for k in LOOK})
     assert said.keys() == ({"tracks"} if plan == "track" else {"image", "plan"}) <= live.keys()
     for k, v in said.items():
         torch.testing.assert_close(live[k][0], v, atol=1e-4, rtol=1e-4)
@@ -508,9 +511,9 @@ def test_bad_input_is_one_line(build, data, planner_path, executor_paths, tmp_pa
 
 
 def test_data_of_another_size_is_refused(build, planner_path, tmp_path, refused):
-    content = core.load(planner_path)
+    content = train.load(planner_path)
     planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, content["config"] | {"size": 64}))
-    core.save(tmp_path / "p.pt", **content | {"config": core.as_dict(planner.config), "model": planner.state_dict()})
+    train.save(tmp_path / "p.pt", **content | {"config": core.as_dict(planner.config), "model": planner.state_dict()})
     refused(lambda: build(planner=tmp_path / "p.pt"), "64 px", "96 px", "--data")
 
 

@@ -10,8 +10,11 @@ import torch.nn.functional as F
 
 import core
 import mask_planner
+import train
 from conftest import PLANNER, SIZE, SUITE, equal, run_and_kill
-from mask_planner import HORIZONS, MaskPlanner, binary_masks, iou, soft_aggregate
+from masks import (binary_masks, bootstrapped_cross_entropy, dice, half, hardest_fraction, iou,
+                   soft_aggregate)
+from mask_planner import HORIZONS, MaskPlanner
 from places import locate
 
 K = len(HORIZONS)
@@ -80,29 +83,29 @@ def test_soft_aggregate_is_finite_at_the_ends():
 
 def test_bootstrapped_cross_entropy():
     logits, target = torch.randn(3, 4, 5, 6), torch.randint(0, 4, (3, 5, 6))
-    everything = mask_planner.bootstrapped_cross_entropy(logits, target, 1.0)
+    everything = bootstrapped_cross_entropy(logits, target, 1.0)
     torch.testing.assert_close(everything, F.cross_entropy(logits, target))
     total = 0
     for b in range(3):
         pixels = sorted(-logits[b].log_softmax(0)[target[b, y, x], y, x].item() for y in range(5) for x in range(6))
         total += sum(pixels[-9:]) / 9       # 30 % of 30 pixels of each picture
-    assert mask_planner.bootstrapped_cross_entropy(logits, target, 0.3).item() == pytest.approx(total / 3, rel=1e-5)
+    assert bootstrapped_cross_entropy(logits, target, 0.3).item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_hardest_fraction():
-    found = [mask_planner.hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
+    found = [hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
     assert found == pytest.approx([1, 1, 0.575, 0.15, 0.15, 0.15])
 
 
 def test_dice():
     m, g = torch.rand(2, 3, 8, 9), (torch.rand(2, 3, 8, 9) > 0.5).float()
-    loss = mask_planner.dice(m, g)
+    loss = dice(m, g)
     for b, n in np.ndindex(2, 3):
         pairs = list(zip(m[b, n].flatten().tolist(), g[b, n].flatten().tolist()))
         wanted = 1 - (2 * sum(p * q for p, q in pairs) + 1) / (sum(p + q for p, q in pairs) + 1)
         assert loss[b, n].item() == pytest.approx(wanted, abs=1e-5)
-    assert mask_planner.dice(g, g).abs().max() < 1e-6
-    assert mask_planner.dice(1 - g, g).min() > 0.9
+    assert dice(g, g).abs().max() < 1e-6
+    assert dice(1 - g, g).min() > 0.9
 
 
 def test_loss_equals_a_loop():
@@ -195,7 +198,7 @@ def test_iou():
 
 def test_half_keeps_every_second_pixel():
     masks = np.arange(48).reshape(6, 8)
-    assert np.array_equal(mask_planner.half(masks), masks[[0, 2, 4]][:, [0, 2, 4, 6]])
+    assert np.array_equal(half(masks), masks[[0, 2, 4]][:, [0, 2, 4, 6]])
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -340,7 +343,7 @@ def test_validation_compares_with_copying_the_mask(videos):
 
 
 def test_checkpoint_gives_the_same_planner(planner_path):
-    content = core.load(planner_path, kind="mask_planner")
+    content = train.load(planner_path, kind="mask_planner")
     planner = mask_planner.load_planner(planner_path)
     assert not planner.training and not any(p.requires_grad for p in planner.parameters())
     rebuilt = MaskPlanner(core.from_dict(mask_planner.Config, content["config"])).eval()
@@ -377,11 +380,11 @@ def test_killed_training_continues_exactly(data, tmp_path, monkeypatch, capsys, 
     mask_planner.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("mask_planner", when, [*argv, "--out", str(tmp_path / "broken")])
     whole, broken = (tmp_path / name / SUITE / "mask.pt" for name in ("whole", "broken"))
-    assert core.load(broken)["step"] == 2
+    assert train.load(broken)["step"] == 2
     capsys.readouterr()
     mask_planner.main([*argv, "--out", str(tmp_path / "broken")])
     assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = core.load(whole), core.load(broken)
+    one, other = train.load(whole), train.load(broken)
     assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
 
 
@@ -409,7 +412,7 @@ def test_broken_checkpoint_is_one_line_and_stays(data, planner_path, tmp_path, r
     whole = planner_path.read_bytes()
     middle = len(whole) // 2
     if damage == "other kind":
-        core.save(path, kind="executor", model={}, config={}, step=1, version=core.VERSION)
+        train.save(path, kind="executor", model={}, config={}, step=1, version=train.VERSION)
     else:
         path.write_bytes({"cut": whole[:middle], "text": b"hello",
                           "changed in the middle": whole[:middle] + bytes(64) + whole[middle + 64:]}[damage])

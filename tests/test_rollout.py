@@ -14,7 +14,10 @@ import experts
 import extract
 import rollout
 import sims
+import train
 from conftest import SIZE, SUITE
+from results import pooled, result_path, wilson
+from policy import Policy
 
 WORKER = ["--workers", "1", "--device", "cpu"]
 
@@ -44,7 +47,7 @@ class Scripted:
         return None, self.successes[len(self.actions) - 1]
 
 
-class Still(executor.Policy):
+class Still(Policy):
     wants_frame = False
 
     def __init__(self):
@@ -121,7 +124,7 @@ def test_expert_succeeds_in_the_simulator(sim):
 def test_wilson():
     known = {(8, 10): (0.4902, 0.9433), (0, 10): (0, 0.2775), (10, 10): (0.7225, 1), (50, 100): (0.4038, 0.5962)}
     for (k, n), interval in known.items():
-        assert rollout.wilson(k, n) == pytest.approx(interval, abs=1e-4)
+        assert wilson(k, n) == pytest.approx(interval, abs=1e-4)
 
 
 # --- episodes -------------------------------------------------------------------------------------
@@ -176,7 +179,7 @@ def test_episodes_are_the_same_whatever_was_played_before(alone, executor_paths,
 
 def test_film_shows_what_the_policy_saw(alone, executor_paths, sim):
     model = executor.load_executor(executor_paths["mask"])
-    policy, frame = executor.Policy(model), sim.reset(seed=2)
+    policy, frame = Policy(model), sim.reset(seed=2)
     policy.reset(model.goals[0, 0])
     _, _, pictures = rollout.play(Short(sim, 9), policy, frame, True)
     assert len(pictures) == 3, "one per look"
@@ -223,7 +226,7 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
         assert (r["suite"], r["plan"], r["preset"], r["videos"], r["action_demos"], r["seed"]) == (
             SUITE, plan, "laptop", 2, 2, 0)
         assert (r["success"], r["episodes"], r["steps"], r["unseen"]) == (r["tasks"][task]["success"], 1, 5, None)
-        assert r["interval"] == pytest.approx(rollout.wilson(r["success"], 1), abs=1e-4)
+        assert r["interval"] == pytest.approx(wilson(r["success"], 1), abs=1e-4)
         assert r["scenes"] == "bundled initial states" and {"command", "commit", "machine"} <= r.keys()
         assert {"mujoco", "robosuite", "torch", "python"} <= r["versions"].keys()
         assert {"data", "planner", "executor", "rollout"} == r["seconds"].keys() and r["seconds"]["data"] > 0
@@ -242,7 +245,7 @@ def written(folder, plan, seed, success, demos=10, **changes):
          "seconds": {"data": 600, "planner": None, "executor": 120, "rollout": 90},
          "tasks": dict.fromkeys(sims.tasks(SUITE), {})} | changes
     folder.mkdir(exist_ok=True)
-    rollout.result_path(folder, r).write_text(json.dumps(r))
+    result_path(folder, r).write_text(json.dumps(r))
 
 
 def test_training_seeds_are_pooled(tmp_path):
@@ -251,11 +254,11 @@ def test_training_seeds_are_pooled(tmp_path):
         written(folder, "mask", seed, success)
     written(folder, "mask", 0, 30, demos=2)
     written(folder, "none", 0, 50)
-    rows = {(r["plan"], r["action_demos"]): r for r in rollout.pooled(folder)}
+    rows = {(r["plan"], r["action_demos"]): r for r in pooled(folder)}
     assert len(rows) == 3
     row = rows["mask", 10]
     assert (row["seeds"], row["success"], row["episodes"]) == (3, 210, 300)
-    assert row["interval"] == pytest.approx(rollout.wilson(210, 300))
+    assert row["interval"] == pytest.approx(wilson(210, 300))
     assert rows["mask", 2]["success"] == 30
 
 
@@ -264,7 +267,7 @@ def test_a_trial_of_some_tasks_is_kept_apart(tmp_path):
     written(folder, "mask", 0, 60)
     written(folder, "mask", 0, 1, tasks=dict.fromkeys(sims.tasks(SUITE)[:2], {}))
     written(folder, "mask", 0, 2, scenes="seeds from 1000")
-    assert sorted((r["of"], r["success"]) for r in rollout.pooled(folder)) == [(2, 1), (10, 2), (10, 60)]
+    assert sorted((r["of"], r["success"]) for r in pooled(folder)) == [(2, 1), (10, 2), (10, 60)]
 
 
 @pytest.mark.parametrize("old", ["", "old\n"])
@@ -311,8 +314,8 @@ def test_bad_input_is_one_line(executor_paths, planner_path, tmp_path, refused):
     refused(run("--policy", "expert", "--suite", "libero_space"), "libero_space", *sims.SUITES)
     (tmp_path / "cut.pt").write_bytes(executor_paths["mask"].read_bytes()[:5000])
     refused(run(str(tmp_path / "cut.pt")), "cut.pt", "python executor.py")
-    content = core.load(good)
-    core.save(tmp_path / "small.pt", **content | {"extra": content["extra"] | {"size": 64}})
+    content = train.load(good)
+    train.save(tmp_path / "small.pt", **content | {"extra": content["extra"] | {"size": 64}})
     refused(run(good, str(tmp_path / "small.pt")), "different", "one by one")
     assert not os.path.exists(tmp_path / "results")
 

@@ -9,8 +9,10 @@ import torch
 import core
 import sims
 import track_planner
+import train
 from conftest import COMMON, SIZE, SUITE, equal, run_and_kill
-from track_planner import STEPS, TrackPlanner
+from tracks import STEPS, augment, grid_points, image_patches, track_from_patches, track_patches
+from track_planner import TrackPlanner
 
 NETWORK = "--width 32 --depth 1 --batch 4 --device cpu --no-bf16".split()
 COMMAND = [*COMMON, "--steps", "5", *NETWORK]
@@ -37,21 +39,21 @@ def tensors(batch):
 
 def test_track_patches_and_back():
     tracks = torch.randn(2, STEPS, 5, 2)
-    patches = track_planner.track_patches(tracks)
+    patches = track_patches(tracks)
     assert patches.shape == (2, 4, 5, 8)
     assert torch.equal(patches[1, 2, 3], tracks[1, 8:12, 3].flatten())
-    assert torch.equal(track_planner.track_from_patches(patches), tracks)
+    assert torch.equal(track_from_patches(patches), tracks)
 
 
 def test_image_patches_are_squares_row_by_row():
     images = torch.randn(2, 3, 32, 48)
-    patches = track_planner.image_patches(images, 16)
+    patches = image_patches(images, 16)
     assert patches.shape == (2, 6, 768)
     assert torch.equal(patches[1, 4].view(3, 16, 16), images[1, :, 16:32, 16:32])
 
 
 def test_grid_points():
-    points = track_planner.grid_points(3)
+    points = grid_points(3)
     assert torch.allclose(points[5], torch.tensor([5 / 6, 0.5])) and points.shape == (9, 2)
 
 
@@ -140,7 +142,7 @@ def test_masked_patches_are_not_seen(videos):
 def test_latent_plan(videos):
     planner = small()
     batch = tensors(track_planner.training_batch(videos, 0, planner.config))
-    plan, pixels = planner.eval().plan(batch["image"], track_planner.grid_points(6).expand(4, -1, -1), batch["goal"])
+    plan, pixels = planner.eval().plan(batch["image"], grid_points(6).expand(4, -1, -1), batch["goal"])
     assert plan.shape == (4, 36, 4 * 32) and pixels.shape == (4, planner.n, 32) and not plan.requires_grad
 
 
@@ -151,7 +153,7 @@ def test_one_batch_is_overfitted(videos, tmp_path):
     batch = track_planner.training_batch(videos, 0, c)
     planner.train = lambda mode=True: torch.nn.Module.train(planner, False)     # without augmentation
     before = planner.loss(tensors(batch))[1]["track"]
-    core.fit(planner, lambda step: batch, c, tmp_path / "t.pt")
+    train.fit(planner, lambda step: batch, c, tmp_path / "t.pt")
     assert planner.loss(tensors(batch))[1]["track"] < 0.05 * before
 
 
@@ -167,7 +169,7 @@ def test_the_dot_stays_on_its_track():
     images[np.arange(B), y, x] = 255
     place = np.stack([(x + 0.5) / W, (y + 0.5) / H], -1)
     tracks = torch.as_tensor(np.repeat(place[:, None, None], 3, 1), dtype=torch.float32)    # (B, 3, 1, 2)
-    moved, after = track_planner.augment(torch.as_tensor(images), tracks, 0.0)
+    moved, after = augment(torch.as_tensor(images), tracks, 0.0)
     shifts = set()
     for b in range(B):
         row, column = np.argwhere(moved[b, :, :, 0].numpy())[0]
@@ -180,7 +182,7 @@ def test_colours_are_jittered(videos):
     planner = small()
     batch = tensors(track_planner.training_batch(videos, 0, planner.config))
     torch.manual_seed(1)
-    images, _ = track_planner.augment(batch["image"], batch["tracks"], 0.3)
+    images, _ = augment(batch["image"], batch["tracks"], 0.3)
     assert images.shape == batch["image"].shape and images.dtype == torch.uint8
     assert (images.float().mean((1, 2)) - batch["image"].float().mean((1, 2))).abs().max() > 5
 
@@ -273,5 +275,5 @@ def test_killed_training_continues_exactly(data, tmp_path, capsys, when, monkeyp
     run_and_kill("track_planner", when, [*argv, "--out", str(tmp_path / "broken")])
     track_planner.main([*argv, "--out", str(tmp_path / "broken")])
     assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = (core.load(tmp_path / name / SUITE / "track.pt") for name in ("whole", "broken"))
+    one, other = (train.load(tmp_path / name / SUITE / "track.pt") for name in ("whole", "broken"))
     assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])

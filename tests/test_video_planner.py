@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import core
+import train
 import video_planner
 from conftest import COMMON, SIZE, equal, run_and_kill
 from video_planner import FRAMES, VideoPlanner
@@ -209,7 +210,7 @@ def test_command_resumes_after_a_kill(data, tmp_path):
     video_planner.main([*command, "--out", str(tmp_path / "whole")])
     run_and_kill("video_planner", "step", [*command, "--out", str(tmp_path / "killed")])
     video_planner.main([*command, "--out", str(tmp_path / "killed")])
-    whole, killed = (core.load(tmp_path / k / "libero_spatial" / "video.pt") for k in ("whole", "killed"))
+    whole, killed = (train.load(tmp_path / k / "libero_spatial" / "video.pt") for k in ("whole", "killed"))
     assert equal(whole["ema"], killed["ema"]) and equal(whole["model"], killed["model"])
     folder = tmp_path / "whole" / "libero_spatial"
     assert "robot IoU" in (folder / "video.txt").read_text()

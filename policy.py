@@ -1,0 +1,337 @@
+"""The executor E: the network that hears any plan and says actions, and how it acts.
+
+E (Mask2Act section 3.3, eq. 4) sees the last h steps of third-person picture (through the frozen
+planner's encoder), wrist picture (through its own), robot state and plan, and says the next
+actions. ATM's policy (section IV-B) is the same with encoders of its own for both pictures and the
+tracks fused in. `executor.py` trains it.
+
+Sizes: B batch, T steps of history, n tokens per picture, D width, C actions per chunk; of tracks S
+steps, N points.
+"""
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+import core
+import mask_planner
+import sims
+import track_planner
+import video_planner
+from places import Places
+from tracks import PATCH, STEPS, grid_points
+
+STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
+AIM = 0.005  # metres, noise on the waypoint that the action head hears in training
+# metres, noise on the hand's place as the transformer hears it in training, with the explicit plan.
+# Without it some networks go by the few absolute paths they have seen: two demonstrations, second
+# training seed, 19 of 100, with it 51
+FEEL = 0.01
+NEAR = 0.1  # metres, the unit in which the heads hear and say ways
+LOOK = ("frames", "goal", "wrist", "hand")  # what planners see
+# ATM's 32 points per picture: two lattices of 4 x 4
+POINTS = [[x, y] for side in (np.linspace(0.05, 0.85, 4), np.linspace(0.15, 0.95, 4))
+          for y in side.tolist() for x in side.tolist()]
+
+
+# --- network --------------------------------------------------------------------------------------
+
+class MapToken(nn.Module):
+    """A map of features -> one token: spatial-softmax key points, which say where, beside a thin
+    flattened map."""
+
+    def __init__(self, width, n, dim, points=32, channels=8):
+        super().__init__()
+        self.side = round(n ** 0.5)
+        self.norm = nn.LayerNorm(width)
+        self.points, self.thin = nn.Linear(width, points), nn.Linear(width, channels)
+        self.out = nn.Linear(2 * points + n * channels, dim)
+
+    def forward(self, x):
+        """x (..., n, D) -> (..., dim)."""
+        x = self.norm(x)
+        centre = torch.linspace(-1, 1, self.side, device=x.device)
+        # (n, 2) x, y
+        grid = torch.stack(torch.meshgrid(centre, centre, indexing="xy"), -1).reshape(-1, 2)
+        share = self.points(x).softmax(-2)  # (..., n, points)
+        where = (share.transpose(-1, -2) @ grid.to(share.dtype)).flatten(-2)  # (..., 2 points)
+        return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
+
+
+class Spatial(nn.Module):
+    """ATM's spatial encoder (section IV-B, Fig. 11): patches of both pictures and, by early fusion,
+    tracks -> one token."""
+
+    def __init__(self, n, D, early, depth=2):
+        super().__init__()
+        self.cls, self.place = (nn.Parameter(torch.randn(k, D) * 0.02) for k in (1, 2 * n))
+        self.view, self.kind = (nn.Parameter(torch.randn(2, 1, D) * 0.02) for _ in range(2))
+        self.track = nn.Linear(2 * STEPS, D) if early else None
+        self.gpt = core.Transformer(D, depth, max(4, D // 64))
+
+    def forward(self, pictures, tracks):
+        """pictures (B, 2, n, D), third person first; tracks (B, 2, S, N, 2) -> (B, D)."""
+        x = (pictures + self.view + self.kind[0]).flatten(1, 2) + self.place  # (B, 2 n, D)
+        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
+        if self.track:  # each token with the id of its own view: ATM's code mixes them up
+            # (B, 2, N, D)
+            t = self.track(tracks.transpose(2, 3).flatten(3)) + self.view + self.kind[1]
+            x = torch.cat([x, t.flatten(1, 2)], 1)
+        return self.gpt(x)[:, 0]
+
+
+PLANNERS = {planner.kind: (planner, module) for planner, module in
+            ((mask_planner.MaskPlanner, mask_planner), (track_planner.TrackPlanner, track_planner),
+             (video_planner.VideoPlanner, video_planner))}
+
+
+def make_planner(about):
+    """An untrained planner from what a checkpoint says about it: kind, config and arguments."""
+    Planner, module = PLANNERS[about["kind"]]
+    return Planner(core.from_dict(module.Config, about["config"]), *about["arguments"])
+
+
+class Executor(nn.Module):
+    """E of eq. 4, one network for every plan."""
+    kind = "executor"
+
+    def __init__(self, config, extra):
+        """extra  what else the checkpoint holds: about the planner or None, suite, tasks, size,
+        render, A, goals per task, E numbers per sentence."""
+        super().__init__()
+        self.config, self.extra = config, extra
+        c, size, D, A = config, extra["size"], config.width, extra["action_dim"]
+        # else the goal picture is of another scene
+        self.own_goal = sims.is_metaworld(extra["suite"])
+        if extra["planner"]:
+            self.planner = make_planner(extra["planner"]).requires_grad_(False)
+            W, n = self.planner.width, self.planner.n
+        else:  # behavioural cloning: the same encoder, trained; the goal picture says the task
+            self.planner = None
+            self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            W, n = 2 * D, self.encoder.cells(size) ** 2
+        # "language", or by a picture
+        self.told = self.planner and getattr(self.planner.config, "goal", "image")
+        self.places, self.spatial = None, None
+        if c.plan_form == "tracks":
+            self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.early)
+        elif self.planner and c.plan_form == "explicit":
+            # ours: no pictures beside the numbers: they are more to overfit, 9/10 of the time
+            self.places = Places(self.planner.locator.N, self.own_goal, c.blur)
+            M = self.places.M
+            self.explicit = nn.Sequential(nn.Linear(5 * M, D), nn.GELU(), nn.Linear(D, D))
+            self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
+        else:
+            self.image = MapToken(W, n, D)
+            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
+            # a point's tokens of all times are one
+            if self.planner and self.planner.kind == "track_planner":
+                hand = self.planner.config.points == "ee"
+                W, n = W * (STEPS // PATCH), 1 if hand else n
+            elif self.planner and self.planner.kind == "video_planner":
+                W = W * video_planner.FRAMES    # as are a cell's of all pictures to come
+            self.latent = None
+            if self.planner:
+                one = lambda: nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
+                self.latent = MapToken(W, n, D) if n > 1 else one()
+        self.state = nn.Linear(8, D)
+        # goal, or image and wrist; state, plan, action; of ATM: spatial, state, action
+        self.tokens = 3 if self.spatial else 4 if self.places else 5
+        self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
+        self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
+        self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
+        mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
+        self.reach = mlp(D, 3 + (self.places.M if self.places else 0))
+        late = 2 * STEPS * len(POINTS) * 2 if self.spatial and c.late else 0
+        self.head = mlp(D + 3 + late, c.chunk * A)
+        mask = core.block_causal_mask(c.history, self.tokens)
+        self.register_buffer("mask", mask, persistent=False)
+        self.register_buffer("mean", torch.zeros(8))
+        self.register_buffer("std", torch.ones(8))
+        tasks, goals = len(extra["tasks"]), extra["goals"]
+        self.register_buffer("texts", torch.zeros(tasks, extra["E"]))
+        self.register_buffer("goals", torch.zeros(tasks, goals, size, size, 3, dtype=torch.uint8))
+
+    def train(self, mode=True):
+        super().train(mode)
+        if self.planner:
+            self.planner.eval()  # frozen is more than no gradient
+        return self
+
+    @torch.no_grad()
+    def features(self, look):
+        """What the frozen planner says of a look: frames (B, h, H, W, 3) uint8 as it wants them,
+        wrist (B, H, W, 3), hand (B, 2), and goal (B, H, W, 3) uint8, or (B, E) if it is told by
+        language
+        -> {"tracks": (B, 2, S, N, 2)} of the third person and the wrist; {"numbers": (B, N, 5),
+        "goal_code": (B, D)}; or {"image": (B, n, D), of the last frame, "plan": (B, n or 1, D or
+        P D)}."""
+        frames, goal = look["frames"], look["goal"]
+        B = len(frames)
+        if self.spatial:
+            points = torch.tensor(POINTS, device=frames.device).expand(2 * B, -1, -1)
+            tracks, _ = self.planner(torch.cat([frames[:, -1], look["wrist"]]), points,
+                                     torch.cat([goal, goal]))
+            return {"tracks": tracks.unflatten(0, (2, B)).transpose(0, 1)}
+        if self.planner.kind == "track_planner":
+            grid = grid_points(self.planner.cells).to(frames.device).expand(B, -1, -1)
+            points = look["hand"].float()[:, None] if self.planner.config.points == "ee" else grid
+            return dict(zip(("plan", "image"), self.planner.plan(frames[:, -1], points, goal)))
+        if self.planner.kind == "video_planner":
+            return dict(zip(("plan", "image"), self.planner.plan(frames[:, -1], goal)))
+        x, fine = self.planner.encode(frames, fine=True)
+        x = torch.cat([self.planner.encode(goal)[:, None], x], 1)  # (B, 1 + h, n, D)
+        plan = self.planner.plan_from(x)[:, -1]  # (B, n, D)
+        if not self.places:
+            return {"image": x[:, -1], "plan": plan}
+        said = {"numbers": self.planner.locator(self.planner.as_map(plan), fine[:, -1])[:, :, 0],
+                "goal_code": x[:, 0].mean(1)}
+        # where robot and objects are in the goal picture
+        if self.own_goal and "target" not in look:
+            still = goal[:, None].expand(-1, self.planner.config.history, -1, -1, -1)
+            said["target"] = self.features({"frames": still, "goal": goal,
+                                            "target": None})["numbers"]
+        return said
+
+    def forward(self, batch):
+        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan
+        numbers, first and, if the goal is of this scene, target (B, T, N, 5), goal_code (B, T, D);
+        else wrist (B, T, H, W, 3) uint8 and image, plan (B, T, n, D), or, for tracks, picture (B,
+        T, H, W, 3) and tracks (B, T, 2, S, N, 2), or, for cloning, picture and goal
+        -> actions (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) in metres."""
+        x, heard = self.listen(batch)  # (B, T, D), (B, T, M, 5) or None
+        # ours: first where to, in metres, then how: an action is clipped at a few centimetres' way
+        # and says little about a target further off.  The place is the demonstration's own, where
+        # its hand next opens or closes.
+        there = self.reach(x).float()  # (B, T, 3 + M)
+        # (B, T, 3) metres, (B, T, M)
+        there, pointer = there[..., :3] * NEAR + self.mean[:3], there[..., 3:].softmax(-1)
+        # beside one of the things that the plan names, as seen at the waypoint's height
+        if self.places:
+            there = there + F.pad(self.places.beside(heard, pointer, there[..., 2]) - self.mean[:2],
+                                  (0, 1))  # (B, T, 3)
+        # In training the true one, with noise: a head that hears a poor guess learns to do without.
+        # differs: ATM's late fusion would give the head the plan's numbers again; with two
+        # demonstrations it then learns paths by heart and does not go to the waypoint (success 16
+        # of 50; without the numbers 27 of 50)
+        aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
+        way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
+        # ATM's late fusion
+        late = [batch["tracks"].flatten(2).to(x.dtype)] if self.spatial and self.config.late else []
+        action = self.head(torch.cat([x, way.to(x.dtype), *late], -1))
+        return action.unflatten(-1, (self.config.chunk, -1)), there
+
+    def listen(self, batch):
+        """What the transformer says at the action's place (B, T, D), and what it heard of the
+        explicit plan (B, T, M, 5) or None; batch as for forward."""
+        B, T = batch["state"].shape[:2]
+        state, heard = batch["state"], None
+        if self.places:
+            # roughly where the hand is: how far from the waypoint, the head hears exactly
+            if self.training:
+                state = state + F.pad(FEEL * torch.randn_like(state[..., :3]), (0, 5))
+            # (B, T, M, 5)
+            heard = self.places.hear(batch["first"], batch["numbers"], batch.get("target"))
+            # ours: the goal picture's mean token; a place in the picture is another height in
+            # another task
+            # (B, T, D) each
+            tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))
+        else:
+            shift = lambda images: core.random_shift(images)[0] if self.training else images
+            # (B T, n, D)
+            encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)
+        if self.spatial:
+            both = [encode(net, batch[k]) for net, k in ((self.encoder, "picture"),
+                                                         (self.wrist_encoder, "wrist"))]
+            seen = self.spatial(torch.stack(both, 1), batch["tracks"].flatten(0, 1))  # (B T, D)
+            tokens = [seen.unflatten(0, (B, T)), self.state((state - self.mean) / self.std)]
+        elif not self.places:
+            if self.planner:
+                image, plan = batch["image"], self.latent(batch["plan"])
+            else:
+                both = torch.cat([batch["picture"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
+                x = encode(self.encoder, both).unflatten(0, (B, 2, T))
+                image = torch.cat([x[:, 0], x[:, 1]], -1)
+                plan = torch.zeros(B, T, self.config.width, device=x.device)
+            tokens = [self.image(image),
+                      self.wrist(encode(self.wrist_encoder, batch["wrist"]).unflatten(0, (B, T)))]
+        if not self.spatial:
+            tokens += [self.state((state - self.mean) / self.std), plan]
+        tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
+        x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
+        L = T * self.tokens
+        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L]).unflatten(1, (T, self.tokens))
+        return x[:, :, -1], heard
+
+    def loss(self, batch):
+        """batch as for forward (or frames and goal for the planner, if not cached), action (B, T,
+        C, A), and waypoint (B, T, 3): the hand's position where it next opens or closes, metres ->
+        MSE of both, parts."""
+        if self.planner and "frames" in batch:
+            B, T = batch["state"].shape[:2]
+            said = self.features({k: batch[k].flatten(0, 1) for k in LOOK if k in batch})
+            batch = batch | {k: v.unflatten(0, (B, T)) for k, v in said.items()}
+        action, there = self(batch)
+        error = F.mse_loss(action.float(), batch["action"], reduction="none")  # (B, T, C, A)
+        waypoint = F.mse_loss(there / NEAR, batch["waypoint"] / NEAR)
+        parts = {"motion": error[..., :-1].mean().item(), "gripper": error[..., -1].mean().item(),
+                 "waypoint": waypoint.item()}
+        return error.mean() + 0.3 * waypoint, parts
+
+
+# --- acting ---------------------------------------------------------------------------------------
+
+class Policy:
+    """A trained executor as a closed loop: `wants_frame`, then `policy(frame)` -> the next action
+    (A,)."""
+
+    def __init__(self, executor):
+        self.executor, self.c = executor.eval(), executor.config
+        self.device = next(executor.parameters()).device
+
+    def reset(self, goal, task=0):
+        """Starts an episode. goal (H, W, 3) uint8: the goal picture; `executor.goals` (tasks,
+        goals, H, W, 3) are some. task: index into the executor's tasks, for a plan that is told by
+        language."""
+        if self.executor.told == "language":
+            self.goal = self.executor.texts[task]
+        else:
+            self.goal = torch.as_tensor(goal, device=self.device)
+        self.looks, self.queue, self.frames, self.first = [], [], [], None
+
+    @property
+    def wants_frame(self):
+        """Whether the next call looks at its frame; in between, actions of the last chunk are
+        executed."""
+        return not self.queue
+
+    @torch.no_grad()
+    def __call__(self, frame):
+        if self.queue:
+            return self.queue.pop(0)
+        tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
+        state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
+        picture = tensor(frame["agentview_rgb"])
+        wrist = tensor(frame["eye_in_hand_rgb"]) if "eye_in_hand_rgb" in frame else None
+        now = {"state": tensor(state), "picture": picture} | ({} if self.executor.places
+                                                              else {"wrist": wrist})
+        if self.executor.planner:
+            # the planner's own history, at its own stride, when this executor looks that often
+            h = getattr(self.executor.planner.config, "history", 1)
+            self.frames = (self.frames or [picture] * h)[1 - h:] + [picture] if h > 1 else [picture]
+            now |= self.executor.features({"frames": torch.stack(self.frames, 1),
+                                           "goal": self.goal[None], "wrist": wrist,
+                                           "hand": tensor(frame["hand"])})
+            if self.executor.places:
+                self.first = now["numbers"] if self.first is None else self.first
+                now["first"] = self.first
+        else:
+            now["goal"] = self.goal[None]
+        self.looks = (self.looks + [now])[-self.c.history:]
+        batch = {k: torch.stack([look[k] for look in self.looks], 1) for k in now}  # (1, T, ...)
+        chunk = self.executor(batch)[0][0, -1].float().clamp(-1, 1).cpu().numpy()  # (C, A)
+        self.queue = list(chunk[:min(self.c.execute, self.c.chunk)])
+        return self.queue.pop(0)

@@ -1,0 +1,181 @@
+"""The results of evaluations: one JSON each with its interval, README's tables, the plot.
+
+`python rollout.py` writes the JSON files, `python rollout.py --table` makes the rest from them.
+"""
+import json
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+
+import core
+import executor
+import sims
+import train
+from policy import Executor
+
+COLOURS = {"none": "#888888", "mask": "#d62728", "mask-explicit": "#1f77b4", "expert": "#2ca02c",
+           "track": "#9467bd", "track-latent": "#e377c2", "ee": "#ff7f0e",
+           "video-latent": "#8c564b"}
+
+
+def wilson(k, n, z=1.96):
+    """95 % Wilson interval of k successes in n episodes -> (low, high)."""
+    p, zz = k / n, z * z / n
+    middle, half = (p + zz / 2) / (1 + zz), z * np.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def commit():
+    """The source's git commit, '+' if the code was changed since; None outside a repository."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True,
+                                        cwd=Path(__file__).parent).stdout.strip()
+    changed = bool(git("status", "--porcelain", "-uno", "*.py"))
+    return git("rev-parse", "--short", "HEAD") + "+" * changed or None
+
+
+def result(config, checkpoint, suite, outcomes, seconds):
+    """The JSON of one evaluation; design and names as in README."""
+    tasks = {t: {"success": sum(s for s, _ in o), "episodes": len(o),
+                 "steps": round(float(np.mean([n for _, n in o])), 1)}
+             for t, o in outcomes.items()}
+    k, n = (sum(t[key] for t in tasks.values()) for key in ("success", "episodes"))
+    about = {"suite": suite, "plan": "expert", "preset": None, "videos": None, "action_demos": None,
+             "seed": None}
+    spent = {}
+    if checkpoint:
+        content = train.load(checkpoint, kind=Executor.kind)
+        c = core.from_dict(executor.Config, content["config"])
+        about |= {"plan": executor.plan_name(c), "preset": c.preset, "videos": c.demos,
+                  "action_demos": c.action_demos, "seed": c.seed, "steps": content["step"]}
+        spent = content["extra"]["seconds"] | {"executor": train.last_seconds(checkpoint)}
+    kept = f"seeds from {sims.EVALUATION}" if sims.is_metaworld(suite) else "bundled initial states"
+    about["scenes"] = kept if config.scenes is None else f"seeds from {config.scenes}"
+    ever = sims.is_metaworld(suite) or checkpoint
+    about["counts"] = "ever succeeded" if ever else "success at the end"
+    if config.noise:
+        about["noise"] = config.noise
+    return about | {
+        "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)],
+        "tasks": tasks, "unseen": None,
+        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "commit": commit(), "versions": sims.versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
+        "seconds": spent | {"rollout": round(seconds)}}
+
+
+def result_path(folder, r):
+    """results/<suite>_<plan>_<preset>_d<action demos>_s<seed>.json; the expert's has neither demos
+    nor seed.
+
+    What is not all tasks on the bundled states says so in its name, and never takes a full result's
+    place.
+    """
+    name = f"{r['suite']}_{r['plan']}"
+    if r["plan"] != "expert":
+        name += f"_{r['preset']}_d{r['action_demos']}_s{r['seed']}"
+    if len(r["tasks"]) < len(sims.tasks(r["suite"])):
+        name += f"_{len(r['tasks'])}tasks"
+    if "bundled" not in r["scenes"] and str(sims.EVALUATION) not in r["scenes"]:
+        name += "_" + r["scenes"].replace(" ", "_")
+    return Path(folder) / f"{name}.json"
+
+
+def pooled(folder):
+    """All results, training seeds pooled -> list of dicts with suite, plan, ..., seeds, success,
+    episodes, interval."""
+    rows = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        r = json.loads(path.read_text())
+        # another version of it is another simulator
+        r |= {"of": len(r["tasks"]), "mujoco": r["versions"]["mujoco"]}
+        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of", "mujoco")
+        key = tuple(r[name] for name in names)
+        row = rows.setdefault(key, dict(zip(names, key))
+                              | {"seeds": 0, "success": 0, "episodes": 0})
+        row["seeds"] += 1
+        row["success"] += r["success"]
+        row["episodes"] += r["episodes"]
+    for row in rows.values():
+        row["interval"] = wilson(row["success"], row["episodes"])
+    return sorted(rows.values(), key=lambda r: (r["suite"], r["action_demos"] or 99, r["plan"]))
+
+
+def make_table(folder, readme="README.md"):
+    """Prints the results as a table, writes it between README's markers, and draws the plot."""
+    rows = pooled(folder)
+    if not rows:
+        core.fail(f"no results in {folder}/: python rollout.py <checkpoint> makes one")
+    lines = ["| suite | plan | tasks | videos per task | action demos per task | seeds | success "
+             "| 95 % interval | mujoco |",
+             "|---|---|---|---|---|---|---|---|---|"]
+    for r in rows:
+        low, high = r["interval"]
+        seeds = r["seeds"] if r["preset"] else "-"
+        rate = f"{r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} %"
+        lines.append(f"| {r['suite']} | {r['plan']} | {r['of']} | {r['videos'] or '-'} | "
+                     f"{r['action_demos'] or '-'} | {seeds} | {rate} | "
+                     f"{100 * low:.1f} - {100 * high:.1f} | {r['mujoco']} |")
+    print("\n".join(lines))
+    insert(readme, "results", lines)
+    insert(readme, "times", times(folder))
+    plot(rows, Path(folder) / "curve.png")
+
+
+def times(folder):
+    """What the steps took, as lines of a table: medians over the results, minutes."""
+    spent = {}
+    for path in sorted(Path(folder).glob("*.json")):
+        r = json.loads(path.read_text())
+        for step, seconds in r["seconds"].items():
+            if seconds and r["preset"] and len(r["tasks"]) == len(sims.tasks(r["suite"])):
+                of = {"data": "data, one core",
+                      "planner": "planner"}.get(step, f"{step}, {r['plan']}")
+                of += f", {r['episodes']} episodes" * (step == "rollout")
+                spent.setdefault((r["suite"], r["preset"], of), []).append(seconds / 60)
+    lines = ["| suite | preset | step | minutes |", "|---|---|---|---|"]
+    return lines + [f"| {' | '.join(key)} | {np.median(minutes):.1f} |"
+                    for key, minutes in spent.items()]
+
+
+def insert(readme, name, lines):
+    """Replaces what stands between README's markers of that name."""
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    page = Path(readme).read_text() if Path(readme).exists() else ""
+    if begin in page and end in page:
+        core.write(readme,
+                   "\n".join([page.split(begin)[0] + begin, *lines, end + page.split(end)[1]]))
+
+
+def plot(rows, path):
+    """Success against action demonstrations per task, one line per plan and suite, with 95 %
+    intervals."""
+    import matplotlib
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+    learned = [r for r in rows if r["action_demos"] and r["of"] == len(sims.tasks(r["suite"]))]
+    suites = sorted({r["suite"] for r in learned})
+    if not suites:
+        return
+    figure, axes = plt.subplots(1, len(suites), figsize=(5 * len(suites), 3.6), squeeze=False)
+    for axis, suite in zip(axes[0], suites):
+        for plan in sorted({r["plan"] for r in learned if r["suite"] == suite}):
+            line = [r for r in learned if (r["suite"], r["plan"]) == (suite, plan)]
+            x = [r["action_demos"] for r in line]
+            y = [100 * r["success"] / r["episodes"] for r in line]
+            low, high = np.array([r["interval"] for r in line]).T * 100
+            axis.errorbar(x, y, [y - low, high - y], marker="o", capsize=3, label=plan,
+                          color=COLOURS.get(plan))
+        axis.set(title=suite, xlabel="action demonstrations per task", ylabel="success, %",
+                 ylim=(0, 100), xscale="log")
+        ticks = sorted({r["action_demos"] for r in learned if r["suite"] == suite})
+        axis.set_xticks(ticks, [str(t) for t in ticks])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    print(f"plot: {path}")
