@@ -23,17 +23,19 @@ import cameras
 import core
 import extract
 import flow
-import results
 import rollout
 import sims
 import train
 import video_planner
 from core import flag
+from motion import grasp_point, infer_motions, subgoals
+from results import result
 
 
 @dataclass
 class Config:
-    future: str = flag("generated", "where the video comes from", choices=["oracle", "true", "generated"])
+    future: str = flag("generated", "where the video comes from",
+                       choices=["oracle", "true", "generated"])
     suite: str = flag("avdc", "suite of Meta-World, or a task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     views: str = flag("0,1,2", "cameras: numbers of flow.ANGLES; generated knows only 0")
@@ -48,74 +50,6 @@ class Config:
     device: str | None = flag(None, "unused here; the same flags everywhere")
 
 
-# --- rigid motion ---------------------------------------------------------------------------------
-
-def rotation(w):
-    """Rotation vector (3,) radians -> matrix (3, 3)."""
-    from scipy.spatial.transform import Rotation
-    return Rotation.from_rotvec(w).as_matrix()
-
-
-def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
-    """The paper's L_trans: the rigid motion that brings points to where the picture then shows them.
-
-    points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
-    `cameras.project` wants them; noise: of a good target, in pictures; prior: how far, in radians
-    and metres, an object is expected to turn and move
-    -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
-
-    differs: Gauss-Newton from standing still, for the authors' 50 starts of BFGS and RANSAC: weights
-    that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out, and the
-    prior keeps depth, which a small object's picture hardly shows, from flying off.
-    """
-    eye, axes, focal = view
-    centre, R, t = points.mean(0), np.eye(3), np.zeros(3)
-    keep = np.repeat(1 / np.square(prior), 3)           # (6,) stiffness of turn and way
-    turn = np.zeros(3)
-    for k in range(rounds):
-        arm = (points - centre) @ R.T                                       # (P, 3)
-        local = (centre + arm + t - eye) @ axes.T                           # (P, 3) right, down, ahead
-        X, Y, Z = local.T
-        if (Z < 1e-3).any():                            # behind the camera: no such motion
-            return np.eye(3), np.zeros(3), np.ones(len(points), bool)
-        off = 0.5 + focal * local[:, :2] / Z[:, None] - targets             # (P, 2)
-        size = np.linalg.norm(off, axis=1)
-        if k < rounds // 2:
-            weight = 1 / np.maximum(size, noise) / noise
-        else:
-            weight = 1 / (1 + (size / (2 * noise)) ** 2) / noise ** 2       # (P,)
-        zero = np.zeros_like(Z)
-        J = focal * np.stack([np.stack([1 / Z, zero, -X / Z ** 2], 1),
-                              np.stack([zero, 1 / Z, -Y / Z ** 2], 1)], 1) @ axes  # (P, 2, 3)
-        # d(point)/d(turn) is the cross product with the arm
-        cross = np.cross(np.eye(3)[None], arm[:, None], axis=-1)            # (P, 3 axes, 3)
-        J = np.concatenate([J @ cross.transpose(0, 2, 1), J], 2)            # (P, 2, 6)
-        A = np.einsum("pij,p,pik->jk", J, weight, J) + np.diag(keep)
-        b = np.einsum("pij,p,pi->j", J, weight, off) + keep * np.concatenate([turn, t])
-        step = np.linalg.solve(A, -b)
-        step *= min(1, 0.5 / np.linalg.norm(step[:3]), 0.2 / np.linalg.norm(step[3:]))
-        R, t, turn = rotation(step[:3]) @ R, t + step[3:], turn + step[:3]
-        if np.abs(step).max() < 1e-7 and k > rounds // 2:
-            break
-    return R, centre + t - R @ centre, size < 4 * noise
-
-
-def camera_motion(points, targets, view, noise):
-    """The dual (iTHOR): the scene stands still and the camera moves.  Arguments as for `fit_motion`
-    -> R, t of the camera: C = T^-1."""
-    R, t, good = fit_motion(points, targets, view, noise)
-    return R.T, -R.T @ t, good
-
-
-def unproject(places, depth, view):
-    """Places (P, 2) in [0, 1] and depth (P,) metres -> points (P, 3)."""
-    eye, axes, focal = view
-    ray = np.concatenate([(places - 0.5) / focal, np.ones((len(places), 1))], 1)
-    return eye + (ray * depth[:, None]) @ axes
-
-
-# --- from video to subgoals -----------------------------------------------------------------------
-
 POINTS = 300        # of the object that are followed
 NOISE = {"oracle": 0.1, "true": 0.7, "generated": 1.0}      # of a target, pixels
 LIFTS = 0.1         # metres: an object that rises this far is held, any other pushed
@@ -124,41 +58,6 @@ SINK = 0.01         # metres below the points seen, which are of the upper side,
 REACHED = {"grasp": 0.04, "push": 0.12}     # metres from a subgoal
 SQUEEZE = 15        # steps in which the fingers close
 STILL, PATIENCE, PLANS = 0.001, 15, 6       # metres per step, steps so, plans per episode
-
-
-def infer_motions(places, points, correspond, view, K, noise):
-    """Points of the object (P, 3), seen at places (P, 2), through a video of K pictures to come.
-
-    correspond(k, places (P', 2), kept (P',)) -> where these of the points are in the next picture
-    -> [(R, t)] * K, from each picture to the next: AVDC's incremental integration, in which the
-    points that the motion has moved are where the next flow is read.  A point that went another
-    way, as one that a hand has covered, is lost for good, as long as a fifth of all are left.
-    """
-    motions, kept, whole = [], np.arange(len(points)), len(points)
-    for k in range(K):
-        targets = correspond(k, places, kept)
-        R, t, good = fit_motion(points, targets, view, noise)
-        points = points @ R.T + t
-        if good.sum() > whole / 5:
-            points, kept = points[good], kept[good]
-        places = cameras.project(points, *view)[0]
-        motions.append((R, t))
-    return motions
-
-
-def grasp_point(points):
-    """The sample that is nearest to all others (P, 3) -> (3,): AVDC's medoid."""
-    return points[np.linalg.norm(points[:, None] - points, axis=-1).sum(1).argmin()]
-
-
-def subgoals(grasp, motions):
-    """The grasp point and where each motion takes it -> (1 + K, 3)."""
-    way = [grasp]
-    for R, t in motions:
-        way.append(R @ way[-1] + t)
-    return np.array(way)
-
-
 
 
 # --- acting ---------------------------------------------------------------------------------------
@@ -183,8 +82,8 @@ def true_future(sim, seed):
 
 
 class Actor:
-    """AVDC in a freshly reset Meta-World simulator: `actor(sim)` -> the next action (4,); `done` once
-    the task has succeeded.
+    """AVDC in a freshly reset Meta-World simulator: `actor(sim)` -> the next action (4,); `done`
+    once the task has succeeded.
 
     future: what the video is, "oracle" and "true": of the package's own policy from now on, or
     "generated"; where: the scene, as given to sim.reset; view: the camera; net: a FlowNet, for all
@@ -215,7 +114,7 @@ class Actor:
             self.contact, way = self.push(points, motions, way)
             self.stage = "over"
         else:
-            # ours: the points seen lie on the object's near side; its middle is half its width behind
+            # ours: the points seen lie on the near side; the middle is half the width behind
             across = np.ptp(points @ view[1][0])
             behind = view[1][2] * [1, 1, 0] / np.linalg.norm(view[1][2][:2])
             way = way + min(across / 2, 0.02) * behind - [0, 0, SINK]
@@ -248,7 +147,7 @@ class Actor:
         return way[0] - BACK * d / max(np.linalg.norm(d), 1e-6) - [0, 0, LOWER], way - [0, 0, LOWER]
 
     def room(self, point):
-        """Whether the first picture shows nothing but robot before or at this point and above it."""
+        """Whether the first picture shows nothing but robot before this point and above it."""
         column = point + np.outer([0.0, 0.04, 0.08, 0.12, 0.16], [0, 0, 1])  # (5, 3)
         sim = self.sim
         eye, axes, focal = sim.camera.pose(sim.data, self.view)
@@ -260,8 +159,8 @@ class Actor:
         return bool((robot | (geom < 0) | (far > local[:, 2])).all())
 
     def object_points(self):
-        """What the first picture shows of the object: places (P, 2), points (P, 3), the picture; and
-        the bodies that they are on and where, (P,), (P, 3), for the exact correspondence."""
+        """What the first picture shows of the object: places (P, 2), points (P, 3), the picture;
+        and the bodies that they are on and where, (P,), (P, 3), for the exact correspondence."""
         sim = self.sim
         picture = sim.camera.picture(sim.data, self.view)
         rows, columns = np.nonzero(sim.camera.mask(sim.data, self.view, sim.label) == 2)
@@ -278,7 +177,7 @@ class Actor:
         return places[own], points, picture, (body[own], local[own])
 
     def correspondence(self, picture, fixed):
-        """-> correspond(k, places, kept) as for `infer_motions`, and the camera: eye, axes, focal length."""
+        """-> correspond(k, places, kept) as for `infer_motions`; eye, axes, focal length."""
         sim = self.sim
         view = sim.camera.pose(sim.data, self.view)
         if self.future == "generated":
@@ -347,7 +246,8 @@ def film_picture(actor, step):
     cells = [extract.caption(picture, f"{actor.mode}, {actor.stage}, step {step}", 16)]
     if getattr(actor, "pictures", None):
         k = video_planner.FRAMES - len(actor.way) if actor.stage == "follow" else 0
-        imagined = np.kron(actor.pictures[min(k, len(actor.pictures) - 1)], np.ones((3, 3, 1), np.uint8))
+        imagined = actor.pictures[min(k, len(actor.pictures) - 1)]
+        imagined = np.kron(imagined, np.ones((3, 3, 1), np.uint8))
         cells.append(extract.caption(imagined, f"{actor.future} {k}", 16))
     return np.concatenate(cells, 1)
 
@@ -378,8 +278,8 @@ def run_task(job):
             if success:
                 break
         if pictures:
-            name = f"flow-{config.future}_films/{task}_{view}_{'success' if success else 'failure'}.mp4"
-            rollout.write_film(runs / name, pictures)
+            name = f"{task}_{view}_{'success' if success else 'failure'}.mp4"
+            rollout.write_film(runs / f"flow-{config.future}_films" / name, pictures)
         outcomes.append((bool(success), step))
         run_task.progress.put(1)
     sim.close()
@@ -410,16 +310,16 @@ def main(argv=None):
     seconds = time.time() - begin
     about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
     plan = f"flow-{config.future}" + "-once" * (not config.replan)
-    r = results.result(about, None, config.suite, found, seconds)
+    r = result(about, None, config.suite, found, seconds)
     r |= {"plan": plan, "action_demos": 0, "views": config.views, "counts": "ever succeeded"}
     for task, count in r["tasks"].items():
-        print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   ({count['steps']:.0f} steps)")
+        print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}")
     part = f"_{len(names)}tasks" * (len(names) < len(sims.tasks(config.suite)))
     path = Path(config.results) / f"{config.suite}_{plan}{part}.json"
     core.write(path, json.dumps(r, indent=1) + "\n")
     low, high = r["interval"]
-    print(f"{config.suite} {plan}: {r['success']}/{r['episodes']} = "
-          f"{100 * r['success'] / r['episodes']:.1f} % [{100 * low:.1f}, {100 * high:.1f}] -> {path}")
+    share = f"{r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} %"
+    print(f"{config.suite} {plan}: {share} [{100 * low:.1f}, {100 * high:.1f}] -> {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""flow.py and avdc.py: rigid motion from a picture, subgoals, the flow network, a scene solved."""
+"""motion.py, flow.py and avdc.py: rigid motion from a picture, subgoals, the flow network, a scene solved."""
 
 import numpy as np
 import pytest
@@ -9,6 +9,7 @@ import avdc
 import cameras
 import core
 import flow
+import motion
 import sims
 
 VIEW = (np.array([0.1, -0.9, 0.8]), Rotation.from_euler("x", -2.2).as_matrix(), 1.1)    # eye, axes, focal length
@@ -21,32 +22,32 @@ def scene(spread=0.25, P=1500, seed=0):
     return points, cameras.project(points, *VIEW)[0], rng
 
 
-def motion():
+def moves():
     return Rotation.from_rotvec([0.1, -0.2, 0.3]).as_matrix(), np.array([0.03, -0.05, 0.04])
 
 
 def test_unproject_is_the_inverse_of_project():
     points, places, _ = scene()
     depth = cameras.project(points, *VIEW)[1]
-    assert np.allclose(avdc.unproject(places, depth, VIEW), points)
+    assert np.allclose(motion.unproject(places, depth, VIEW), points)
 
 
 def test_motion_is_recovered():
     points, _, _ = scene()
-    R, t = motion()
+    R, t = moves()
     targets = cameras.project(points @ R.T + t, *VIEW)[0]
-    found_R, found_t, good = avdc.fit_motion(points, targets, VIEW, 1e-4)
+    found_R, found_t, good = motion.fit_motion(points, targets, VIEW, 1e-4)
     assert np.allclose(found_R, R, atol=1e-3) and np.allclose(found_t, t, atol=1e-3) and good.all()
 
 
 def test_motion_is_recovered_from_noise_and_outliers():
     """Half a pixel of noise (of 480) and 30 % outliers: turn and way to 1e-3."""
     points, _, rng = scene(P=20000)
-    R, t = motion()
+    R, t = moves()
     targets = cameras.project(points @ R.T + t, *VIEW)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
     wrong = rng.random(len(points)) < 0.3
     targets[wrong] = rng.random((wrong.sum(), 2))
-    found_R, found_t, good = avdc.fit_motion(points, targets, VIEW, 0.5 / 480)
+    found_R, found_t, good = motion.fit_motion(points, targets, VIEW, 0.5 / 480)
     middle = points.mean(0)
     assert Rotation.from_matrix(found_R @ R.T).magnitude() < 1e-3
     assert np.linalg.norm(found_R @ middle + found_t - R @ middle - t) < 1e-3
@@ -55,13 +56,13 @@ def test_motion_is_recovered_from_noise_and_outliers():
 
 def test_camera_motion_is_recovered():
     points, _, rng = scene(P=20000)
-    R, t = motion()
+    R, t = moves()
     eye, axes, focal = VIEW
     moved = (R @ eye + t, axes @ R.T, focal)        # the camera after its own rigid motion
     targets = cameras.project(points, *moved)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
     wrong = rng.random(len(points)) < 0.3
     targets[wrong] = rng.random((wrong.sum(), 2))
-    found_R, found_t, _ = avdc.camera_motion(points, targets, VIEW, 0.5 / 480)
+    found_R, found_t, _ = motion.camera_motion(points, targets, VIEW, 0.5 / 480)
     assert Rotation.from_matrix(found_R @ R.T).magnitude() < 1e-3
     assert np.linalg.norm(found_R @ eye + found_t - moved[0]) < 2e-3
 
@@ -69,13 +70,13 @@ def test_camera_motion_is_recovered():
 def test_a_small_object_does_not_fly_off():
     """Fifty points within 2 cm and a pixel of noise of 96: the prior holds depth within 10 cm."""
     points, places, rng = scene(spread=0.01, P=50)
-    R, t, _ = avdc.fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
+    R, t, _ = motion.fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
     assert np.linalg.norm(points @ R.T + t - points, axis=1).max() < 0.1
 
 
 def test_integration_follows_the_object_and_loses_covered_points():
     points, places, _ = scene(spread=0.1, P=200)
-    steps = [motion()] * 3
+    steps = [moves()] * 3
     world = [points]
     for R, t in steps:
         world.append(world[-1] @ R.T + t)
@@ -86,15 +87,15 @@ def test_integration_follows_the_object_and_loses_covered_points():
         there[kept < 60 * (k == 1)] = 0.5         # a hand covers some in the second step
         return there
 
-    found = avdc.infer_motions(places, points, correspond, VIEW, 3, 1e-4)
-    way = avdc.subgoals(avdc.grasp_point(points), found)
-    true = avdc.subgoals(avdc.grasp_point(points), steps)
+    found = motion.infer_motions(places, points, correspond, VIEW, 3, 1e-4)
+    way = motion.subgoals(motion.grasp_point(points), found)
+    true = motion.subgoals(motion.grasp_point(points), steps)
     assert way.shape == (4, 3) and np.allclose(way, true, atol=1e-3)
 
 
 def test_grasp_point_is_the_medoid():
     points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]], float)
-    assert avdc.grasp_point(points).tolist() == [0.2, 0.2, 0]
+    assert motion.grasp_point(points).tolist() == [0.2, 0.2, 0]
 
 
 def test_sample_flow_reads_between_pixels():

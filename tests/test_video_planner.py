@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import core
+import diffusion
 import train
 import video_planner
 from conftest import COMMON, SIZE, equal, run_and_kill
@@ -36,24 +37,24 @@ def clip(B=2, size=SIZE):
 
 
 def test_schedule_falls_from_signal_to_noise():
-    kept = video_planner.cosine_schedule(100)
+    kept = diffusion.cosine_schedule(100)
     assert kept.shape == (100,) and (kept[1:] < kept[:-1]).all()
     assert kept[0] > 0.999 and kept[-1] < 1e-4
 
 
 @pytest.mark.parametrize("t", [0, 50, 90])
 def test_velocity_and_back(t):
-    x0, noise, a = torch.randn(3, 4), torch.randn(3, 4), video_planner.cosine_schedule(100)[t]
-    x = video_planner.add_noise(x0, noise, a)
-    v = video_planner.velocity(x0, noise, a)
-    for found, true in zip(video_planner.from_velocity(x, v, a), (x0, noise)):
+    x0, noise, a = torch.randn(3, 4), torch.randn(3, 4), diffusion.cosine_schedule(100)[t]
+    x = diffusion.add_noise(x0, noise, a)
+    v = diffusion.velocity(x0, noise, a)
+    for found, true in zip(diffusion.from_velocity(x, v, a), (x0, noise)):
         assert torch.allclose(found, true, atol=1e-5)
-    assert torch.allclose(video_planner.from_noise(x, noise, a)[0], x0, atol=1e-3)
+    assert torch.allclose(diffusion.from_noise(x, noise, a)[0], x0, atol=1e-3)
 
 
 def test_loss_weight():
     a = torch.tensor([0.0, 0.5, 0.9])    # signal to noise 0, 1 and 9
-    weight = video_planner.loss_weight
+    weight = diffusion.loss_weight
     assert torch.allclose(weight(a, "v"), torch.tensor([0, 0.5, 0.5]))
     assert torch.allclose(weight(a, "x0"), torch.tensor([1.0, 2, 5]))
     assert torch.equal(weight(a, "eps"), torch.ones(3))
@@ -61,11 +62,11 @@ def test_loss_weight():
 
 def test_ddim_with_all_steps_and_eta_1_is_ddpm():
     """The mean and variance of every step are those of the posterior (Ho et al., 2020, eq. 6-7)."""
-    kept = video_planner.cosine_schedule(50)
+    kept = diffusion.cosine_schedule(50)
     for t in (49, 20, 1):
         a, before, x, x0 = kept[t], kept[t - 1], torch.tensor(0.7), torch.tensor(-0.3)
         noise = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        step = lambda fresh: video_planner.ddim_step(x, x0, noise, a, before, 1.0, fresh)
+        step = lambda fresh: diffusion.ddim_step(x, x0, noise, a, before, 1.0, fresh)
         alpha = a / before
         mean = (before.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - before) * x) / (1 - a)
         spread = ((1 - before) / (1 - a) * (1 - alpha)).sqrt()
@@ -75,14 +76,14 @@ def test_ddim_with_all_steps_and_eta_1_is_ddpm():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_a_gaussian_with_its_exact_denoiser(eta):
-    kept, mu, s = video_planner.cosine_schedule(100), 0.4, 0.5
+    kept, mu, s = diffusion.cosine_schedule(100), 0.4, 0.5
     torch.manual_seed(0)
     x = torch.randn(20000)
     for t in range(99, -1, -1):
         a, before = kept[t], kept[t - 1] if t else torch.tensor(1.0)
         x0 = mu + a.sqrt() * s ** 2 / (a * s ** 2 + 1 - a) * (x - a.sqrt() * mu)    # E[x0 | x]
         noise = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        x = video_planner.ddim_step(x, x0, noise, a, before, eta, torch.randn_like(x))
+        x = diffusion.ddim_step(x, x0, noise, a, before, eta, torch.randn_like(x))
     assert abs(x.mean() - mu) < 0.02 and abs(x.std() - s) < 0.02
 
 
@@ -95,20 +96,20 @@ def test_starts_as_an_image_network():
     net = small().net
     torch.nn.init.normal_(net.last[-1].weight)      # else it says zeros
     for block in net.modules():
-        if isinstance(block, video_planner.ResBlock):
+        if isinstance(block, diffusion.ResBlock):
             torch.nn.init.normal_(block.conv2.space.weight, std=0.1)
     x, seen, t, task = torch.randn(1, FRAMES, 3, 32, 32), torch.randn(1, 3, 32, 32), torch.tensor([5]), torch.randn(1, 384)
     whole = net(x, seen, t, task)
     for f in (0, 3):
         alone = net(x[:, f:f + 1].expand(-1, FRAMES, -1, -1, -1).contiguous(), seen, t, task)
         assert torch.allclose(whole[:, f], alone[:, f], atol=1e-5)
-    conv = next(m for m in net.modules() if isinstance(m, video_planner.VideoConv))
+    conv = next(m for m in net.modules() if isinstance(m, diffusion.VideoConv))
     torch.nn.init.normal_(conv.time.weight)
     assert not torch.allclose(whole[:, 0], net(x, seen, t, task)[:, 0], atol=1e-3)
 
 
 def test_convolution_in_time_is_conv1d():
-    conv = video_planner.VideoConv(4, 6)
+    conv = diffusion.VideoConv(4, 6)
     torch.nn.init.normal_(conv.time.weight)
     x = torch.randn(2 * FRAMES, 4, 5, 3)
     y = conv.space(x).unflatten(0, (2, FRAMES))                             # (B, F, C, H, W)
