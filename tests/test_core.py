@@ -1,4 +1,4 @@
-"""core.py: attention, image encoder, training and its continuation, checkpoints, flags."""
+"""core.py and train.py: attention, image encoder, training and its continuation, checkpoints, flags."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""executor.py: what it sees in training is what it sees when acting; the planner stays frozen."""
+"""executor.py and policy.py: what it sees in training is what it sees when acting; the planner stays frozen."""
 
 from copy import deepcopy
 

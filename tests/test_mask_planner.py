@@ -366,7 +366,7 @@ def test_seed_decides_weights_and_batches(data, tmp_path):
     for seed in ("0", "1", "0"):
         torch.rand(7)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(core, "fit", fit)
+            patch.setattr(train, "fit", fit)
             mask_planner.main([*PLANNER, "--seed", seed, "--data", str(data), "--out", str(tmp_path)])
     (a, x), (b, y), (c, z) = start.values()
     assert all(torch.equal(a[k], c[k]) for k in a) and not torch.equal(a["place"], b["place"])
