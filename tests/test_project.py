@@ -18,7 +18,9 @@ from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
 
 IMPORTS = {     # file -> what of ours it may import; reading order
     "cameras": set(), "sims": {"cameras"}, "experts": set(), "core": set(),
-    "extract": {"cameras", "core", "sims", "experts"},
+    "episodes": {"core", "sims"},
+    "annotate": {"core", "episodes"},
+    "extract": {"annotate", "cameras", "core", "episodes", "sims", "experts"},
     "places": set(),
     "mask_planner": {"core", "extract", "sims", "places"},
     "track_planner": {"core", "extract", "sims"},
