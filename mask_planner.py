@@ -335,7 +335,7 @@ def load_planner(path, device="cpu"):
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
+    names = extract.choose_tasks(config.suite, config.tasks, config.data)
     path = Path(config.out) / config.suite / "mask.pt"
     if config.show and not path.exists():
         core.fail(f"no planner {path} to show: train it with python mask_planner.py --suite {config.suite}")

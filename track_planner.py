@@ -251,16 +251,17 @@ def make_batch(episodes, camera, episode, t, rng, config, number=None):
             "seen": seen[:, 1:], "before": tracks[:, :1]}
 
 
-def cameras_of(config):
-    """Any point is followed in both cameras, by the same network; the hand is seen by the third person."""
-    return sims.CAMERAS if config.points == "any" else sims.CAMERAS[:1]
+def cameras_of(config, episodes):
+    """Those that the data has.  Any point is followed in both cameras, by the same network; the hand is seen by the third person."""
+    there = [c for c in sims.CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
+    return there if config.points == "any" else there[:1]
 
 
 def training_batch(episodes, step, config):
     """Random frames for one training step, the same number of each camera."""
     episode, t, rng = episodes.draw(step, config.batch, config.seed)
     parts = [make_batch(episodes, camera, e, s, rng, config) for camera, e, s in
-             zip(cameras_of(config), *(np.array_split(x, len(cameras_of(config))) for x in (episode, t)))]
+             zip(cameras_of(config, episodes), *(np.array_split(x, len(cameras_of(config, episodes))) for x in (episode, t)))]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
@@ -273,7 +274,7 @@ def validate(planner, episodes, samples=300, seed=1):
     """
     config, device = planner.config, next(planner.parameters()).device
     scores = {}
-    for camera in cameras_of(config):
+    for camera in cameras_of(config, episodes):
         errors, counted = {name: [] for name in ("planner", "stay", "keep on")}, []
         for step in range(-(-samples // 50)):
             episode, t, rng = episodes.draw(step, 50, seed)
@@ -312,7 +313,7 @@ def show(planner, episodes, columns=4, seed=3):
     config, device, rows = planner.config, next(planner.parameters()).device, []
     for step in range(columns):
         cells = []
-        for camera in cameras_of(config):
+        for camera in cameras_of(config, episodes):
             episode, t, rng = episodes.draw(step, 1, seed)
             batch = make_batch(episodes, camera, episode, t, rng, config, number=64)
             tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
@@ -335,7 +336,7 @@ def load_planner(path, device="cpu"):
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
+    names = extract.choose_tasks(config.suite, config.tasks, config.data)
     usual = "language" if config.points == "any" and not sims.is_metaworld(config.suite) else "image"
     config.goal = config.goal or usual
     name = {"any": "track", "ee": "ee"}[config.points] + f"-{config.goal}" * (config.goal != usual)
