@@ -52,18 +52,21 @@ class Episodes:
             *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS), "hand")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
-        self.suite, self.tasks, self.seconds = suite, tasks, 0.0  # seconds of one core that the episodes took to make
+        self.suite, self.tasks, self.seconds, wanted = suite, tasks, 0.0, demos  # seconds of one core that the episodes took to make
         self.arrays, length, task, text = {key: [] for key in self.KEYS}, [], [], []
         for k, name in enumerate(tasks):
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
+                demos = wanted
+                if f["data"].attrs["source"] == "video":  # as many as there are: no simulator makes more
+                    demos = min(wanted, len(f["data"]) - HELD_OUT)
                 names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
                                                range(HELD_OUT, HELD_OUT + demos))]
                 if any(n not in f["data"] for n in names):
                     fail(f"{path} holds {len(f['data']) - HELD_OUT} videos, not {demos}: "
                          f"python extract.py --suite {suite} --demos {demos}")
                 for n in names:
-                    for key in self.KEYS:
+                    for key in self.KEYS if f["data"].attrs["source"] != "video" else filter(f["data"][n].get, self.KEYS):
                         self.arrays[key].append(mapped(f["data"][n][key]))
                     length.append(int(f["data"][n].attrs["num_samples"]))
                     self.seconds += float(f["data"][n].attrs.get("seconds", 0))
@@ -147,11 +150,12 @@ def sheet(episodes, columns=6):
         t = np.linspace(0, episodes.length[e] - 1, columns).astype(int)
         seen = episodes.gather("obs/agentview_rgb", e, t)  # (columns, H, W, 3)
         masks = episodes.gather("masks", e, t)
-        wrist = episodes.gather("obs/eye_in_hand_rgb", e, t)
-        seen = [draw_masks(a, m) for a, m in zip(seen, masks)]
+        views = [c for c in sims.CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]  # a video has no camera on the hand
+        pictures = [[draw_masks(a, m) for a, m in zip(seen, masks)]]
+        pictures += [episodes.gather(f"obs/{c}_rgb", e, t) for c in views[1:]]
         ways = {(what, c): episodes.gather(f"{what}/{c}", e, t[:, None] + np.arange(16))[:, :, ::4]  # (columns, 16, K / 4, ...)
-                for what in ("tracks", "visible") for c in sims.CAMERAS}
+                for what in ("tracks", "visible") for c in views}
         pairs = [np.concatenate([draw_tracks(picture, ways["tracks", c][i], ways["visible", c][i])
-                                 for c, picture in zip(sims.CAMERAS, both)], 1) for i, both in enumerate(zip(seen, wrist))]
+                                 for c, picture in zip(views, both)], 1) for i, both in enumerate(zip(*pictures))]
         rows.append(caption(np.concatenate(pairs, 1), f"{k} {name.replace('_', ' ')} ({episodes.length[e]} steps)"))
     return np.concatenate(rows)

@@ -2,6 +2,7 @@
 
     python extract.py --suite libero_spatial --demos 20          # two processes, continues where it was stopped
     python extract.py --suite libero_spatial --show              # the data as a picture
+    python extract.py --video clip.mp4 --objects "robot arm. black bowl. plate." --suite my_videos --tracks flow
 
 One file per task, data/<suite>/<task>.hdf5, in the robomimic/LIBERO layout (A action, S state numbers):
 
@@ -37,6 +38,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+import annotate
 import cameras
 import core
 import experts
@@ -65,8 +67,15 @@ class Config:
                      choices=list(TEXTS))
     workers: int = flag(2, "processes", minimum=1)
     data: str = flag("data", "folder of the data files")
+    video: str = flag("", "a film, a folder of its pictures, or a folder of films: no simulator, see annotate.py")
+    objects: str = flag("", "with --video: what to segment, the robot first, each name with a full stop")
+    masks: str = flag("sam", "with --video: sam is Grounding DINO, Segment Anything and SAM 2", choices=["sam"])
+    tracks: str = flag("cotracker", "with --video: flow needs no weights", choices=["cotracker", "flow"])
+    threshold: float = flag(annotate.BOX, "with --video: least score of a found object", minimum=0)
+    weights: str = flag("", "with --video: folder of the models, before the usual caches")
+    download: bool = flag(False, "with --video: fetch the weights that are missing")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
-    device: str | None = flag(None, "unused here; the same flags everywhere")
+    device: str | None = flag(None, "of the models that --video needs")
     PRESETS = {"laptop": {"demos": 20, "size": 96}, "paper": {"demos": 50, "size": 128}}  # as the planner's
 
 
@@ -217,6 +226,11 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
         path = Path(data) / suite / f"{task}.hdf5"
         parts = path.with_suffix("")
         there, look = NOISE if noise is None else noise, render or "fast"
+        if is_video(path):
+            with open_data(path) as f:
+                if f["data"].attrs["size"] != size:
+                    fail(f"{path} holds {f['data'].attrs['size']} px pictures, not {size} px: give --size, or annotate again")
+            continue
         if path.exists():
             with open_data(path) as f:
                 have, attrs = len(f["data"]), dict(f["data"].attrs)
@@ -299,10 +313,100 @@ def watch(results, queue, jobs, total, what):
                 bar.update(queue.get())
 
 
+# ---------------------------------------------------------------------------------------------- videos
+
+PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
+
+
+def is_video(path):
+    """Whether a data file holds annotated videos: no actions, no states, one camera."""
+    if not path.exists():
+        return False
+    with open_data(path) as f:
+        return f["data"].attrs["source"] == "video"
+
+
+def choose_tasks(suite, chosen, data):
+    """As sims.choose_tasks, and for a folder of annotated videos the names of its files."""
+    files = sorted((Path(data) / suite).glob("*.hdf5"))
+    if suite in sims.SUITES or suite in sims.METAWORLD or not files or not is_video(files[0]):
+        return sims.choose_tasks(suite, chosen)
+    names, picked = [p.stem for p in files], [w.strip() for w in chosen.split(",") if w.strip()]
+    picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in picked]
+    for word in picked:
+        if word not in names:
+            fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} or a name such as {names[0]}")
+    return picked or names
+
+
+def episodes_of(path):
+    """A folder of films -> those, one episode each; anything else -> itself, to be cut into pieces."""
+    path = Path(path)
+    films = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv", ".webm")) \
+        if path.is_dir() else []
+    if films and len(films) <= HELD_OUT:
+        fail(f"{path} holds {len(films)} films: {HELD_OUT} are held out, so give {HELD_OUT + 1} or more, or one film itself")
+    return films or [path]
+
+
+def annotate_video(config):
+    """--video: everything is computed first, then the file is written, so that nothing is left of a failed run."""
+    import cv2
+    objects = [word.strip() for word in config.objects.split(".") if word.strip()]
+    if not objects:
+        fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
+    if config.suite in sims.SUITES or config.suite in sims.METAWORLD:
+        fail(f"--suite {config.suite} is a simulator's: give the videos a name of their own, such as --suite my_videos")
+    path = Path(config.data) / config.suite / f"{Path(config.video).stem.replace(' ', '_')}.hdf5"
+    if path.exists():
+        fail(f"{path} exists: delete it, or choose another --suite or --data folder")
+    films, made = episodes_of(config.video), []
+    for film in films:
+        begin, frames = time.time(), annotate.read_video(film, max(config.size, annotate.WORK))
+        if len(films) == 1 and len(frames) < (HELD_OUT + 1) * SHORTEST:
+            fail(f"{film} has {len(frames)} frames, which make no {HELD_OUT + 1} episodes of {SHORTEST}: give a longer one")
+        rest = config.weights, config.download, config.device
+        masks = annotate.video_masks(frames, objects, *rest, config.threshold)  # (T, H, W)
+        tracks, visible = annotate.video_tracks(frames, config.tracks, 256, 0, *rest)
+        small = lambda pictures, how: np.stack([cv2.resize(p, (config.size,) * 2, interpolation=how) for p in pictures])
+        hand = np.stack([np.argwhere(m == 1).mean(0)[::-1] / len(m) if (m == 1).any() else [-9, -9] for m in masks])
+        episode = {"obs/agentview_rgb": small(frames, cv2.INTER_AREA), "masks": small(masks, cv2.INTER_NEAREST),
+                   "tracks/agentview": tracks.clip(-9, 9).astype(np.float16), "visible/agentview": visible,
+                   "hand": hand.astype(np.float16)}  # differs: the middle of the robot's mask, as nothing says where its hand is
+        pieces = min(PIECES, len(frames) // SHORTEST) if len(films) == 1 else 1
+        for rows in np.array_split(np.arange(len(frames)), pieces):
+            made.append({k: v[rows] for k, v in episode.items()} | {"seconds": (time.time() - begin) / pieces})
+        print(f"{film}: {len(frames)} frames, " + ", ".join(
+            f"{name} in {(masks == k).any((1, 2)).mean():.0%}" for k, name in enumerate(objects, 1)))
+    write_videos(path, made, config, objects)
+    print(f"videos: {len(made)} episodes -> {path}   next: python mask_planner.py --suite {config.suite}")
+
+
+def write_videos(path, made, config, objects):
+    """Episodes of annotated videos as one data file, all or nothing."""
+    language = path.stem.replace("_", " ")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path.with_suffix(".tmp"), "w") as f:
+        for i, episode in enumerate(made):
+            demo = f.create_group(f"data/demo_{i}")
+            demo.attrs.update(num_samples=len(episode["masks"]), seconds=episode.pop("seconds"))
+            for key, value in episode.items():
+                demo[key] = value
+        f["data"].attrs.update(total=sum(len(e["masks"]) for e in made), task=path.stem, size=config.size, source="video",
+                               language_instruction=language, text_embedding=embed(language, config.text), text=config.text,
+                               objects=objects, cameras=["agentview"], render="video", mask_source=config.masks,
+                               track_source=config.tracks, problem_info=json.dumps({"language_instruction": language}))
+        names = [f"demo_{i}" for i in range(len(made))]
+        f["mask/valid"], f["mask/train"] = np.array(names[:HELD_OUT], "S"), np.array(names[HELD_OUT:], "S")
+    os.replace(path.with_suffix(".tmp"), path)
+
+
 def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     config = core.parse(Config, "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
+    if config.video:
+        annotate_video(config)
+    names = choose_tasks(config.suite, config.tasks, config.data)
     ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
            config.render + "+goal" * config.show_goal, config.workers, config.text)
     episodes = Episodes(config.data, config.suite, names, config.demos)
