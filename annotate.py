@@ -14,6 +14,7 @@ Tracks  CoTracker through torch.hub (CC-BY-NC: not part of this repository), or 
 Weights are looked for in `--weights DIR`, then in the usual caches, and fetched with --download only.
 Sizes: T frames, H W pixels, K points, N objects.  Frames are (T, H, W, 3) uint8.
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -53,6 +54,7 @@ def read_video(path, size):
         fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
     if path.is_dir():
         return read_pictures(path, size)
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # quiet: we say ourselves what is wrong with a film
     film, frames = cv2.VideoCapture(str(path)), []
     said = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
     while True:
@@ -113,7 +115,9 @@ def cotracker(weights, download, device):
     if weights and (local / "hubconf.py").exists():
         name, source, file = str(local), "local", local / TRACKER_FILE
     else:
-        name, source, file = (TRACKER, "github", None) if download else (str(cached), "local", hub / "checkpoints" / TRACKER_FILE)
+        name, source, file = str(cached), "local", hub / "checkpoints" / TRACKER_FILE
+        if download:
+            name, source = TRACKER, "github"
     if source == "local" and not (Path(name, "hubconf.py").exists() and file.exists()):
         fail(f"no CoTracker ({TRACKER} and {TRACKER_FILE}) in {local if weights else hub}: give --download, or put a "
              f"clone and https://huggingface.co/facebook/cotracker3/resolve/main/{TRACKER_FILE} in DIR/co-tracker and "
