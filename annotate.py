@@ -227,7 +227,8 @@ def carry(place, there, back):
 def flow_tracks(frames, when, where):
     """Points seen at frames `when` (K,), places `where` (K, 2) in [0, 1], followed both ways by DIS optical flow.
 
-    -> tracks (T, K, 2) in [0, 1], visible (T, K) bool.  ours: a point once lost goes on with the flow, hidden.
+    -> tracks (T, K, 2) in [0, 1], visible (T, K) bool.  ours: a point once lost stays where it was, hidden:
+    what hides it would drag it along.
     """
     import cv2
     T, H, W = frames.shape[:3]
@@ -243,7 +244,9 @@ def flow_tracks(frames, when, where):
             if run.any():
                 there, back = dis.calc(grey[t], grey[t + step], None), dis.calc(grey[t + step], grey[t], None)
                 new, kept = carry(tracks[t, run], there, back)
-                tracks[t + step, run], visible[t + step, run] = new, visible[t, run] & kept
+                kept &= visible[t, run]
+                tracks[t + step, run] = np.where(kept[:, None], new, tracks[t, run])
+                visible[t + step, run] = kept
     return (tracks + 0.5) / [W, H], visible
 
 

@@ -42,6 +42,7 @@ import annotate
 import cameras
 import core
 import experts
+import grade
 import sims
 from core import fail, flag
 from episodes import (COLOURS, HELD_OUT, Episodes, caption, draw_masks, draw_tracks, mapped,  # noqa: F401
@@ -69,11 +70,12 @@ class Config:
     data: str = flag("data", "folder of the data files")
     video: str = flag("", "a film, a folder of its pictures, or a folder of films: no simulator, see annotate.py")
     objects: str = flag("", "with --video: what to segment, the robot first, each name with a full stop")
-    masks: str = flag("sam", "with --video: sam is Grounding DINO, Segment Anything and SAM 2", choices=["sam"])
-    tracks: str = flag("cotracker", "with --video: flow needs no weights", choices=["cotracker", "flow"])
+    masks: str = flag("sam", "of --video and --grade: sam is Grounding DINO, Segment Anything and SAM 2; sim is the simulator's truth", choices=["sam", "sim"])
+    tracks: str = flag("cotracker", "of --video and --grade: flow needs no weights; sim is the simulator's truth", choices=["cotracker", "flow", "sim"])
     threshold: float = flag(annotate.BOX, "with --video: least score of a found object", minimum=0)
     weights: str = flag("", "with --video: folder of the models, before the usual caches")
     download: bool = flag(False, "with --video: fetch the weights that are missing")
+    grade: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; writes results/<suite>_grade.json")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
     device: str | None = flag(None, "of the models that --video needs")
     PRESETS = {"laptop": {"demos": 20, "size": 96}, "paper": {"demos": 50, "size": 128}}  # as the planner's
@@ -355,6 +357,8 @@ def annotate_video(config):
     objects = [word.strip() for word in config.objects.split(".") if word.strip()]
     if not objects:
         fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
+    if "sim" in (config.masks, config.tracks):
+        fail("a video has no simulator: --masks sam, --tracks cotracker or flow")
     if config.suite in sims.SUITES or config.suite in sims.METAWORLD:
         fail(f"--suite {config.suite} is a simulator's: give the videos a name of their own, such as --suite my_videos")
     path = Path(config.data) / config.suite / f"{Path(config.video).stem.replace(' ', '_')}.hdf5"
@@ -380,6 +384,26 @@ def annotate_video(config):
             f"{name} in {(masks == k).any((1, 2)).mean():.0%}" for k, name in enumerate(objects, 1)))
     write_videos(path, made, config, objects)
     print(f"videos: {len(made)} episodes -> {path}   next: python mask_planner.py --suite {config.suite}")
+
+
+def grade_annotators(config, episodes):
+    """--grade: the first video of each task, beside the trivial answers."""
+    if is_video(Path(config.data) / config.suite / f"{episodes.tasks[0]}.hdf5"):
+        fail(f"{config.suite} holds videos without truth: grade on a simulator's suite, such as --suite libero_spatial")
+    names = [word.strip() for word in config.objects.split(".") if word.strip()]
+    if config.masks == "sam" and len(names) != len(episodes.objects):
+        fail(f"--objects names {len(names)} objects, the data has {len(episodes.objects)}: say what {', '.join(episodes.objects)} "
+             'look like, such as --objects "robot arm. black bowl. plate.", or give --masks sim')
+    begin, episodes = time.time(), Episodes(config.data, config.suite, episodes.tasks, 1)
+    found = grade.grade(episodes, config.tracks, config.masks, names, config.weights, config.download, config.device,
+                        config.threshold)
+    about = {"suite": config.suite, "size": episodes.size, "tasks": len(episodes.tasks), "seconds": round(time.time() - begin, 1),
+             "command": f"python extract.py --suite {config.suite} --grade --masks {config.masks} --tracks {config.tracks}", "versions": sims.versions()}
+    print(grade.table(found))
+    path = Path("results") / f"{config.suite}_grade.json"
+    path.parent.mkdir(exist_ok=True)
+    core.write(path, json.dumps(about | found, indent=1) + "\n")
+    print(f"grades: {path}")
 
 
 def write_videos(path, made, config, objects):
@@ -412,6 +436,8 @@ def main(argv=None):
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out")
+    if config.grade:
+        grade_annotators(config, episodes)
     if config.show:
         import imageio.v3 as iio
         path = Path(config.data) / f"{config.suite}.png"
