@@ -2,6 +2,7 @@
 
     python extract.py --suite libero_spatial --demos 20          # two processes, continues where it was stopped
     python extract.py --suite libero_spatial --show              # the data as a picture
+    python extract.py --video clip.mp4 --objects "robot arm. black bowl. plate." --suite my_videos --tracks flow
 
 One file per task, data/<suite>/<task>.hdf5, in the robomimic/LIBERO layout (A action, S state numbers):
 
@@ -37,17 +38,19 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+import annotate
 import cameras
 import core
 import experts
+import grade
 import sims
 from core import fail, flag
+from episodes import (COLOURS, HELD_OUT, Episodes, caption, draw_masks, draw_tracks, mapped,  # noqa: F401
+                      open_data, sheet)
 
-HELD_OUT = 2  # validation episodes per task
 NOISE = 0.1  # on the executed motion, see `record`
 RETRY = 100_000  # episode i is sampled with seed i; if the expert fails there, with i + RETRY, and so on
 TEXTS = {"minilm": "", "bert": "bert-base-cased", "clip": "openai/clip-vit-base-patch32"}  # names in the hub's cache
-COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]], np.uint8)
 
 
 @dataclass
@@ -65,8 +68,16 @@ class Config:
                      choices=list(TEXTS))
     workers: int = flag(2, "processes", minimum=1)
     data: str = flag("data", "folder of the data files")
+    video: str = flag("", "a film, a folder of its pictures, or a folder of films: no simulator, see annotate.py")
+    objects: str = flag("", "with --video: what to segment, the robot first, each name with a full stop")
+    masks: str = flag("sam", "of --video and --grade: sam is Grounding DINO, Segment Anything and SAM 2; sim is the simulator's truth", choices=["sam", "sim"])
+    tracks: str = flag("cotracker", "of --video and --grade: flow needs no weights; sim is the simulator's truth", choices=["cotracker", "flow", "sim"])
+    threshold: float = flag(annotate.BOX, "with --video: least score of a found object", minimum=0)
+    weights: str = flag("", "with --video: folder of the models, before the usual caches")
+    download: bool = flag(False, "with --video: fetch the weights that are missing")
+    grade: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; writes results/<suite>_grade.json")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
-    device: str | None = flag(None, "unused here; the same flags everywhere")
+    device: str | None = flag(None, "of the models that --video needs")
     PRESETS = {"laptop": {"demos": 20, "size": 96}, "paper": {"demos": 50, "size": 128}}  # as the planner's
 
 
@@ -217,6 +228,11 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
         path = Path(data) / suite / f"{task}.hdf5"
         parts = path.with_suffix("")
         there, look = NOISE if noise is None else noise, render or "fast"
+        if is_video(path):
+            with open_data(path) as f:
+                if f["data"].attrs["size"] != size:
+                    fail(f"{path} holds {f['data'].attrs['size']} px pictures, not {size} px: give --size, or annotate again")
+            continue
         if path.exists():
             with open_data(path) as f:
                 have, attrs = len(f["data"]), dict(f["data"].attrs)
@@ -299,158 +315,129 @@ def watch(results, queue, jobs, total, what):
                 bar.update(queue.get())
 
 
-# ---------------------------------------------------------------------------------------------- reading
+# ---------------------------------------------------------------------------------------------- videos
 
-def open_data(path):
-    """Opens a data file for reading; one line that names the way out if it is missing or broken."""
-    path = Path(path)
+PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
+
+
+def is_video(path):
+    """Whether a data file holds annotated videos: no actions, no states, one camera."""
     if not path.exists():
-        fail(f"no data file {path}: make it with python extract.py --suite {path.parent.name}")
-    try:
-        f = h5py.File(path, "r")
-        if "data" not in f or not len(f["data"]):
-            raise OSError("no episodes")
-        if "size" not in f["data"].attrs or not {"masks", "tracks"} <= f["data/demo_0"].keys():
-            fail(f"{path} lacks masks or tracks, so this extract.py has not made it: choose another --data folder or delete it")
-        return f
-    except OSError as error:
-        fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run "
-             f"python extract.py --suite {path.parent.name}")
+        return False
+    with open_data(path) as f:
+        return f["data"].attrs["source"] == "video"
 
 
-def mapped(dataset):
-    """A dataset as an array: what is large and lies contiguous in the file is mapped into memory, the rest is read."""
-    offset = dataset.id.get_offset()
-    if offset is None or dataset.nbytes < 1 << 14:
-        return dataset[:]
-    return np.memmap(dataset.file.filename, dataset.dtype, "r", offset, dataset.shape)
+def choose_tasks(suite, chosen, data):
+    """As sims.choose_tasks, and for a folder of annotated videos the names of its files."""
+    files = sorted((Path(data) / suite).glob("*.hdf5"))
+    if suite in sims.SUITES or suite in sims.METAWORLD or not files or not is_video(files[0]):
+        return sims.choose_tasks(suite, chosen)
+    names, picked = [p.stem for p in files], [w.strip() for w in chosen.split(",") if w.strip()]
+    picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in picked]
+    for word in picked:
+        if word not in names:
+            fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} or a name such as {names[0]}")
+    return picked or names
 
 
-class Episodes:
-    """Read-only episodes of some tasks of a suite.
-
-    split 'train' -> the first `demos` videos per task, 'valid' -> the held-out ones.
-    length (E,) steps, task (E,) index into `tasks`, text (tasks, D) their instructions' embeddings; pictures stay on disk until gathered.
-    """
-    KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
-            "obs/ee_states", "obs/joint_states", "obs/gripper_states",
-            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS), "hand")
-
-    def __init__(self, data, suite, tasks, demos, split="train"):
-        self.suite, self.tasks, self.seconds = suite, tasks, 0.0  # seconds of one core that the episodes took to make
-        self.arrays, length, task, text = {key: [] for key in self.KEYS}, [], [], []
-        for k, name in enumerate(tasks):
-            path = Path(data) / suite / f"{name}.hdf5"
-            with open_data(path) as f:
-                names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
-                                               range(HELD_OUT, HELD_OUT + demos))]
-                if any(n not in f["data"] for n in names):
-                    fail(f"{path} holds {len(f['data']) - HELD_OUT} videos, not {demos}: "
-                         f"python extract.py --suite {suite} --demos {demos}")
-                for n in names:
-                    for key in self.KEYS:
-                        self.arrays[key].append(mapped(f["data"][n][key]))
-                    length.append(int(f["data"][n].attrs["num_samples"]))
-                    self.seconds += float(f["data"][n].attrs.get("seconds", 0))
-                    task.append(k)
-                text.append(f["data"].attrs["text_embedding"])
-                self.objects = list(f["data"].attrs["objects"])
-                self.size, self.render = int(f["data"].attrs["size"]), f["data"].attrs["render"]
-        self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
-        self.start = np.concatenate([[0], np.cumsum(self.length)])  # (E + 1,) rows before each episode
-
-    def __len__(self):
-        return int(self.start[-1])
-
-    def gather(self, key, episode, t):
-        """Rows of `key`.  episode (...), t (...) integers, t beyond an episode's ends taken there -> (..., row)."""
-        episode, t = np.broadcast_arrays(episode, t)
-        t = np.clip(t, 0, self.length[episode] - 1)
-        rows = [self.arrays[key][e][i] for e, i in zip(episode.ravel(), t.ravel())]
-        return np.stack(rows).reshape(*episode.shape, *rows[0].shape)
-
-    def draw(self, step, batch, seed):
-        """Random frames for one training step, the same for the same (seed, step) -> episode (B,), t (B,), rng."""
-        rng = np.random.default_rng([seed, step])
-        row = rng.integers(len(self), size=batch)
-        episode = np.searchsorted(self.start, row, "right") - 1
-        return episode, row - self.start[episode], rng
-
-    def goal_of(self, episode, rng):
-        """For each episode one whose last frame is the goal image: a random other one of its task (PLEX) -> (B,).
-
-        differs: in Meta-World the episode itself, since each scene has a goal of its own.
-        """
-        if sims.is_metaworld(self.suite):
-            return episode
-        goal = np.empty_like(episode)
-        for k, e in enumerate(episode):
-            others = np.flatnonzero(self.task == self.task[e])
-            others = others[others != e] if len(others) > 1 else others
-            goal[k] = rng.choice(others)
-        return goal
+def episodes_of(path):
+    """A folder of films -> those, one episode each; anything else -> itself, to be cut into pieces."""
+    path = Path(path)
+    films = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in (".mp4", ".avi", ".mov", ".mkv", ".webm")) \
+        if path.is_dir() else []
+    if films and len(films) <= HELD_OUT:
+        fail(f"{path} holds {len(films)} films: {HELD_OUT} are held out, so give {HELD_OUT + 1} or more, or one film itself")
+    return films or [path]
 
 
-# ---------------------------------------------------------------------------------------------- pictures
-
-def draw_masks(image, masks, opacity=0.55):
-    """image (H, W, 3) uint8 with the masks (H, W) of 0..N laid over it in colours -> (H, W, 3) uint8."""
-    colour = COLOURS[masks % len(COLOURS)].astype(np.float32)
-    alpha = opacity * (masks > 0)[..., None]
-    return (image * (1 - alpha) + colour * alpha).clip(0, 255).astype(np.uint8)
-
-
-def draw_tracks(image, tracks, visible, scale=1):
-    """image (H, W, 3) uint8, tracks (T, K, 2) in [0, 1], visible (T, K) -> (scale H, scale W, 3) with the points' ways from
-    the first step on as tails, dark to bright, each point in a colour of its own; points hidden at first are left out."""
+def annotate_video(config):
+    """--video: everything is computed first, then the file is written, so that nothing is left of a failed run."""
     import cv2
-    from matplotlib import colormaps
-    image = np.kron(image, np.ones((scale, scale, 1), np.uint8)).copy()
-    places = np.rint(8 * tracks.astype(np.float32) * image.shape[0]).astype(np.int32)  # in eighths of a pixel
-    for k in np.flatnonzero(visible[0]):
-        colour = 255 * np.array(colormaps["hsv"](k * 0.618 % 1)[:3])
-        for t in range(len(tracks) - 1):
-            shade = 0.35 + 0.65 * (t + 1) / len(tracks)
-            cv2.line(image, places[t, k].tolist(), places[t + 1, k].tolist(), (shade * colour).tolist(), 1, cv2.LINE_AA, 3)
-    return image
+    objects = [word.strip() for word in config.objects.split(".") if word.strip()]
+    if not objects:
+        fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
+    if "sim" in (config.masks, config.tracks):
+        fail("a video has no simulator: --masks sam, --tracks cotracker or flow")
+    if config.suite in sims.SUITES or config.suite in sims.METAWORLD:
+        fail(f"--suite {config.suite} is a simulator's: give the videos a name of their own, such as --suite my_videos")
+    path = Path(config.data) / config.suite / f"{Path(config.video).stem.replace(' ', '_')}.hdf5"
+    if path.exists():
+        fail(f"{path} exists: delete it, or choose another --suite or --data folder")
+    films, made = episodes_of(config.video), []
+    for film in films:
+        begin, frames = time.time(), annotate.read_video(film, max(config.size, annotate.WORK))
+        if len(films) == 1 and len(frames) < (HELD_OUT + 1) * SHORTEST:
+            fail(f"{film} has {len(frames)} frames, which make no {HELD_OUT + 1} episodes of {SHORTEST}: give a longer one")
+        rest = config.weights, config.download, config.device
+        masks = annotate.video_masks(frames, objects, *rest, config.threshold)  # (T, H, W)
+        tracks, visible = annotate.video_tracks(frames, config.tracks, 256, 0, *rest)
+        small = lambda pictures, how: np.stack([cv2.resize(p, (config.size,) * 2, interpolation=how) for p in pictures])
+        hand = np.stack([np.argwhere(m == 1).mean(0)[::-1] / len(m) if (m == 1).any() else [-9, -9] for m in masks])
+        episode = {"obs/agentview_rgb": small(frames, cv2.INTER_AREA), "masks": small(masks, cv2.INTER_NEAREST),
+                   "tracks/agentview": tracks.clip(-9, 9).astype(np.float16), "visible/agentview": visible,
+                   "hand": hand.astype(np.float16)}  # differs: the middle of the robot's mask, as nothing says where its hand is
+        pieces = min(PIECES, len(frames) // SHORTEST) if len(films) == 1 else 1
+        for rows in np.array_split(np.arange(len(frames)), pieces):
+            made.append({k: v[rows] for k, v in episode.items()} | {"seconds": (time.time() - begin) / pieces})
+        print(f"{film}: {len(frames)} frames, " + ", ".join(
+            f"{name} in {(masks == k).any((1, 2)).mean():.0%}" for k, name in enumerate(objects, 1)))
+    write_videos(path, made, config, objects)
+    print(f"videos: {len(made)} episodes -> {path}   next: python mask_planner.py --suite {config.suite}")
 
 
-def caption(image, text, height=14):
-    """image (H, W, 3) uint8 -> (H + height, W, 3): a line of text above it."""
-    import cv2
-    bar = np.full((height, image.shape[1], 3), 255, np.uint8)
-    cv2.putText(bar, text, (2, height - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1, cv2.LINE_AA)
-    return np.concatenate([bar, image])
+def grade_annotators(config, episodes):
+    """--grade: the first video of each task, beside the trivial answers."""
+    if is_video(Path(config.data) / config.suite / f"{episodes.tasks[0]}.hdf5"):
+        fail(f"{config.suite} holds videos without truth: grade on a simulator's suite, such as --suite libero_spatial")
+    names = [word.strip() for word in config.objects.split(".") if word.strip()]
+    if config.masks == "sam" and len(names) != len(episodes.objects):
+        fail(f"--objects names {len(names)} objects, the data has {len(episodes.objects)}: say what {', '.join(episodes.objects)} "
+             'look like, such as --objects "robot arm. black bowl. plate.", or give --masks sim')
+    begin, episodes = time.time(), Episodes(config.data, config.suite, episodes.tasks, 1)
+    found = grade.grade(episodes, config.tracks, config.masks, names, config.weights, config.download, config.device,
+                        config.threshold)
+    about = {"suite": config.suite, "size": episodes.size, "tasks": len(episodes.tasks), "seconds": round(time.time() - begin, 1),
+             "command": f"python extract.py --suite {config.suite} --grade --masks {config.masks} --tracks {config.tracks}", "versions": sims.versions()}
+    print(grade.table(found))
+    path = Path("results") / f"{config.suite}_grade.json"
+    path.parent.mkdir(exist_ok=True)
+    core.write(path, json.dumps(about | found, indent=1) + "\n")
+    print(f"grades: {path}")
 
 
-def sheet(episodes, columns=6):
-    """One row per task: its first video at `columns` times, masks drawn, and the wrist camera, 16 steps of tracks drawn
-    in both -> (., ., 3) uint8."""
-    rows = []
-    for k, name in enumerate(episodes.tasks):
-        e = int(np.flatnonzero(episodes.task == k)[0])
-        t = np.linspace(0, episodes.length[e] - 1, columns).astype(int)
-        seen = episodes.gather("obs/agentview_rgb", e, t)  # (columns, H, W, 3)
-        masks = episodes.gather("masks", e, t)
-        wrist = episodes.gather("obs/eye_in_hand_rgb", e, t)
-        seen = [draw_masks(a, m) for a, m in zip(seen, masks)]
-        ways = {(what, c): episodes.gather(f"{what}/{c}", e, t[:, None] + np.arange(16))[:, :, ::4]  # (columns, 16, K / 4, ...)
-                for what in ("tracks", "visible") for c in sims.CAMERAS}
-        pairs = [np.concatenate([draw_tracks(picture, ways["tracks", c][i], ways["visible", c][i])
-                                 for c, picture in zip(sims.CAMERAS, both)], 1) for i, both in enumerate(zip(seen, wrist))]
-        rows.append(caption(np.concatenate(pairs, 1), f"{k} {name.replace('_', ' ')} ({episodes.length[e]} steps)"))
-    return np.concatenate(rows)
+def write_videos(path, made, config, objects):
+    """Episodes of annotated videos as one data file, all or nothing."""
+    language = path.stem.replace("_", " ")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path.with_suffix(".tmp"), "w") as f:
+        for i, episode in enumerate(made):
+            demo = f.create_group(f"data/demo_{i}")
+            demo.attrs.update(num_samples=len(episode["masks"]), seconds=episode.pop("seconds"))
+            for key, value in episode.items():
+                demo[key] = value
+        f["data"].attrs.update(total=sum(len(e["masks"]) for e in made), task=path.stem, size=config.size, source="video",
+                               language_instruction=language, text_embedding=embed(language, config.text), text=config.text,
+                               objects=objects, cameras=["agentview"], render="video", mask_source=config.masks,
+                               track_source=config.tracks, problem_info=json.dumps({"language_instruction": language}))
+        names = [f"demo_{i}" for i in range(len(made))]
+        f["mask/valid"], f["mask/train"] = np.array(names[:HELD_OUT], "S"), np.array(names[HELD_OUT:], "S")
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     config = core.parse(Config, "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
+    if config.video:
+        annotate_video(config)
+    names = choose_tasks(config.suite, config.tasks, config.data)
     ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
            config.render + "+goal" * config.show_goal, config.workers, config.text)
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out")
+    if config.grade:
+        grade_annotators(config, episodes)
     if config.show:
         import imageio.v3 as iio
         path = Path(config.data) / f"{config.suite}.png"

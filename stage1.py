@@ -1,12 +1,11 @@
 """What every planner's program does around its training: data before, scores after."""
 import core
 import extract
-import sims
 
 
 def prepare(config, path, program):
     """Makes the data that is missing -> training and held-out episodes, a line about them."""
-    names = sims.choose_tasks(config.suite, config.tasks)
+    names = extract.choose_tasks(config.suite, config.tasks, config.data)
     if config.show and not path.exists():
         core.fail(f"no planner {path} to show: "
                   f"train it with python {program}.py --suite {config.suite}")

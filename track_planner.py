@@ -234,15 +234,17 @@ def make_batch(episodes, camera, episode, t, rng, config, number=None):
             "goal": goal, "seen": seen[:, 1:], "before": tracks[:, :1]}
 
 
-def cameras_of(config):
-    """Any point is followed in both cameras, by one network; the hand by the third person."""
-    return sims.CAMERAS if config.points == "any" else sims.CAMERAS[:1]
+def cameras_of(config, episodes):
+    """Those that the data has.  Any point is followed in both cameras, by one network; the hand by
+    the third person."""
+    there = [c for c in sims.CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
+    return there if config.points == "any" else there[:1]
 
 
 def training_batch(episodes, step, config):
     """Random frames for one training step, the same number of each camera."""
     episode, t, rng = episodes.draw(step, config.batch, config.seed)
-    cameras = cameras_of(config)
+    cameras = cameras_of(config, episodes)
     shares = (np.array_split(x, len(cameras)) for x in (episode, t))
     parts = [make_batch(episodes, *share, rng, config) for share in zip(cameras, *shares)]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
@@ -258,7 +260,7 @@ def validate(planner, episodes, samples=300, seed=1):
     """
     config, device = planner.config, next(planner.parameters()).device
     scores = {}
-    for camera in cameras_of(config):
+    for camera in cameras_of(config, episodes):
         errors, counted = {name: [] for name in ("planner", "stay", "keep on")}, []
         for step in range(-(-samples // 50)):
             episode, t, rng = episodes.draw(step, 50, seed)
@@ -302,7 +304,7 @@ def show(planner, episodes, columns=4, seed=3):
     config, device, rows = planner.config, next(planner.parameters()).device, []
     for step in range(columns):
         cells = []
-        for camera in cameras_of(config):
+        for camera in cameras_of(config, episodes):
             episode, t, rng = episodes.draw(step, 1, seed)
             batch = make_batch(episodes, camera, episode, t, rng, config, number=64)
             tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
