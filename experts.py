@@ -14,20 +14,9 @@ the executed action; an object that slipped or was missed is simply picked up ag
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # hand pointing down, its fingers opening along world y
+import fixtures
+from grasps import choose_grasp, corners, pose, solid, top_beside, turned, yaw_of
 
-# ---- the Panda hand, metres from the grip site (between the finger pads)
-OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
-PALM = 0.031  # height of the palm above the grip site
-PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
-# ---- where to grasp, metres
-BITE = 0.033  # a tall object is aimed at this far below its top; ARRIVED stops the hand before the palm touches it
-FLOOR_GAP = 0.012  # the fingertips reach 9 mm below the grip site and must not scrape what the object stands on
-# A thing wider than the opening is held by its rim: (cost, bite below the rim, distance inside it).  A deep bite slips
-# least; the shallow ones keep the palm above a drawer's walls, the last one brings the outer finger close to the rim.
-RIMS = ((0.0, 0.030, 0.006), (0.3, 0.020, 0.006), (0.5, 0.020, 0.015))
-MARGIN = 0.006  # a hand nearer than this to something is charged for it ...
-TOUCH = 0.003  # ... and nearer than this all but excluded
 # ---- how to move
 GAIN = 25.0  # action per metre: full speed (13 mm per step) beyond 4 cm, no overshoot
 TURN = 1.0  # action per radian.  Weak on purpose: the controller treats position and orientation as independent, which
@@ -44,164 +33,22 @@ SQUEEZE = 9  # steps; the gripper's command needs 8 from fully open to fully clo
 LET_GO = 0.008  # metres the fingers must open before the hand rises, or a wide object comes along
 RETREAT = 0.070  # metres
 ATTEMPTS = 4
+OPEN, AJAR = -0.150, -0.110  # metres of the joint: what is open (LIBERO: beyond -0.14), what is open enough to put in
+SKILLS = ("on", "in", "open", "close", "turnon", "turnoff")
 
 
-def grid(x, y, z):
-    """All combinations, (len(x) len(y) len(z), 3)."""
-    return np.stack(np.meshgrid(x, y, z, indexing="ij"), -1).reshape(-1, 3)
+def in_order(goals):
+    """The goals in an order that works: what a thing is put on comes to its own place first; full drawers shut last."""
+    moved = [goal[1] for goal in goals if goal[0] in ("on", "in")]
+    filled = [goal[2] for goal in goals if goal[0] == "in"]
+
+    def rank(goal):
+        if goal[0] in ("on", "in"):
+            return 2 if goal[2] in moved else 1
+        return 3 if goal[0] == "close" and any(f.startswith(goal[1]) for f in filled) else 0
+    return sorted(goals, key=rank)
 
 
-def open_hand():
-    """Points on the open hand in the frame of the grip site, metres: x opening axis, y width, z towards the tips.
-
-    Returns fingers (36, 3) and palm with flange (165, 3).
-    """
-    finger = np.concatenate([grid([0.039, x], [-0.01, 0, 0.01], [z])
-                             for x, z in ((0.053, 0.009), (0.059, -0.009), (0.064, -0.026))])  # (18, 3)
-    palm = np.concatenate([grid(np.linspace(-0.1, 0.1, 11), [-y, 0, y], [-z])
-                           for y, z in ((0.019, PALM), (0.021, 0.06), (0.032, 0.095), (0.032, 0.12), (0.05, 0.15))])
-    return np.concatenate([finger, finger * [-1, 1, 1]]), palm
-
-
-FINGERS, FLANGE = open_hand()
-HAND = np.concatenate([FINGERS, FLANGE])  # (201, 3)
-CORNERS = grid([-1, 1], [-1, 1], [-1, 1])  # (8, 3)
-
-
-# ---------------------------------------------------------------------------------------------- geometry
-
-def solid(sim, name):
-    """Indices of the colliding geoms of an object or fixture, its moving parts included, (G,)."""
-    m = sim.model
-    root = m.body_rootid[sim.env.obj_body_id[name]]
-    return np.flatnonzero((m.body_rootid[m.geom_bodyid] == root) & ((m.geom_contype | m.geom_conaffinity) > 0))
-
-
-def boxes(sim, geoms):
-    """geoms (G,) -> their bounding boxes: centres (G, 3), rotations (G, 3, 3), half sizes (G, 3); metres."""
-    R = sim.data.geom_xmat[geoms].reshape(-1, 3, 3)
-    centre = sim.data.geom_xpos[geoms] + np.einsum("gij,gj->gi", R, sim.model.geom_aabb[geoms, :3])
-    return centre, R, sim.model.geom_aabb[geoms, 3:]
-
-
-def corners(sim, geoms):
-    """geoms (G,) -> corners of their boxes in the world, (G, 8, 3), metres."""
-    centre, R, half = boxes(sim, geoms)
-    return centre[:, None] + np.einsum("gij,gkj->gki", R, half[:, None] * CORNERS)
-
-
-def distance(sim, points, geoms):
-    """points (..., 3), geoms (G,) -> distance to the nearest of their boxes, 0 inside, (...); metres."""
-    centre, R, half = boxes(sim, geoms)
-    local = np.einsum("gij,...gi->...gj", R, points[..., None, :] - centre)  # (..., G, 3)
-    return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1).min(-1)
-
-
-def top_beside(sim, geoms, start, end, radius):
-    """Highest point, metres, of the boxes within `radius` of the straight way from start to end, seen from above."""
-    centre, R, half = boxes(sim, geoms)
-    way = start[:2] + np.linspace(0, 1, 25)[:, None] * (end - start)[:2]  # (25, 2)
-    level = np.concatenate([way[:, None] - centre[:, :2], np.zeros((25, len(geoms), 1))], -1)  # (25, G, 3)
-    gap = np.linalg.norm(np.maximum(np.abs(np.einsum("gij,sgi->sgj", R, level)) - half, 0), axis=-1).min(0)  # (G,)
-    return corners(sim, geoms)[gap < radius, :, 2].max(initial=-np.inf)
-
-
-def turned(yaw):
-    """The hand pointing down, turned about the vertical by `yaw` radians, (3, 3)."""
-    return Rotation.from_euler("z", yaw).as_matrix() @ DOWN
-
-
-def yaw_of(axis):
-    """The turn, radians, that lays the fingers along a horizontal axis (3,).
-
-    The hand is symmetric, so half a circle is enough; it is cut at -77.5 degrees because objects are often grasped at
-    90, where a cut would make the hand waver between two opposite turns.
-    """
-    cut = np.radians(-77.5)
-    return (np.arctan2(axis[1], axis[0]) - np.pi / 2 - cut) % np.pi + cut
-
-
-# ---------------------------------------------------------------------------------------------- grasps
-
-def pinches(boxed, yaws, axes):
-    """Ways to pinch an object across.  boxed (G, 8, 3) corners, yaws (Y,), axes (Y, 3).
-
-    Yields (cost, yaw, axis, grip point).  The cost prefers the narrow side, 1 rad of turning to 33 mm of width, and
-    avoids seams: where two stacked boxes lie flush under a pad it wedges between them and does not come free.
-    """
-    points = boxed.reshape(-1, 3)
-    low, high = points.min(0), points.max(0)
-    z = max((low[2] + high[2]) / 2, high[2] - BITE, low[2] + FLOOR_GAP)
-    widths = np.ptp(points @ axes.T, axis=0)  # (Y,)
-    bottom, top = boxed[..., 2].min(1), boxed[..., 2].max(1)  # (G,)
-    held = (bottom < z + PADS[1]) & (top > z + PADS[0])
-    for yaw, axis, width in zip(yaws, axes, widths):
-        seam = False
-        for side in (axis, -axis):
-            reach = (boxed @ side).max(1)
-            touched = held & (reach > reach[held].max(initial=-np.inf) - 0.0006)  # flush: within 0.6 mm
-            seam |= touched.any() and bottom[touched].max() > top[touched].min() - 0.005  # stacked, not side by side
-        if width < OPENING:
-            yield 30 * (width - widths.min()) + 2 * seam, yaw, axis, np.array([*(low + high)[:2] / 2, z])
-
-
-def rims(boxed, yaws, axes):
-    """Ways to hold an object by its rim, one finger inside.  Arguments and results as for `pinches`.
-
-    A tilted bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips (first attempts at a
-    bowl tipped by 50 degrees: 110 of 120 held within 60 degrees of its highest point, 35 of 120 opposite).
-    """
-    points = boxed.reshape(-1, 3)
-    middle = (points.min(0) + points.max(0)) / 2
-    flat, highest = points - middle, points[:, 2].max()
-    for yaw, axis in zip(yaws, axes):
-        for side in (axis, -axis):
-            along = flat @ side
-            sector = (along > 0) & (np.abs(flat[:, :2] @ [-side[1], side[0]]) < 0.36 * along)  # within 20 degrees
-            top = points[sector, 2].max()  # of the rim on this side: the object may be tilted
-            radius = along[sector & (points[:, 2] > top - 0.01)].max()
-            lowered = max(highest - top - 0.01, 0)
-            for cost, bite, inset in RIMS:
-                point = np.array([*(middle + side * (radius - inset))[:2], top - bite])
-                yield cost + 30 * lowered + 0.02 * (side[1] < 0), yaw, side, point  # equals: always the same side
-
-
-def choose_grasp(sim, name, last=None):
-    """The best grasp of an object as it lies now, as grip point (3,) and finger axis (3,) in the object's frame.
-
-    Turning the wrist by 1 rad costs 1; a hand closer than MARGIN to anything else costs 0.3 per mm; going to the other
-    side than the finger axis chosen `last` (3,), in the world, costs 0.6: the hand does not dither.
-    """
-    own = solid(sim, name)
-    others = np.concatenate([solid(sim, other) for other in sim.env.obj_body_id if other != name])
-    boxed = corners(sim, own)
-    middle = boxed.reshape(-1, 3).mean(0)
-    others = others[np.linalg.norm(sim.data.geom_xpos[others] - middle, axis=1) < 0.25 + sim.model.geom_rbound[others]]
-    yaws = np.radians(np.arange(-75, 105, 5))  # (Y,)
-    axes = np.stack([-np.sin(yaws), np.cos(yaws), 0 * yaws], -1)  # (Y, 3)
-    narrow = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min() < OPENING
-    found = pinches(boxed, yaws, axes) if narrow else rims(boxed, yaws[1::2], axes[1::2])
-    cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
-    hands = point[:, None] + np.einsum("nij,kj->nki", np.stack([turned(y) for y in yaw]), HAND)  # (N, K, 3)
-    gap = np.full(len(yaw), np.inf)
-    if len(others):
-        gap = distance(sim, hands, others).min(1)
-    if not narrow:  # the inner finger must not stand on the bottom, which a tilted bowl turns towards it
-        gap = np.minimum(gap, distance(sim, hands[:, :len(FINGERS)], own).min(1))
-    if last is not None:
-        cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
-    best = np.argmin(cost + np.abs(yaw) + 300 * np.maximum(MARGIN - gap, 0) + 5 * (gap < TOUCH))
-    p, R = pose(sim, name)
-    return R.T @ (point[best] - p), R.T @ axis[best]
-
-
-def pose(sim, name):
-    """Position (3,) in metres and rotation (3, 3) of an object."""
-    body = sim.env.obj_body_id[name]
-    return sim.data.xpos[body].copy(), sim.data.xmat[body].reshape(3, 3).copy()
-
-
-# ---------------------------------------------------------------------------------------------- the demonstrator
 
 def demonstrator(sim, seed=0):
     """Whoever can demonstrate the task of a freshly reset simulator."""
@@ -230,8 +77,8 @@ class Expert:
 
     def __init__(self, sim, seed=0):
         for predicate, *_ in sim.goal:
-            if predicate not in ("on", "in"):
-                raise ValueError(f"no script for the goal '{predicate}': the expert can do 'on' and 'in'")
+            if predicate not in SKILLS:
+                raise ValueError(f"no script for the goal '{predicate}': the expert can do {', '.join(SKILLS)}")
         self.sim, self.done = sim, False
         self.hover = HOVER + np.random.default_rng(seed).uniform(-0.01, 0.01)
         self.plan = self.demonstrate()
@@ -273,7 +120,14 @@ class Expert:
         region = self.sim.env.object_sites_dict.get(target)
         if region is None:
             return pose(self.sim, target)[0], target
-        return self.sim.data.site(target).xpos.copy(), region.parent_name
+        where = self.sim.data.site(target).xpos.copy()
+        if region.joints:  # the middle of what is open of the drawer
+            part = fixtures.Part(self.sim, target)
+            boxed, out = corners(self.sim, part.others), part.outward
+            boxed = boxed[boxed[..., 2].max(1) > corners(self.sim, part.geoms)[..., 2].max()]
+            front, back = where @ out + 0.076, (boxed @ out).max(initial=where @ out - 0.076)
+            where += out * np.clip((front + back) / 2 - where @ out, 0, 0.06)
+        return where, region.parent_name
 
     def grasp_pose(self, name, grasp):
         """Where the hand must be to hold the object: grip point (3,), rotation (3, 3)."""
@@ -295,10 +149,77 @@ class Expert:
 
     def demonstrate(self):
         """The whole plan: every goal in turn, again if it does not hold."""
-        for goal in self.sim.goal:
+        for goal in in_order(self.sim.goal):
             for _ in range(ATTEMPTS):
                 if not self.holds(goal):
-                    yield from self.pick_and_place(goal)
+                    yield from self.achieve(goal)
+
+    def achieve(self, goal):
+        """One attempt at a goal."""
+        predicate, target = goal[0], goal[-1]
+        if predicate == "open":
+            yield from fixtures.open_drawer(self, target, OPEN)
+        elif predicate == "close" and target in self.sim.env.object_sites_dict:
+            yield from fixtures.close_drawer(self, target)
+        elif predicate == "close":
+            yield from fixtures.close_door(self, target)
+        elif predicate in ("turnon", "turnoff"):
+            yield from fixtures.turn_knob(self, target, predicate == "turnon")
+        else:
+            if self.is_drawer(target) and fixtures.Part(self.sim, target).q > AJAR:
+                yield from fixtures.open_drawer(self, target, AJAR - 0.02)
+            yield from self.pick_and_place(goal)
+
+    def is_drawer(self, target):
+        """Whether a destination is inside of a drawer."""
+        region = self.sim.env.object_sites_dict.get(target)
+        return bool(region is not None and region.joints)
+
+    def travel(self, point, R, gripper):
+        """Over everything on the way to above `point()` (3,), and down to it, along a funnel."""
+        start = self.grip
+        level = max(self.highest_on_way(None, start, point(), 0.12) + CLEAR[0], start[2], point()[2] + 0.03)
+        while self.grip[2] < level - 0.02 and np.linalg.norm((point() - self.grip)[:2]) > 0.05 and start is not None:
+            before = self.grip[2]
+            yield self.towards(np.array([*start[:2], level + 0.02]), self.hand, gripper)
+            if self.grip[2] < before + 0.001:
+                break
+        for step in range(120):
+            slack = 1 + max(0, step - PATIENCE) / 20
+            goal = point()
+            aside = np.linalg.norm((goal - self.grip)[:2])
+            twist = Rotation.from_matrix(R @ self.hand.T).magnitude()
+            if np.linalg.norm(goal - self.grip) < ARRIVED * slack and twist < 0.15 * slack:
+                break
+            aside += 0.05 * max(twist - 0.1, 0)
+            above = np.clip(STEEP * (aside - NEAR * slack), 0, max(level - goal[2], 0))
+            yield self.towards(goal + [0, 0, above], R, gripper)
+
+    def approach(self, point, R, gripper):
+        """Straight to `point()` (3,)."""
+        nearest, since = np.inf, 0
+        for step in range(60):
+            error = np.linalg.norm(point() - self.grip)
+            nearest, since = (error, step) if error < nearest - 0.002 else (nearest, since)
+            if error < ARRIVED or step > since + STUCK:
+                break
+            yield self.towards(point(), R, gripper)
+
+    def leave(self, out, R, gripper=-1):
+        """Opens the hand, unless it is to stay closed, and goes back along `out` (3,), then up."""
+        point = self.grip
+        for _ in range(12 if gripper < 0 else 0):
+            yield self.towards(point, R, gripper)
+        for way in (out, np.array([0, 0, 1.0])):
+            point = self.grip
+            for _ in range(15):
+                if (self.grip - point) @ way > RETREAT:
+                    break
+                yield self.towards(point + 2 * RETREAT * way, R, gripper)
+
+    def frame_of(self, name):
+        """Position (3,) and rotation (3, 3) of an object."""
+        return pose(self.sim, name)
 
     def pick_and_place(self, goal):
         """One attempt at ['on', object, object] or ['in', object, region]; a missed or lost object ends it early."""
@@ -365,10 +286,13 @@ class Expert:
         still, before = 0, np.inf
         for _ in range(150):
             where, container = self.destination(target)
-            walls = corners(self.sim, solid(self.sim, container))[..., 2]
+            walls = self.walls(target, container)
             shift = (where - pose(self.sim, name)[0])[:2]
             aside, bottom = np.linalg.norm(shift), self.lowest(name)
-            if target != container:  # into a region: the palm stays above the container's walls
+            if container not in self.sim.env.obj_body_id:  # onto the table
+                end = where[2] - 0.01
+                arrived = False
+            elif target != container:  # into a region: the palm stays above the container's walls
                 end = max(walls.max() - 0.01 - (self.grip[2] - bottom), walls.min() + 0.02)
                 arrived = aside < 0.02 and bottom < end + 0.015
             else:  # onto an object: aim below its surface and stop at contact
@@ -380,6 +304,13 @@ class Expert:
                 break
             fall = min(end + STEEP * max(aside - NEAR, 0), level) - bottom
             yield self.towards(self.grip + [*shift, fall], R, 1)
+
+    def walls(self, target, container):
+        """Heights, metres, of the corners of what a destination is part of."""
+        if container not in self.sim.env.obj_body_id:
+            return np.zeros(1)
+        geoms = fixtures.Part(self.sim, target).geoms if self.is_drawer(target) else solid(self.sim, container)
+        return corners(self.sim, geoms)[..., 2]
 
     def let_go(self, R):
         """Opens the hand until it holds nothing, then straight up."""
