@@ -15,7 +15,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 import fixtures
-from grasps import choose_grasp, corners, pose, solid, top_beside, turned, yaw_of
+from grasps import choose_grasp, handle_of, leaning, corners, pose, solid, top_beside, turned, yaw_of
 
 # ---- how to move
 GAIN = 25.0  # action per metre: full speed (13 mm per step) beyond 4 cm, no overshoot
@@ -33,6 +33,8 @@ SQUEEZE = 9  # steps; the gripper's command needs 8 from fully open to fully clo
 LET_GO = 0.008  # metres the fingers must open before the hand rises, or a wide object comes along
 RETREAT = 0.070  # metres
 ATTEMPTS = 4
+LEAN = 1.0  # radians by which the hand leans back to reach into a microwave or shelf
+INSIDE = 0.03  # metres before a region's centre at which a thing is put down inside
 OPEN, AJAR = -0.150, -0.110  # metres of the joint: what is open (LIBERO: beyond -0.14), what is open enough to put in
 SKILLS = ("on", "in", "open", "close", "turnon", "turnoff")
 
@@ -79,7 +81,7 @@ class Expert:
         for predicate, *_ in sim.goal:
             if predicate not in SKILLS:
                 raise ValueError(f"no script for the goal '{predicate}': the expert can do {', '.join(SKILLS)}")
-        self.sim, self.done = sim, False
+        self.sim, self.done, self.opened = sim, False, False
         self.hover = HOVER + np.random.default_rng(seed).uniform(-0.01, 0.01)
         self.plan = self.demonstrate()
 
@@ -115,12 +117,15 @@ class Expert:
         """Height of the object's underside, metres."""
         return corners(self.sim, solid(self.sim, name))[..., 2].min()
 
-    def destination(self, target):
+    def destination(self, target, name=None):
         """Position (3,) of the region or object to go to, and the name of the object it is part of."""
         region = self.sim.env.object_sites_dict.get(target)
         if region is None:
             return pose(self.sim, target)[0], target
         where = self.sim.data.site(target).xpos.copy()
+        sharing = [g[1] for g in self.sim.goal if g[-1] == target and g[0] == "on"]
+        if name in sharing and len(sharing) > 1:  # side by side
+            where[0] += 0.09 * (sharing.index(name) / (len(sharing) - 1) - 0.5)
         if region.joints:  # the middle of what is open of the drawer
             part = fixtures.Part(self.sim, target)
             boxed, out = corners(self.sim, part.others), part.outward
@@ -158,6 +163,7 @@ class Expert:
         """One attempt at a goal."""
         predicate, target = goal[0], goal[-1]
         if predicate == "open":
+            self.opened = True
             yield from fixtures.open_drawer(self, target, OPEN)
         elif predicate == "close" and target in self.sim.env.object_sites_dict:
             yield from fixtures.close_drawer(self, target)
@@ -167,13 +173,70 @@ class Expert:
             yield from fixtures.turn_knob(self, target, predicate == "turnon")
         else:
             if self.is_drawer(target) and fixtures.Part(self.sim, target).q > AJAR:
+                self.opened = True
                 yield from fixtures.open_drawer(self, target, AJAR - 0.02)
-            yield from self.pick_and_place(goal)
+            within = predicate == "in" and self.is_cave(target) and handle_of(self.sim, goal[1]) is not None
+            yield from (self.insert(goal) if within else self.pick_and_place(goal))
+
+    def is_cave(self, target):
+        """Whether a region is reached from the front only."""
+        region = self.sim.env.object_sites_dict.get(target)
+        return region is not None and region.parent_name.startswith(("microwave", "wooden_two_layer_shelf"))
+
+    def insert(self, goal):
+        """One attempt at putting a thing with a handle into a microwave or shelf: held by the handle, from the front."""
+        _, name, target = goal
+        where, container = self.destination(target)
+        out = pose(self.sim, container)[1] @ [0, -1, 0]
+        local = handle_of(self.sim, name)
+
+        def handle():
+            p, R = pose(self.sim, name)
+            return p + R @ local
+        away = handle() - pose(self.sim, name)[0]
+        away = np.append(away[:2], 0) / np.linalg.norm(away[:2])
+        R = leaning(np.cross([0, 0, 1], away), away, LEAN)
+        yield from self.travel(lambda: handle() + 0.05 * away + [0, 0, 0.03], R, -1)
+        yield from self.approach(handle, R, -1)
+        yield from self.squeeze(R)
+        R = leaning(np.cross([0, 0, 1], out), out, LEAN)
+        level = self.floor_of(target, where) + 0.025
+        for stage, far in enumerate((0.16, 0.16, INSIDE)):
+            for step in range(70):
+                if np.linalg.norm(handle() - self.grip) > SLIPPED:
+                    return
+                shift = where + far * out - pose(self.sim, name)[0]
+                shift[2] = level - self.lowest(name)
+                if stage == 0:
+                    shift[:2] *= np.linalg.norm(shift[:2]) > 0.3
+                    shift[:2] = 0
+                twist = Rotation.from_matrix(R @ self.hand.T).magnitude()
+                if np.linalg.norm(shift) < 0.015 and (stage == 0 or twist < 0.2 or step > 50):
+                    break
+                yield self.towards(self.grip + shift, R if stage else self.hand, 1)
+        for _ in range(25):
+            before = self.lowest(name)
+            yield self.towards(self.grip + [0, 0, -0.02], R, 1)
+            if before - self.lowest(name) < 0.0005:
+                break
+        yield from self.leave(out, R)
+
+    def floor_of(self, target, where):
+        """Height, metres, of what is below a region's centre (3,)."""
+        boxed = corners(self.sim, solid(self.sim, self.sim.env.object_sites_dict[target].parent_name))
+        low, high = boxed.min(1), boxed.max(1)
+        under = ((low[:, :2] < where[:2]) & (high[:, :2] > where[:2])).all(1) & (high[:, 2] < where[2])
+        return high[under, 2].max(initial=0.9)
 
     def is_drawer(self, target):
         """Whether a destination is inside of a drawer."""
         region = self.sim.env.object_sites_dict.get(target)
         return bool(region is not None and region.joints)
+
+    def is_region(self, target):
+        """Whether a destination is a part of a thing without joints, such as a caddy's compartment."""
+        region = self.sim.env.object_sites_dict.get(target)
+        return region is not None and not region.joints and region.parent_name in self.sim.env.obj_body_id
 
     def travel(self, point, R, gripper):
         """Over everything on the way to above `point()` (3,), and down to it, along a funnel."""
@@ -234,9 +297,9 @@ class Expert:
         def lost():
             return np.linalg.norm(self.grasp_pose(name, grasp)[0] - self.grip) > SLIPPED
 
-        level = self.highest_on_way(name, pose(self.sim, name)[0], self.destination(target)[0], 0.08) + CLEAR[1]
+        level = self.highest_on_way(name, pose(self.sim, name)[0], self.destination(target, name)[0], 0.08) + CLEAR[1]
         yield from self.lift(name, level, R, lost)
-        yield from self.carry(goal, level, R, lost)
+        yield from self.carry(goal, level, self.aligned(name, target, R), lost)
         yield from self.let_go(R)
 
     def reach(self, name):
@@ -273,6 +336,8 @@ class Expert:
 
     def lift(self, name, level, R, lost):
         """Straight up until the object's underside is nearly at `level` (metres)."""
+        if self.opened:
+            yield from self.slide_out(name, R)
         start = self.grip
         for _ in range(60):
             rise = level - self.lowest(name)
@@ -280,12 +345,53 @@ class Expert:
                 break
             yield self.towards(np.array([*start[:2], self.grip[2] + rise + 0.02]), R, 1)
 
+    def slide_out(self, name, R):
+        """From under what would be in the way of lifting the object, such as an open drawer, along the table."""
+        shift = self.uncovered(name)
+        goal = self.grip + shift
+        for _ in range(40 if np.any(shift) else 0):
+            if np.linalg.norm((goal - self.grip)[:2]) < 0.008:
+                break
+            yield self.towards(goal + [0, 0, 0.004], R, 1)
+
+    def uncovered(self, name):
+        """The shortest horizontal way (3,) along which an object comes out from under everything else; metres."""
+        own = corners(self.sim, solid(self.sim, name)).reshape(-1, 3)
+        others = [solid(self.sim, other) for other in self.sim.env.obj_body_id if other != name]
+        boxed = corners(self.sim, np.concatenate(others))
+        low, high = boxed.min(1), boxed.max(1)  # (G, 3)
+        over = low[:, 2] > own[:, 2].min() + 0.015
+
+        def touches(shift, which, gap):
+            return ((low[which, :2] < own.max(0)[:2] + shift + gap) & (high[which, :2] > own.min(0)[:2] + shift - gap)).all(1).any()
+        beside = ~over & (high[:, 2] > own[:, 2].min() + 0.01)
+        for far in np.arange(0, 0.2, 0.01):
+            for angle in np.arange(0, 2 * np.pi, np.pi / 8):
+                shift = far * np.array([np.cos(angle), np.sin(angle)])
+                if not touches(shift, over, 0.01) and (far == 0 or not touches(shift, beside, 0.005)):
+                    return np.append(shift, 0)
+        return np.zeros(3)
+
+    def aligned(self, name, target, R):
+        """The hand's rotation (3, 3) that turns a held object's long side along that of the region it is put in."""
+        if not self.is_region(target):
+            return R
+        region = self.sim.env.object_sites_dict[target]
+        boxed = corners(self.sim, solid(self.sim, name)).reshape(-1, 3)
+        size = np.abs(self.sim.data.site(target).xmat.reshape(3, 3) @ region.size)[:2]  # half sides
+        if (np.ptp(boxed[:, :2], axis=0) < 2 * size - 0.01).all():
+            return R
+        turns = np.radians(np.arange(-90, 91, 5))
+        flat = (boxed - boxed.mean(0))[:, :2]
+        spare = [(2 * size - np.ptp(flat @ [[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]], axis=0)).min() for t in turns]
+        return Rotation.from_euler("z", turns[np.argmax(spare - 0.002 * np.abs(turns))]).as_matrix() @ R
+
     def carry(self, goal, level, R, lost):
         """Across and down: the object's centre over the destination's, then until it rests on it or hangs in it."""
         _, name, target = goal
         still, before = 0, np.inf
         for _ in range(150):
-            where, container = self.destination(target)
+            where, container = self.destination(target, name)
             walls = self.walls(target, container)
             shift = (where - pose(self.sim, name)[0])[:2]
             aside, bottom = np.linalg.norm(shift), self.lowest(name)
@@ -302,6 +408,8 @@ class Expert:
             before = bottom
             if arrived or lost() or still > 6:
                 break
+            if self.is_region(target):  # turned first
+                aside += 0.05 * max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.15, 0)
             fall = min(end + STEEP * max(aside - NEAR, 0), level) - bottom
             yield self.towards(self.grip + [*shift, fall], R, 1)
 

@@ -6,6 +6,7 @@ DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # hand pointing down, its
 
 # ---- the Panda hand, metres from the grip site (between the finger pads)
 OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
+TIGHT = 0.066  # a thing wider than this is held by its handle if it has one and is not hollow
 PALM = 0.031  # height of the palm above the grip site
 PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
 # ---- where to grasp, metres
@@ -129,7 +130,7 @@ def rims(boxed, yaws, axes):
     bowl tipped by 50 degrees: 110 of 120 held within 60 degrees of its highest point, 35 of 120 opposite).
     """
     points = boxed.reshape(-1, 3)
-    middle = (points.min(0) + points.max(0)) / 2
+    middle, floor = (points.min(0) + points.max(0)) / 2, points[:, 2].min() + FLOOR_GAP
     flat, highest = points - middle, points[:, 2].max()
     for yaw, axis in zip(yaws, axes):
         for side in (axis, -axis):
@@ -141,8 +142,54 @@ def rims(boxed, yaws, axes):
             radius = along[sector & (points[:, 2] > top - 0.01)].max()
             lowered = max(highest - top - 0.01, 0)
             for cost, bite, inset in RIMS:
-                point = np.array([*(middle + side * (radius - inset))[:2], top - bite])
+                point = np.array([*(middle + side * (radius - inset))[:2], max(top - bite, floor)])
                 yield cost + 30 * lowered + 0.02 * (side[1] < 0), yaw, side, point  # equals: always the same side
+
+
+def without_handle(boxed):
+    """Which boxes (G, 8, 3) are of an object's body, (G,) bool: all, unless some stick out far to one side."""
+    points, centres = boxed.reshape(-1, 3), boxed.mean(1)
+    middle = np.median(centres, axis=0)
+    if np.abs((points.min(0) + points.max(0)) / 2 - middle)[:2].max() < 0.012:
+        return np.ones(len(boxed), bool)
+    away = np.linalg.norm((centres - middle)[:, :2], axis=1)
+    return away < 1.5 * np.median(away)
+
+
+def is_hollow(boxed):
+    """Whether nothing fills the upper half of the middle of boxes (G, 8, 3)."""
+    low, high = boxed.min(1), boxed.max(1)  # (G, 3)
+    middle = (low.min(0) + high.max(0)) / 2
+    over = ((low[:, :2] < middle[:2]) & (high[:, :2] > middle[:2])).all(1)
+    return high[over, 2].max(initial=-np.inf) < middle[2] + 0.005
+
+
+def handles(boxed, body, yaws, axes):
+    """Ways to pinch a handle.  boxed (G, 8, 3), body (G,) bool, the rest as for `pinches`."""
+    parts = boxed[~body]
+    for part in parts:
+        middle = part.mean(0)
+        near = np.linalg.norm((parts.mean(1) - middle)[:, :2], axis=1) < 0.025
+        top = parts[near][..., 2].max()
+        width = np.ptp(part @ axes.T, axis=0)
+        k = width.argmin()
+        z = min(top - 0.022, middle[2] + 0.005)
+        if width[k] < 0.035 and part[:, 2].min() - 0.005 < z < part[:, 2].max() + 0.005:
+            yield 0.5 * (top - z > PALM - 0.003), yaws[k], axes[k], np.array([*middle[:2], z])
+
+
+def handle_of(sim, name):
+    """An object's handle: its outermost part, as a point (3,) in the object's frame; None if it has none."""
+    boxed = corners(sim, solid(sim, name))
+    body = without_handle(boxed)
+    if body.all():
+        return None
+    middle, parts = np.median(boxed.mean(1), axis=0), boxed[~body]
+    out = parts.mean((0, 1)) - middle
+    out /= np.linalg.norm(out[:2])
+    upright = parts[(parts.mean(1) @ out).argmax()].mean(0)
+    p, R = pose(sim, name)
+    return R.T @ (upright - p)
 
 
 def choose_grasp(sim, name, last=None):
@@ -159,13 +206,17 @@ def choose_grasp(sim, name, last=None):
     yaws = np.radians(np.arange(-75, 105, 5))  # (Y,)
     axes = np.stack([-np.sin(yaws), np.cos(yaws), 0 * yaws], -1)  # (Y, 3)
     narrow = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min() < OPENING
-    found = pinches(boxed, yaws, axes) if narrow else rims(boxed, yaws[1::2], axes[1::2])
+    body = without_handle(boxed)
+    width = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min()
+    handled = width > TIGHT and not body.all() and not is_hollow(boxed[body])
+    found = (handles(boxed, body, yaws, axes) if handled else pinches(boxed, yaws, axes) if narrow
+             else rims(boxed[body], yaws[1::2], axes[1::2]))
     cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
     hands = point[:, None] + np.einsum("nij,kj->nki", np.stack([turned(y) for y in yaw]), HAND)  # (N, K, 3)
     gap = np.full(len(yaw), np.inf)
     if len(others):
         gap = distance(sim, hands, others).min(1)
-    if not narrow:  # the inner finger must not stand on the bottom, which a tilted bowl turns towards it
+    if not narrow and not handled:  # the inner finger must not stand on the bottom, which a tilted bowl turns towards it
         gap = np.minimum(gap, distance(sim, hands[:, :len(FINGERS)], own).min(1))
     if last is not None:
         cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
