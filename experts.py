@@ -174,7 +174,9 @@ class Expert:
         else:
             if self.is_drawer(target) and fixtures.Part(self.sim, target).q > AJAR:
                 self.opened = True
-                yield from fixtures.open_drawer(self, target, AJAR - 0.02)
+                for _ in range(3):
+                    if fixtures.Part(self.sim, target).q > AJAR:
+                        yield from fixtures.open_drawer(self, target, AJAR - 0.02)
             within = predicate == "in" and self.is_cave(target) and handle_of(self.sim, goal[1]) is not None
             yield from (self.insert(goal) if within else self.pick_and_place(goal))
 

@@ -149,11 +149,14 @@ def rims(boxed, yaws, axes):
 def without_handle(boxed):
     """Which boxes (G, 8, 3) are of an object's body, (G,) bool: all, unless some stick out far to one side."""
     points, centres = boxed.reshape(-1, 3), boxed.mean(1)
-    middle = np.median(centres, axis=0)
+    volume = np.prod([np.linalg.norm(boxed[:, k] - boxed[:, 0], axis=1) for k in (1, 2, 4)], axis=0)
+    middle = np.average(centres, axis=0, weights=volume)
     if np.abs((points.min(0) + points.max(0)) / 2 - middle)[:2].max() < 0.012:
         return np.ones(len(boxed), bool)
     away = np.linalg.norm((centres - middle)[:, :2], axis=1)
-    return away < 1.5 * np.median(away)
+    order = np.argsort(away)
+    usual = away[order][np.searchsorted(np.cumsum(volume[order]), volume.sum() / 2)]
+    return away < 1.25 * usual
 
 
 def is_hollow(boxed):
@@ -167,15 +170,16 @@ def is_hollow(boxed):
 def handles(boxed, body, yaws, axes):
     """Ways to pinch a handle.  boxed (G, 8, 3), body (G,) bool, the rest as for `pinches`."""
     parts = boxed[~body]
-    for part in parts:
+    away = np.linalg.norm((parts.mean(1) - boxed[body].mean((0, 1)))[:, :2], axis=1)
+    for part in parts[away > away.max() - 0.012]:
         middle = part.mean(0)
         near = np.linalg.norm((parts.mean(1) - middle)[:, :2], axis=1) < 0.025
         top = parts[near][..., 2].max()
         width = np.ptp(part @ axes.T, axis=0)
         k = width.argmin()
-        z = min(top - 0.022, middle[2] + 0.005)
+        z = top - 0.022
         if width[k] < 0.035 and part[:, 2].min() - 0.005 < z < part[:, 2].max() + 0.005:
-            yield 0.5 * (top - z > PALM - 0.003), yaws[k], axes[k], np.array([*middle[:2], z])
+            yield 0.0, yaws[k], axes[k], np.array([*middle[:2], z])
 
 
 def handle_of(sim, name):
@@ -184,7 +188,7 @@ def handle_of(sim, name):
     body = without_handle(boxed)
     if body.all():
         return None
-    middle, parts = np.median(boxed.mean(1), axis=0), boxed[~body]
+    middle, parts = boxed[body].mean((0, 1)), boxed[~body]
     out = parts.mean((0, 1)) - middle
     out /= np.linalg.norm(out[:2])
     upright = parts[(parts.mean(1) @ out).argmax()].mean(0)
