@@ -76,7 +76,7 @@ def open_drawer(expert, target, far):
         bar, _ = part.handle()
         if part.q < far or np.linalg.norm(bar - expert.grip) > 0.04:
             break
-        yield expert.towards(bar + LEAD * out, R, 1)
+        yield expert.towards(bar + np.clip(part.q - far + 0.012, 0.012, LEAD) * out, R, 1)
     yield from expert.leave(out, R)
 
 

@@ -130,7 +130,8 @@ def rims(boxed, yaws, axes):
     bowl tipped by 50 degrees: 110 of 120 held within 60 degrees of its highest point, 35 of 120 opposite).
     """
     points = boxed.reshape(-1, 3)
-    middle, floor = (points.min(0) + points.max(0)) / 2, points[:, 2].min() + FLOOR_GAP
+    middle, floor = (points.min(0) + points.max(0)) / 2, points[:, 2].min()
+    floor += min(FLOOR_GAP, 0.35 * np.ptp(points[:, 2]))  # a plate's rim is nearly on the table
     flat, highest = points - middle, points[:, 2].max()
     for yaw, axis in zip(yaws, axes):
         for side in (axis, -axis):
