@@ -47,8 +47,8 @@ def in_order(goals):
 
     def rank(goal):
         if goal[0] in ("on", "in"):
-            return 2 if goal[2] in moved else 1
-        return 3 if goal[0] == "close" and any(f.startswith(goal[1]) for f in filled) else 0
+            return 3 if goal[2] in moved else 1 if "_table_" in goal[2] else 2  # the table first: less is in the way
+        return 4 if goal[0] == "close" and any(f.startswith(goal[1]) for f in filled) else 0
     return sorted(goals, key=rank)
 
 
@@ -137,6 +137,8 @@ class Expert:
             boxed = boxed[boxed[..., 2].max(1) > corners(self.sim, part.geoms)[..., 2].max()]
             front, back = where @ out + 0.076, (boxed @ out).max(initial=where @ out - 0.076)
             where += out * np.clip((front + back) / 2 - where @ out, 0, 0.06)
+            if name and part.beneath_another() and self.lowest(name) < self.walls(target, region.parent_name).max() - 0.015:
+                where -= 0.025 * out  # once it is below the other handles
         return where, region.parent_name
 
     def grasp_pose(self, name, grasp):
@@ -159,7 +161,7 @@ class Expert:
 
     def demonstrate(self):
         """The whole plan: every goal in turn, again if it does not hold."""
-        for goal in in_order(self.sim.goal):
+        for goal in 2 * in_order(self.sim.goal):  # twice: a later one may have undone an earlier one
             for _ in range(ATTEMPTS):
                 if not self.holds(goal):
                     yield from self.achieve(goal)
@@ -178,6 +180,7 @@ class Expert:
             yield from fixtures.turn_knob(self, target, predicate == "turnon")
         else:
             if self.is_drawer(target) and fixtures.Part(self.sim, target).q > AJAR:
+                yield from self.clear(goal[1], target)
                 self.opened = True
                 for _ in range(3):
                     if fixtures.Part(self.sim, target).q > AJAR:
@@ -366,21 +369,39 @@ class Expert:
                 break
             yield self.towards(goal + [0, 0, 0.004], R, 1)
 
-    def uncovered(self, name):
-        """The shortest horizontal way (3,) along which an object comes out from under everything else; metres."""
+    def clear(self, name, target):
+        """Moves an object, along the table, from where a drawer will be over it when it is open."""
+        part = fixtures.Part(self.sim, target)
+        drawer = corners(self.sim, part.geoms) + (part.q - AJAR + 0.04) * part.outward
+        if not np.any(self.uncovered(name, drawer, 0.0)):
+            return
+        shift = self.uncovered(name, drawer, 0.04)
+        grasp, blocked = yield from self.reach(name)
+        R = self.grasp_pose(name, grasp)[1]
+        if not blocked:
+            yield from self.squeeze(R)
+            goal = self.grip + shift
+            for _ in range(25):
+                if np.linalg.norm((goal - self.grip)[:2]) < 0.015:
+                    break
+                yield self.towards(goal + [0, 0, 0.004], R, 1)
+        yield from self.let_go(R)
+
+    def uncovered(self, name, more=np.zeros((0, 8, 3)), spare=0.01):
+        """The shortest horizontal way (3,) on which an object comes out from under all else, `more` boxes too; metres."""
         own = corners(self.sim, solid(self.sim, name)).reshape(-1, 3)
         others = [solid(self.sim, other) for other in self.sim.env.obj_body_id if other != name]
-        boxed = corners(self.sim, np.concatenate(others))
+        boxed = np.concatenate([corners(self.sim, np.concatenate(others)), more])
         low, high = boxed.min(1), boxed.max(1)  # (G, 3)
         over = low[:, 2] > own[:, 2].min() + 0.015
 
         def touches(shift, which, gap):
             return ((low[which, :2] < own.max(0)[:2] + shift + gap) & (high[which, :2] > own.min(0)[:2] + shift - gap)).all(1).any()
         beside = ~over & (high[:, 2] > own[:, 2].min() + 0.01)
-        for far in np.arange(0, 0.2, 0.01):
+        for far in np.arange(0, 0.25, 0.01):
             for angle in np.arange(0, 2 * np.pi, np.pi / 8):
                 shift = far * np.array([np.cos(angle), np.sin(angle)])
-                if not touches(shift, over, 0.01) and (far == 0 or not touches(shift, beside, 0.005)):
+                if not touches(shift, over, spare) and (far == 0 or not touches(shift, beside, 0.005)):
                     return np.append(shift, 0)
         return np.zeros(3)
 
