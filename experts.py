@@ -282,6 +282,8 @@ class Expert:
         """Opens the hand, unless it is to stay closed, and goes back along `out` (3,), then up."""
         point = self.grip
         for _ in range(12 if gripper < 0 else 0):
+            if self.aperture > 0.06:
+                break
             yield self.towards(point, R, gripper)
         for way in (out, np.array([0, 0, 1.0])):
             point = self.grip
@@ -450,8 +452,9 @@ class Expert:
             if arrived or lost() or still > 6:
                 break
             if self.is_region(target):  # turned first
-                aside += 0.05 * max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.15, 0)
-            fall = min(end + STEEP * max(aside - NEAR, 0), level) - bottom
+                aside += 0.3 * max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.1, 0)
+            near = NEAR / 2 if self.careful else NEAR
+            fall = min(end + STEEP * max(aside - near, 0), level) - bottom
             yield self.towards(self.grip + [*shift, fall], R, 1)
 
     def walls(self, target, container):
@@ -466,7 +469,7 @@ class Expert:
         point, held = self.grip, self.aperture
         for _ in range(12):
             yield self.towards(point, R, -1)
-            if self.aperture > held + LET_GO:
+            if self.aperture > held + LET_GO * (3 if self.careful else 1):
                 break
         yield from self.rise(R)
 

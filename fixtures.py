@@ -13,7 +13,7 @@ PULL_LEAN = (1.2, 1.4)  # radians off the vertical at which a handle is pulled: 
 PUSH_LEAN = 0.5  # radians: a leaning hand keeps clear of the handles above the one it pushes
 HALF_OPEN = 4  # steps of closing after which the hand passes between two handles
 IN_FRONT = 0.09  # metres before the handle from which the hand comes
-LEAD = 0.05  # metres, and 0.35 rad, that the hand's target is ahead of what it moves
+LEAD = 0.03  # metres that the hand's target is ahead of the drawer it pulls or pushes: slowly, or a handle slips out
 SIDE = 0.2  # metres from its hinge at which a door is pushed
 
 
@@ -56,7 +56,7 @@ class Part:
     def beneath_another(self):
         """Whether other handles are above this one."""
         boxed = corners(self.sim, self.others)
-        bar, _ = self.handle()
+        bar = self.handle()[0] + self.q * self.outward  # where it is when the drawer is shut
         near = np.abs(boxed.mean(1) - bar) @ np.abs(self.outward) < 0.02
         return bool((boxed[near][..., 2].mean(1) > bar[2] + 0.03).any())
 

@@ -94,7 +94,8 @@ def play(sim, actor, start, film):
     """
     policy = actor if isinstance(actor, executor.Policy) else None
     frame, pictures, success = start, [], False
-    for steps in range(1, sim.horizon + 1):
+    # ours: the expert may try again, as when it records demonstrations; a policy has LIBERO's horizon
+    for steps in range(1, (sim.horizon if policy else sim.patience) + 1):
         if policy:
             look = policy.wants_frame
             if look and frame is None:
