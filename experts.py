@@ -137,7 +137,7 @@ class Expert:
             boxed = boxed[boxed[..., 2].max(1) > corners(self.sim, part.geoms)[..., 2].max()]
             front, back = where @ out + 0.076, (boxed @ out).max(initial=where @ out - 0.076)
             where += out * np.clip((front + back) / 2 - where @ out, 0, 0.06)
-            if name and part.beneath_another() and self.lowest(name) < self.walls(target, region.parent_name).max() - 0.015:
+            if name and corners(self.sim, solid(self.sim, name))[..., 2].max() < part.ceiling() - 0.002 < np.inf:
                 where -= 0.025 * out  # once it is below the other handles
         return where, region.parent_name
 
@@ -185,6 +185,9 @@ class Expert:
                 for _ in range(3):
                     if fixtures.Part(self.sim, target).q > AJAR:
                         yield from fixtures.open_drawer(self, target, AJAR - 0.02)
+            part = fixtures.Part(self.sim, target) if self.is_drawer(target) else None
+            if part and fixtures.WIDE + 0.005 < part.q <= AJAR and part.ceiling() < np.inf:
+                yield from fixtures.widen_drawer(self, target)
             within = predicate == "in" and self.is_cave(target) and handle_of(self.sim, goal[1]) is not None
             yield from (self.insert(goal) if within else self.pick_and_place(goal))
 
@@ -452,7 +455,7 @@ class Expert:
             if arrived or lost() or still > 6:
                 break
             if self.is_region(target):  # turned first
-                aside += 0.3 * max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.1, 0)
+                aside += max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.06, 0)
             near = NEAR / 2 if self.careful else NEAR
             fall = min(end + STEEP * max(aside - near, 0), level) - bottom
             yield self.towards(self.grip + [*shift, fall], R, 1)
@@ -473,10 +476,10 @@ class Expert:
                 break
         yield from self.rise(R)
 
-    def rise(self, R):
-        """Straight up, the hand open."""
+    def rise(self, R, gripper=-1):
+        """Straight up."""
         point = self.grip
         for _ in range(20):
             if self.grip[2] > point[2] + RETREAT:
                 break
-            yield self.towards(point + [0, 0, 2 * RETREAT], R, -1)
+            yield self.towards(point + [0, 0, 2 * RETREAT], R, gripper)

@@ -12,6 +12,7 @@ UP = np.array([0.0, 0, 1])
 PULL_LEAN = (1.2, 1.4)  # radians off the vertical at which a handle is pulled: one with nothing above it, another
 PUSH_LEAN = 0.5  # radians: a leaning hand keeps clear of the handles above the one it pushes
 HALF_OPEN = 4  # steps of closing after which the hand passes between two handles
+WIDE = -0.158  # metres of the joint of a drawer that is open to its end
 IN_FRONT = 0.09  # metres before the handle from which the hand comes
 LEAD = 0.03  # metres that the hand's target is ahead of the drawer it pulls or pushes: slowly, or a handle slips out
 SIDE = 0.2  # metres from its hinge at which a door is pushed
@@ -53,18 +54,19 @@ class Part:
         bar = along.max(1).argmax()
         return boxed[bar].mean(0), np.ptp(along[bar]) / 2
 
-    def beneath_another(self):
-        """Whether other handles are above this one."""
+    def ceiling(self):
+        """Height, metres, of the underside of the lowest handle above this one; infinite if there is none."""
         boxed = corners(self.sim, self.others)
         bar = self.handle()[0] + self.q * self.outward  # where it is when the drawer is shut
         near = np.abs(boxed.mean(1) - bar) @ np.abs(self.outward) < 0.02
-        return bool((boxed[near][..., 2].mean(1) > bar[2] + 0.03).any())
+        above = near & (boxed[..., 2].mean(1) > bar[2] + 0.03)
+        return boxed[above][..., 2].min(initial=np.inf)
 
 
 def open_drawer(expert, target, far):
     """Pulls a drawer by its handle until its joint is below `far`, metres (negative), then lets go."""
     part = Part(expert.sim, target)
-    out, low = part.outward, part.beneath_another()
+    out, low = part.outward, bool(np.isfinite(part.ceiling()))
     R = leaning(out, out, PULL_LEAN[low])
     yield from expert.travel(lambda: part.handle()[0] + IN_FRONT * out, R, -1)
     for _ in range(HALF_OPEN * low):
@@ -78,6 +80,23 @@ def open_drawer(expert, target, far):
             break
         yield expert.towards(bar + np.clip(part.q - far + 0.012, 0.012, LEAD) * out, R, 1)
     yield from expert.leave(out, R)
+
+
+def widen_drawer(expert, target):
+    """Pushes a drawer that is nearly open to its end, with the closed hand from inside of its front."""
+    part = Part(expert.sim, target)
+    out = part.outward
+    R = turned(yaw_of(np.cross(UP, out)))
+    top = corners(expert.sim, part.geoms)[..., 2].max()
+
+    def inside(ahead):
+        return (part.handle()[0] + (ahead - 0.055) * out) * [1, 1, 0] + (top - 0.012) * UP
+    yield from expert.travel(lambda: inside(0), R, 1)
+    for _ in range(30):
+        if part.q < WIDE + 0.002:
+            break
+        yield expert.towards(inside(LEAD), R, 1)
+    yield from expert.rise(R, 1)
 
 
 def close_drawer(expert, target):
