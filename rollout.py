@@ -45,6 +45,7 @@ class Config:
                               minimum=0)
     noise: float = flag(0.0, "standard deviation of noise on the executed motion, for --policy expert", minimum=0)
     films: bool = flag(True, "write an mp4 of each task's first success and first failure")
+    unseen: str | None = flag(None, "what is new in the scenes of libero_spatial", choices=list(sims.UNSEEN))
     render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the executor was trained on",
                               choices=["fast", "faithful"])
     workers: int = flag(2, "processes", minimum=1)
@@ -148,7 +149,7 @@ def run_task(job):
     config, checkpoints, suite, task, scenes, size, render = job
     torch.set_num_threads(1)
     observe = config.policy == "executor" or config.films
-    sim = sims.make(suite, task, size, config.render or render, observe)
+    sim = sims.make(suite, task, size, config.render or render, observe, config.unseen)
     done = {}
     for checkpoint in checkpoints:
         policy = executor.Policy(executor.load_executor(checkpoint, config.device)) if checkpoint else None
@@ -228,7 +229,7 @@ def result(config, checkpoint, suite, outcomes, seconds):
     if config.noise:
         about["noise"] = config.noise
     return about | {
-        "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)], "tasks": tasks, "unseen": None,
+        "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)], "tasks": tasks, "unseen": config.unseen,
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]), "commit": commit(),
         "versions": sims.versions(), "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
         "seconds": spent | {"rollout": round(seconds)}}
@@ -246,6 +247,8 @@ def result_path(folder, r):
         name += f"_{len(r['tasks'])}tasks"
     if "bundled" not in r["scenes"] and str(sims.EVALUATION) not in r["scenes"]:
         name += "_" + r["scenes"].replace(" ", "_")
+    if r["unseen"]:
+        name += f"_unseen_{r['unseen']}"
     return Path(folder) / f"{name}.json"
 
 

@@ -17,7 +17,7 @@ import libero_sim
 import metaworld_sim
 from cameras import choose_opengl, fail, track
 from frames import CAMERAS, INITS  # noqa: F401
-from libero_sim import HORIZONS, Libero
+from libero_sim import HORIZONS, UNSEEN, Libero
 from metaworld_sim import BENCHMARKS, EVALUATION, METAWORLD, MetaWorld  # noqa: F401
 
 SUITES = (*HORIZONS, *BENCHMARKS)
@@ -76,13 +76,19 @@ def tracks(sim, states, K=256, seed=0):
     return found
 
 
-def make(suite, task, size=128, render="fast", observe=True):
+def make(suite, task, size=128, render="fast", observe=True, unseen=None):
     """The simulator of one task.
 
     suite, task   'libero_spatial' or 'mt10', and the task's number or name
     size          picture height and width, pixels
     render        'fast' or 'faithful' (the package's own look); 'fast+goal' draws Meta-World's goal markers
     observe       False: no OpenGL at all, frames hold the robot's state only
+    unseen        a variant of libero_spatial that demonstrations do not show, one of UNSEEN
     """
     choose_opengl(needed=observe)  # before anything imports mujoco
-    return (MetaWorld if is_metaworld(suite) else Libero)(suite, choose_tasks(suite, str(task))[0], size, render, observe)
+    task = choose_tasks(suite, str(task))[0]
+    if not is_metaworld(suite):
+        return Libero(suite, task, size, render, observe, unseen)
+    if unseen:
+        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(UNSEEN)}")
+    return MetaWorld(suite, task, size, render, observe)
