@@ -412,7 +412,7 @@ class Expert:
 
     def aligned(self, name, target, R):
         """The hand's rotation (3, 3) that turns a held object's long side along that of the region it is put in."""
-        if not self.is_region(target):
+        if not self.careful or not self.is_region(target):
             return R
         region = self.sim.env.object_sites_dict[target]
         boxed = corners(self.sim, solid(self.sim, name)).reshape(-1, 3)
@@ -454,7 +454,7 @@ class Expert:
             before = bottom
             if arrived or lost() or still > 6:
                 break
-            if self.is_region(target):  # turned first
+            if self.careful and self.is_region(target):  # turned first
                 aside += max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.06, 0)
             near = NEAR / 2 if self.careful else NEAR
             fall = min(end + STEEP * max(aside - near, 0), level) - bottom
