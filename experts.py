@@ -14,20 +14,9 @@ the executed action; an object that slipped or was missed is simply picked up ag
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # hand pointing down, its fingers opening along world y
+import fixtures
+from grasps import PALM, choose_grasp, handle_of, leaning, corners, pose, solid, top_beside, turned, yaw_of
 
-# ---- the Panda hand, metres from the grip site (between the finger pads)
-OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
-PALM = 0.031  # height of the palm above the grip site
-PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
-# ---- where to grasp, metres
-BITE = 0.033  # a tall object is aimed at this far below its top; ARRIVED stops the hand before the palm touches it
-FLOOR_GAP = 0.012  # the fingertips reach 9 mm below the grip site and must not scrape what the object stands on
-# A thing wider than the opening is held by its rim: (cost, bite below the rim, distance inside it).  A deep bite slips
-# least; the shallow ones keep the palm above a drawer's walls, the last one brings the outer finger close to the rim.
-RIMS = ((0.0, 0.030, 0.006), (0.3, 0.020, 0.006), (0.5, 0.020, 0.015))
-MARGIN = 0.006  # a hand nearer than this to something is charged for it ...
-TOUCH = 0.003  # ... and nearer than this all but excluded
 # ---- how to move
 GAIN = 25.0  # action per metre: full speed (13 mm per step) beyond 4 cm, no overshoot
 TURN = 1.0  # action per radian.  Weak on purpose: the controller treats position and orientation as independent, which
@@ -44,164 +33,25 @@ SQUEEZE = 9  # steps; the gripper's command needs 8 from fully open to fully clo
 LET_GO = 0.008  # metres the fingers must open before the hand rises, or a wide object comes along
 RETREAT = 0.070  # metres
 ATTEMPTS = 4
+LEAN = 1.0  # radians by which the hand leans back to reach into a microwave or shelf
+INSIDE = 0.03  # metres before a region's centre at which a thing is put down inside
+OPEN, AJAR = -0.150, -0.105  # metres of the joint: what is open (LIBERO: beyond -0.14), what is open enough to put in
+SLOPE = 0.9  # radians by which a bottle is laid down on the wine rack
+SKILLS = ("on", "in", "open", "close", "turnon", "turnoff")
 
 
-def grid(x, y, z):
-    """All combinations, (len(x) len(y) len(z), 3)."""
-    return np.stack(np.meshgrid(x, y, z, indexing="ij"), -1).reshape(-1, 3)
+def in_order(goals):
+    """The goals in an order that works: what a thing is put on comes to its own place first; full drawers shut last."""
+    moved = [goal[1] for goal in goals if goal[0] in ("on", "in")]
+    filled = [goal[2] for goal in goals if goal[0] == "in"]
+
+    def rank(goal):
+        if goal[0] in ("on", "in"):
+            return 3 if goal[2] in moved else 1 if "_table_" in goal[2] else 2  # the table first: less is in the way
+        return 4 if goal[0] == "close" and any(f.startswith(goal[1]) for f in filled) else 0
+    return sorted(goals, key=rank)
 
 
-def open_hand():
-    """Points on the open hand in the frame of the grip site, metres: x opening axis, y width, z towards the tips.
-
-    Returns fingers (36, 3) and palm with flange (165, 3).
-    """
-    finger = np.concatenate([grid([0.039, x], [-0.01, 0, 0.01], [z])
-                             for x, z in ((0.053, 0.009), (0.059, -0.009), (0.064, -0.026))])  # (18, 3)
-    palm = np.concatenate([grid(np.linspace(-0.1, 0.1, 11), [-y, 0, y], [-z])
-                           for y, z in ((0.019, PALM), (0.021, 0.06), (0.032, 0.095), (0.032, 0.12), (0.05, 0.15))])
-    return np.concatenate([finger, finger * [-1, 1, 1]]), palm
-
-
-FINGERS, FLANGE = open_hand()
-HAND = np.concatenate([FINGERS, FLANGE])  # (201, 3)
-CORNERS = grid([-1, 1], [-1, 1], [-1, 1])  # (8, 3)
-
-
-# ---------------------------------------------------------------------------------------------- geometry
-
-def solid(sim, name):
-    """Indices of the colliding geoms of an object or fixture, its moving parts included, (G,)."""
-    m = sim.model
-    root = m.body_rootid[sim.env.obj_body_id[name]]
-    return np.flatnonzero((m.body_rootid[m.geom_bodyid] == root) & ((m.geom_contype | m.geom_conaffinity) > 0))
-
-
-def boxes(sim, geoms):
-    """geoms (G,) -> their bounding boxes: centres (G, 3), rotations (G, 3, 3), half sizes (G, 3); metres."""
-    R = sim.data.geom_xmat[geoms].reshape(-1, 3, 3)
-    centre = sim.data.geom_xpos[geoms] + np.einsum("gij,gj->gi", R, sim.model.geom_aabb[geoms, :3])
-    return centre, R, sim.model.geom_aabb[geoms, 3:]
-
-
-def corners(sim, geoms):
-    """geoms (G,) -> corners of their boxes in the world, (G, 8, 3), metres."""
-    centre, R, half = boxes(sim, geoms)
-    return centre[:, None] + np.einsum("gij,gkj->gki", R, half[:, None] * CORNERS)
-
-
-def distance(sim, points, geoms):
-    """points (..., 3), geoms (G,) -> distance to the nearest of their boxes, 0 inside, (...); metres."""
-    centre, R, half = boxes(sim, geoms)
-    local = np.einsum("gij,...gi->...gj", R, points[..., None, :] - centre)  # (..., G, 3)
-    return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1).min(-1)
-
-
-def top_beside(sim, geoms, start, end, radius):
-    """Highest point, metres, of the boxes within `radius` of the straight way from start to end, seen from above."""
-    centre, R, half = boxes(sim, geoms)
-    way = start[:2] + np.linspace(0, 1, 25)[:, None] * (end - start)[:2]  # (25, 2)
-    level = np.concatenate([way[:, None] - centre[:, :2], np.zeros((25, len(geoms), 1))], -1)  # (25, G, 3)
-    gap = np.linalg.norm(np.maximum(np.abs(np.einsum("gij,sgi->sgj", R, level)) - half, 0), axis=-1).min(0)  # (G,)
-    return corners(sim, geoms)[gap < radius, :, 2].max(initial=-np.inf)
-
-
-def turned(yaw):
-    """The hand pointing down, turned about the vertical by `yaw` radians, (3, 3)."""
-    return Rotation.from_euler("z", yaw).as_matrix() @ DOWN
-
-
-def yaw_of(axis):
-    """The turn, radians, that lays the fingers along a horizontal axis (3,).
-
-    The hand is symmetric, so half a circle is enough; it is cut at -77.5 degrees because objects are often grasped at
-    90, where a cut would make the hand waver between two opposite turns.
-    """
-    cut = np.radians(-77.5)
-    return (np.arctan2(axis[1], axis[0]) - np.pi / 2 - cut) % np.pi + cut
-
-
-# ---------------------------------------------------------------------------------------------- grasps
-
-def pinches(boxed, yaws, axes):
-    """Ways to pinch an object across.  boxed (G, 8, 3) corners, yaws (Y,), axes (Y, 3).
-
-    Yields (cost, yaw, axis, grip point).  The cost prefers the narrow side, 1 rad of turning to 33 mm of width, and
-    avoids seams: where two stacked boxes lie flush under a pad it wedges between them and does not come free.
-    """
-    points = boxed.reshape(-1, 3)
-    low, high = points.min(0), points.max(0)
-    z = max((low[2] + high[2]) / 2, high[2] - BITE, low[2] + FLOOR_GAP)
-    widths = np.ptp(points @ axes.T, axis=0)  # (Y,)
-    bottom, top = boxed[..., 2].min(1), boxed[..., 2].max(1)  # (G,)
-    held = (bottom < z + PADS[1]) & (top > z + PADS[0])
-    for yaw, axis, width in zip(yaws, axes, widths):
-        seam = False
-        for side in (axis, -axis):
-            reach = (boxed @ side).max(1)
-            touched = held & (reach > reach[held].max(initial=-np.inf) - 0.0006)  # flush: within 0.6 mm
-            seam |= touched.any() and bottom[touched].max() > top[touched].min() - 0.005  # stacked, not side by side
-        if width < OPENING:
-            yield 30 * (width - widths.min()) + 2 * seam, yaw, axis, np.array([*(low + high)[:2] / 2, z])
-
-
-def rims(boxed, yaws, axes):
-    """Ways to hold an object by its rim, one finger inside.  Arguments and results as for `pinches`.
-
-    A tilted bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips (first attempts at a
-    bowl tipped by 50 degrees: 110 of 120 held within 60 degrees of its highest point, 35 of 120 opposite).
-    """
-    points = boxed.reshape(-1, 3)
-    middle = (points.min(0) + points.max(0)) / 2
-    flat, highest = points - middle, points[:, 2].max()
-    for yaw, axis in zip(yaws, axes):
-        for side in (axis, -axis):
-            along = flat @ side
-            sector = (along > 0) & (np.abs(flat[:, :2] @ [-side[1], side[0]]) < 0.36 * along)  # within 20 degrees
-            top = points[sector, 2].max()  # of the rim on this side: the object may be tilted
-            radius = along[sector & (points[:, 2] > top - 0.01)].max()
-            lowered = max(highest - top - 0.01, 0)
-            for cost, bite, inset in RIMS:
-                point = np.array([*(middle + side * (radius - inset))[:2], top - bite])
-                yield cost + 30 * lowered + 0.02 * (side[1] < 0), yaw, side, point  # equals: always the same side
-
-
-def choose_grasp(sim, name, last=None):
-    """The best grasp of an object as it lies now, as grip point (3,) and finger axis (3,) in the object's frame.
-
-    Turning the wrist by 1 rad costs 1; a hand closer than MARGIN to anything else costs 0.3 per mm; going to the other
-    side than the finger axis chosen `last` (3,), in the world, costs 0.6: the hand does not dither.
-    """
-    own = solid(sim, name)
-    others = np.concatenate([solid(sim, other) for other in sim.env.obj_body_id if other != name])
-    boxed = corners(sim, own)
-    middle = boxed.reshape(-1, 3).mean(0)
-    others = others[np.linalg.norm(sim.data.geom_xpos[others] - middle, axis=1) < 0.25 + sim.model.geom_rbound[others]]
-    yaws = np.radians(np.arange(-75, 105, 5))  # (Y,)
-    axes = np.stack([-np.sin(yaws), np.cos(yaws), 0 * yaws], -1)  # (Y, 3)
-    narrow = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min() < OPENING
-    found = pinches(boxed, yaws, axes) if narrow else rims(boxed, yaws[1::2], axes[1::2])
-    cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
-    hands = point[:, None] + np.einsum("nij,kj->nki", np.stack([turned(y) for y in yaw]), HAND)  # (N, K, 3)
-    gap = np.full(len(yaw), np.inf)
-    if len(others):
-        gap = distance(sim, hands, others).min(1)
-    if not narrow:  # the inner finger must not stand on the bottom, which a tilted bowl turns towards it
-        gap = np.minimum(gap, distance(sim, hands[:, :len(FINGERS)], own).min(1))
-    if last is not None:
-        cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
-    best = np.argmin(cost + np.abs(yaw) + 300 * np.maximum(MARGIN - gap, 0) + 5 * (gap < TOUCH))
-    p, R = pose(sim, name)
-    return R.T @ (point[best] - p), R.T @ axis[best]
-
-
-def pose(sim, name):
-    """Position (3,) in metres and rotation (3, 3) of an object."""
-    body = sim.env.obj_body_id[name]
-    return sim.data.xpos[body].copy(), sim.data.xmat[body].reshape(3, 3).copy()
-
-
-# ---------------------------------------------------------------------------------------------- the demonstrator
 
 def demonstrator(sim, seed=0):
     """Whoever can demonstrate the task of a freshly reset simulator."""
@@ -230,9 +80,11 @@ class Expert:
 
     def __init__(self, sim, seed=0):
         for predicate, *_ in sim.goal:
-            if predicate not in ("on", "in"):
-                raise ValueError(f"no script for the goal '{predicate}': the expert can do 'on' and 'in'")
-        self.sim, self.done = sim, False
+            if predicate not in SKILLS:
+                raise ValueError(f"no script for the goal '{predicate}': the expert can do {', '.join(SKILLS)}")
+        self.sim, self.done, self.opened = sim, False, False
+        # ours: in the first two suites, measured without it, the scenes have room for the hand
+        self.careful = sim.suite not in ("libero_spatial", "libero_object")
         self.hover = HOVER + np.random.default_rng(seed).uniform(-0.01, 0.01)
         self.plan = self.demonstrate()
 
@@ -268,12 +120,26 @@ class Expert:
         """Height of the object's underside, metres."""
         return corners(self.sim, solid(self.sim, name))[..., 2].min()
 
-    def destination(self, target):
+    def destination(self, target, name=None):
         """Position (3,) of the region or object to go to, and the name of the object it is part of."""
         region = self.sim.env.object_sites_dict.get(target)
         if region is None:
             return pose(self.sim, target)[0], target
-        return self.sim.data.site(target).xpos.copy(), region.parent_name
+        where = self.sim.data.site(target).xpos.copy()
+        if target.startswith("wine_rack"):
+            where[0] += 0.045  # beside the rod in its middle
+        sharing = [g[1] for g in self.sim.goal if g[-1] == target and g[0] == "on"]
+        if name in sharing and len(sharing) > 1:  # side by side
+            where[0] += 0.09 * (sharing.index(name) / (len(sharing) - 1) - 0.5)
+        if region.joints:  # the middle of what is open of the drawer
+            part = fixtures.Part(self.sim, target)
+            boxed, out = corners(self.sim, part.others), part.outward
+            boxed = boxed[boxed[..., 2].max(1) > corners(self.sim, part.geoms)[..., 2].max()]
+            front, back = where @ out + 0.076, (boxed @ out).max(initial=where @ out - 0.076)
+            where += out * np.clip((front + back) / 2 - where @ out, 0, 0.06)
+            if name and corners(self.sim, solid(self.sim, name))[..., 2].max() < part.ceiling() - 0.002 < np.inf:
+                where -= 0.025 * out  # once it is below the other handles
+        return where, region.parent_name
 
     def grasp_pose(self, name, grasp):
         """Where the hand must be to hold the object: grip point (3,), rotation (3, 3)."""
@@ -295,10 +161,143 @@ class Expert:
 
     def demonstrate(self):
         """The whole plan: every goal in turn, again if it does not hold."""
-        for goal in self.sim.goal:
+        for goal in 2 * in_order(self.sim.goal):  # twice: a later one may have undone an earlier one
             for _ in range(ATTEMPTS):
                 if not self.holds(goal):
-                    yield from self.pick_and_place(goal)
+                    yield from self.achieve(goal)
+
+    def achieve(self, goal):
+        """One attempt at a goal."""
+        predicate, target = goal[0], goal[-1]
+        if predicate == "open":
+            self.opened = True
+            yield from fixtures.open_drawer(self, target, OPEN)
+        elif predicate == "close" and target in self.sim.env.object_sites_dict:
+            yield from fixtures.close_drawer(self, target)
+        elif predicate == "close":
+            yield from fixtures.close_door(self, target)
+        elif predicate in ("turnon", "turnoff"):
+            yield from fixtures.turn_knob(self, target, predicate == "turnon")
+        else:
+            if self.is_drawer(target) and fixtures.Part(self.sim, target).q > AJAR:
+                yield from self.clear(goal[1], target)
+                self.opened = True
+                for _ in range(3):
+                    if fixtures.Part(self.sim, target).q > AJAR:
+                        yield from fixtures.open_drawer(self, target, AJAR - 0.02)
+            part = fixtures.Part(self.sim, target) if self.is_drawer(target) else None
+            if part and fixtures.WIDE + 0.005 < part.q <= AJAR and part.ceiling() < np.inf:
+                yield from fixtures.widen_drawer(self, target)
+            within = predicate == "in" and self.is_cave(target) and handle_of(self.sim, goal[1]) is not None
+            yield from (self.insert(goal) if within else self.pick_and_place(goal))
+
+    def is_cave(self, target):
+        """Whether a region is reached from the front only."""
+        region = self.sim.env.object_sites_dict.get(target)
+        return region is not None and region.parent_name.startswith(("microwave", "wooden_two_layer_shelf"))
+
+    def insert(self, goal):
+        """One attempt at putting a thing with a handle into a microwave or shelf: held by the handle, from the front."""
+        _, name, target = goal
+        where, container = self.destination(target)
+        out = pose(self.sim, container)[1] @ [0, -1, 0]
+        local = handle_of(self.sim, name)
+
+        def handle():
+            p, R = pose(self.sim, name)
+            return p + R @ local
+        away = handle() - pose(self.sim, name)[0]
+        away = np.append(away[:2], 0) / np.linalg.norm(away[:2])
+        R = leaning(np.cross([0, 0, 1], away), away, LEAN)
+        yield from self.travel(lambda: handle() + 0.05 * away + [0, 0, 0.03], R, -1)
+        yield from self.approach(handle, R, -1)
+        yield from self.squeeze(R)
+        R = leaning(np.cross([0, 0, 1], out), out, LEAN)
+        level = self.floor_of(target, where) + 0.025
+        for stage, far in enumerate((0.16, 0.16, INSIDE)):
+            for step in range(70):
+                if np.linalg.norm(handle() - self.grip) > SLIPPED:
+                    return
+                shift = where + far * out - pose(self.sim, name)[0]
+                shift[2] = level - self.lowest(name)
+                if stage == 0:
+                    shift[:2] *= np.linalg.norm(shift[:2]) > 0.3
+                    shift[:2] = 0
+                twist = Rotation.from_matrix(R @ self.hand.T).magnitude()
+                if np.linalg.norm(shift) < 0.015 and (stage == 0 or twist < 0.2 or step > 50):
+                    break
+                yield self.towards(self.grip + shift, R if stage else self.hand, 1)
+        for _ in range(25):
+            before = self.lowest(name)
+            yield self.towards(self.grip + [0, 0, -0.02], R, 1)
+            if before - self.lowest(name) < 0.0005:
+                break
+        yield from self.leave(out, R)
+
+    def floor_of(self, target, where):
+        """Height, metres, of what is below a region's centre (3,)."""
+        boxed = corners(self.sim, solid(self.sim, self.sim.env.object_sites_dict[target].parent_name))
+        low, high = boxed.min(1), boxed.max(1)
+        under = ((low[:, :2] < where[:2]) & (high[:, :2] > where[:2])).all(1) & (high[:, 2] < where[2])
+        return high[under, 2].max(initial=0.9)
+
+    def is_drawer(self, target):
+        """Whether a destination is inside of a drawer."""
+        region = self.sim.env.object_sites_dict.get(target)
+        return bool(region is not None and region.joints)
+
+    def is_region(self, target):
+        """Whether a destination is a part of a thing without joints, such as a caddy's compartment."""
+        region = self.sim.env.object_sites_dict.get(target)
+        return region is not None and not region.joints and region.parent_name in self.sim.env.obj_body_id
+
+    def travel(self, point, R, gripper):
+        """Over everything on the way to above `point()` (3,), and down to it, along a funnel."""
+        start = self.grip
+        level = max(self.highest_on_way(None, start, point(), 0.12) + CLEAR[0], start[2], point()[2] + 0.03)
+        while self.grip[2] < level - 0.02 and np.linalg.norm((point() - self.grip)[:2]) > 0.05 and start is not None:
+            before = self.grip[2]
+            yield self.towards(np.array([*start[:2], level + 0.02]), self.hand, gripper)
+            if self.grip[2] < before + 0.001:
+                break
+        for step in range(120):
+            slack = 1 + max(0, step - PATIENCE) / 20
+            goal = point()
+            aside = np.linalg.norm((goal - self.grip)[:2])
+            twist = Rotation.from_matrix(R @ self.hand.T).magnitude()
+            if np.linalg.norm(goal - self.grip) < ARRIVED * slack and twist < 0.15 * slack:
+                break
+            aside += 0.05 * max(twist - 0.1, 0)
+            above = np.clip(STEEP * (aside - NEAR * slack), 0, max(level - goal[2], 0))
+            yield self.towards(goal + [0, 0, above], R, gripper)
+
+    def approach(self, point, R, gripper):
+        """Straight to `point()` (3,)."""
+        nearest, since = np.inf, 0
+        for step in range(60):
+            error = np.linalg.norm(point() - self.grip)
+            nearest, since = (error, step) if error < nearest - 0.002 else (nearest, since)
+            if error < ARRIVED or step > since + STUCK:
+                break
+            yield self.towards(point(), R, gripper)
+
+    def leave(self, out, R, gripper=-1):
+        """Opens the hand, unless it is to stay closed, and goes back along `out` (3,), then up."""
+        point = self.grip
+        for _ in range(12 if gripper < 0 else 0):
+            if self.aperture > 0.06:
+                break
+            yield self.towards(point, R, gripper)
+        for way in (out, np.array([0, 0, 1.0])):
+            point = self.grip
+            for _ in range(15):
+                if (self.grip - point) @ way > RETREAT:
+                    break
+                yield self.towards(point + 2 * RETREAT * way, R, gripper)
+
+    def frame_of(self, name):
+        """Position (3,) and rotation (3, 3) of an object."""
+        return pose(self.sim, name)
 
     def pick_and_place(self, goal):
         """One attempt at ['on', object, object] or ['in', object, region]; a missed or lost object ends it early."""
@@ -313,8 +312,13 @@ class Expert:
         def lost():
             return np.linalg.norm(self.grasp_pose(name, grasp)[0] - self.grip) > SLIPPED
 
-        level = self.highest_on_way(name, pose(self.sim, name)[0], self.destination(target)[0], 0.08) + CLEAR[1]
+        here, there = pose(self.sim, name)[0], self.destination(target, name)[0]
+        level = self.highest_on_way(name, here, there, 0.08) + CLEAR[1]
+        if self.careful:  # the palm too, which may be far to one side of the object
+            beside = self.highest_on_way(name, self.grip, self.grip + there - here, 0.12)
+            level = max(level, beside + 0.01 - PALM - (self.grip[2] - self.lowest(name)))
         yield from self.lift(name, level, R, lost)
+        R = self.laid_down(target, self.aligned(name, target, R))
         yield from self.carry(goal, level, R, lost)
         yield from self.let_go(R)
 
@@ -352,6 +356,8 @@ class Expert:
 
     def lift(self, name, level, R, lost):
         """Straight up until the object's underside is nearly at `level` (metres)."""
+        if self.opened:
+            yield from self.slide_out(name, R)
         start = self.grip
         for _ in range(60):
             rise = level - self.lowest(name)
@@ -359,16 +365,86 @@ class Expert:
                 break
             yield self.towards(np.array([*start[:2], self.grip[2] + rise + 0.02]), R, 1)
 
+    def slide_out(self, name, R):
+        """From under what would be in the way of lifting the object, such as an open drawer, along the table."""
+        shift = self.uncovered(name)
+        goal = self.grip + shift
+        for _ in range(40 if np.any(shift) else 0):
+            if np.linalg.norm((goal - self.grip)[:2]) < 0.008:
+                break
+            yield self.towards(goal + [0, 0, 0.004], R, 1)
+
+    def clear(self, name, target):
+        """Moves an object, along the table, from where a drawer will be over it when it is open."""
+        part = fixtures.Part(self.sim, target)
+        drawer = corners(self.sim, part.geoms) + (part.q - AJAR + 0.04) * part.outward
+        if not np.any(self.uncovered(name, drawer, 0.0)):
+            return
+        shift = self.uncovered(name, drawer, 0.04)
+        grasp, blocked = yield from self.reach(name)
+        R = self.grasp_pose(name, grasp)[1]
+        if not blocked:
+            yield from self.squeeze(R)
+            goal = self.grip + shift
+            for _ in range(25):
+                if np.linalg.norm((goal - self.grip)[:2]) < 0.015:
+                    break
+                yield self.towards(goal + [0, 0, 0.004], R, 1)
+        yield from self.let_go(R)
+
+    def uncovered(self, name, more=np.zeros((0, 8, 3)), spare=0.01):
+        """The shortest horizontal way (3,) on which an object comes out from under all else, `more` boxes too; metres."""
+        own = corners(self.sim, solid(self.sim, name)).reshape(-1, 3)
+        others = [solid(self.sim, other) for other in self.sim.env.obj_body_id if other != name]
+        boxed = np.concatenate([corners(self.sim, np.concatenate(others)), more])
+        low, high = boxed.min(1), boxed.max(1)  # (G, 3)
+        over = low[:, 2] > own[:, 2].min() + 0.015
+
+        def touches(shift, which, gap):
+            return ((low[which, :2] < own.max(0)[:2] + shift + gap) & (high[which, :2] > own.min(0)[:2] + shift - gap)).all(1).any()
+        beside = ~over & (high[:, 2] > own[:, 2].min() + 0.01)
+        for far in np.arange(0, 0.25, 0.01):
+            for angle in np.arange(0, 2 * np.pi, np.pi / 8):
+                shift = far * np.array([np.cos(angle), np.sin(angle)])
+                if not touches(shift, over, spare) and (far == 0 or not touches(shift, beside, 0.005)):
+                    return np.append(shift, 0)
+        return np.zeros(3)
+
+    def aligned(self, name, target, R):
+        """The hand's rotation (3, 3) that turns a held object's long side along that of the region it is put in."""
+        if not self.careful or not self.is_region(target):
+            return R
+        region = self.sim.env.object_sites_dict[target]
+        boxed = corners(self.sim, solid(self.sim, name)).reshape(-1, 3)
+        size = np.abs(self.sim.data.site(target).xmat.reshape(3, 3) @ region.size)[:2]  # half sides
+        if (np.ptp(boxed[:, :2], axis=0) < 2 * size - 0.01).all():
+            return R
+        turns = np.radians(np.arange(-90, 91, 5))
+        flat = (boxed - boxed.mean(0))[:, :2]
+        spare = [(2 * size - np.ptp(flat @ [[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]], axis=0)).min() for t in turns]
+        return Rotation.from_euler("z", turns[np.argmax(spare - 0.002 * np.abs(turns))]).as_matrix() @ R
+
+    def laid_down(self, target, R):
+        """The hand's rotation (3, 3) at which a bottle lies on the slope of the wine rack; elsewhere R itself."""
+        if not target.startswith("wine_rack"):
+            return R
+        where, rack = self.destination(target)
+        back = (pose(self.sim, rack)[0] - where) * [0, 1, 0]
+        return Rotation.from_rotvec(SLOPE * np.cross([0, 0, 1], back / np.linalg.norm(back))).as_matrix() @ R
+
     def carry(self, goal, level, R, lost):
         """Across and down: the object's centre over the destination's, then until it rests on it or hangs in it."""
         _, name, target = goal
         still, before = 0, np.inf
         for _ in range(150):
-            where, container = self.destination(target)
-            walls = corners(self.sim, solid(self.sim, container))[..., 2]
+            where, container = self.destination(target, name)
+            walls = self.walls(target, container)
             shift = (where - pose(self.sim, name)[0])[:2]
             aside, bottom = np.linalg.norm(shift), self.lowest(name)
-            if target != container:  # into a region: the palm stays above the container's walls
+            if container not in self.sim.env.obj_body_id or container.startswith("wine_rack"):
+                end = where[2] - 0.01
+                arrived = False
+            elif target != container:  # into a region: the palm stays above the container's walls
                 end = max(walls.max() - 0.01 - (self.grip[2] - bottom), walls.min() + 0.02)
                 arrived = aside < 0.02 and bottom < end + 0.015
             else:  # onto an object: aim below its surface and stop at contact
@@ -378,22 +454,32 @@ class Expert:
             before = bottom
             if arrived or lost() or still > 6:
                 break
-            fall = min(end + STEEP * max(aside - NEAR, 0), level) - bottom
+            if self.careful and self.is_region(target):  # turned first
+                aside += max(Rotation.from_matrix(R @ self.hand.T).magnitude() - 0.06, 0)
+            near = NEAR / 2 if self.careful else NEAR
+            fall = min(end + STEEP * max(aside - near, 0), level) - bottom
             yield self.towards(self.grip + [*shift, fall], R, 1)
+
+    def walls(self, target, container):
+        """Heights, metres, of the corners of what a destination is part of."""
+        if container not in self.sim.env.obj_body_id:
+            return np.zeros(1)
+        geoms = fixtures.Part(self.sim, target).geoms if self.is_drawer(target) else solid(self.sim, container)
+        return corners(self.sim, geoms)[..., 2]
 
     def let_go(self, R):
         """Opens the hand until it holds nothing, then straight up."""
         point, held = self.grip, self.aperture
         for _ in range(12):
             yield self.towards(point, R, -1)
-            if self.aperture > held + LET_GO:
+            if self.aperture > held + LET_GO * (3 if self.careful else 1):
                 break
         yield from self.rise(R)
 
-    def rise(self, R):
-        """Straight up, the hand open."""
+    def rise(self, R, gripper=-1):
+        """Straight up."""
         point = self.grip
         for _ in range(20):
             if self.grip[2] > point[2] + RETREAT:
                 break
-            yield self.towards(point + [0, 0, 2 * RETREAT], R, -1)
+            yield self.towards(point + [0, 0, 2 * RETREAT], R, gripper)

@@ -14,6 +14,7 @@ import numpy as np
 import core
 import executor
 import sims
+import tables
 import train
 from policy import Executor
 
@@ -60,7 +61,7 @@ def result(config, checkpoint, suite, outcomes, seconds):
         about["noise"] = config.noise
     return about | {
         "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)],
-        "tasks": tasks, "unseen": None,
+        "tasks": tasks, "unseen": config.unseen,
         "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "commit": commit(), "versions": sims.versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
@@ -81,6 +82,8 @@ def result_path(folder, r):
         name += f"_{len(r['tasks'])}tasks"
     if "bundled" not in r["scenes"] and str(sims.EVALUATION) not in r["scenes"]:
         name += "_" + r["scenes"].replace(" ", "_")
+    if r["unseen"]:
+        name += f"_unseen_{r['unseen']}"
     return Path(folder) / f"{name}.json"
 
 
@@ -92,7 +95,8 @@ def pooled(folder):
         r = json.loads(path.read_text())
         # another version of it is another simulator
         r |= {"of": len(r["tasks"]), "mujoco": r["versions"]["mujoco"]}
-        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of", "mujoco")
+        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of", "unseen",
+                 "mujoco")
         key = tuple(r[name] for name in names)
         row = rows.setdefault(key, dict(zip(names, key))
                               | {"seeds": 0, "success": 0, "episodes": 0})
@@ -114,14 +118,16 @@ def make_table(folder, readme="README.md"):
              "|---|---|---|---|---|---|---|---|---|"]
     for r in rows:
         low, high = r["interval"]
+        new = f", unseen {r['unseen']}" if r["unseen"] else ""
         seeds = r["seeds"] if r["preset"] else "-"
         rate = f"{r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} %"
-        lines.append(f"| {r['suite']} | {r['plan']} | {r['of']} | {r['videos'] or '-'} | "
+        lines.append(f"| {r['suite']} | {r['plan']}{new} | {r['of']} | {r['videos'] or '-'} | "
                      f"{r['action_demos'] or '-'} | {seeds} | {rate} | "
                      f"{100 * low:.1f} - {100 * high:.1f} | {r['mujoco']} |")
     print("\n".join(lines))
     insert(readme, "results", lines)
     insert(readme, "times", times(folder))
+    insert(readme, "experts", tables.experts_table(folder))
     plot(rows, Path(folder) / "curve.png")
 
 
@@ -156,7 +162,7 @@ def plot(rows, path):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    learned = [r for r in rows if r["action_demos"] and r["of"] == len(sims.tasks(r["suite"]))]
+    learned = [r for r in rows if r["action_demos"] and not r["unseen"] and r["of"] == len(sims.tasks(r["suite"]))]
     suites = sorted({r["suite"] for r in learned})
     if not suites:
         return

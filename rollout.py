@@ -49,6 +49,8 @@ class Config:
                         "standard deviation of noise on the executed motion, for --policy expert",
                         minimum=0)
     films: bool = flag(True, "write an mp4 of each task's first success and first failure")
+    unseen: str | None = flag(None, "what is new in the scenes of libero_spatial",
+                              choices=list(sims.UNSEEN))
     render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the "
                                     "executor was trained on", choices=["fast", "faithful"])
     workers: int = flag(2, "processes", minimum=1)
@@ -106,7 +108,8 @@ def play(sim, actor, start, film):
     """
     policy = actor if isinstance(actor, Policy) else None
     frame, pictures, success = start, [], False
-    for steps in range(1, sim.horizon + 1):
+    # ours: the expert may try again, as when it records demonstrations; a policy has LIBERO's horizon
+    for steps in range(1, (sim.horizon if policy else sim.patience) + 1):
         if policy:
             look = policy.wants_frame
             if look and frame is None:
@@ -163,7 +166,7 @@ def run_task(job):
     config, checkpoints, suite, task, scenes, size, render = job
     torch.set_num_threads(1)
     observe = config.policy == "executor" or config.films
-    sim = sims.make(suite, task, size, config.render or render, observe)
+    sim = sims.make(suite, task, size, config.render or render, observe, config.unseen)
     done = {}
     for checkpoint in checkpoints:
         policy = Policy(load_executor(checkpoint, config.device)) if checkpoint else None

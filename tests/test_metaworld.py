@@ -7,6 +7,7 @@ import experts
 import results
 import rollout
 import cameras
+import metaworld_sim
 import sims
 from conftest import SIZE, shapes_of_a_frame
 
@@ -143,7 +144,7 @@ def test_script_succeeds_and_success_lasts(task):
         first = step if success and first is None else first
         if script.done:
             break
-    assert success and step - first == sims.LINGER
+    assert success and step - first == metaworld_sim.LINGER
     for _ in range(30):
         _, success = sim.step([0, 0, 1, -1], observe=False)
     assert success, "it has succeeded"

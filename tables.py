@@ -1,0 +1,37 @@
+"""What the scripted demonstrators solve, task by task, from their results."""
+import json
+from pathlib import Path
+
+
+def expert_results(folder="results"):
+    """Full results of LIBERO's expert -> {suite or 'suite, unseen variant': result}; of several of
+    a suite the one with the most episodes."""
+    found = {}
+    for path in sorted(Path(folder).glob("libero_*_expert_*.json")):
+        r = json.loads(path.read_text())
+        name = f"{r['suite']}, unseen {r['unseen']}" if r["unseen"] else r["suite"]
+        if name not in found or r["episodes"] > found[name]["episodes"]:
+            found[name] = r
+    return found
+
+
+def unreliable(suite, folder="results", least=0.5):
+    """{task: rate} of the tasks that the expert solves in fewer than `least` of the scenes."""
+    result = expert_results(folder).get(suite, {"tasks": {}})
+    rates = {task: t["success"] / t["episodes"] for task, t in result["tasks"].items()}
+    return {task: rate for task, rate in rates.items() if rate < least}
+
+
+def experts_table(folder="results"):
+    """Each task of the suites of ten, of the others all and the worst -> lines of a table."""
+    lines = ["| suite | task | solved | mean steps |", "|---|---|---|---|"]
+    for name, r in expert_results(folder).items():
+        tasks = r["tasks"]
+        if len(tasks) <= 10 and not r["unseen"]:
+            lines += [f"| {name} | {task.replace('_', ' ')} | {t['success']}/{t['episodes']} | "
+                      f"{t['steps']:.0f} |" for task, t in tasks.items()]
+            continue
+        worst = min(tasks.values(), key=lambda t: t["success"] / t["episodes"])
+        lines.append(f"| {name} | all {len(tasks)} | {r['success']}/{r['episodes']}, worst task "
+                     f"{worst['success']}/{worst['episodes']} | |")
+    return lines
