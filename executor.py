@@ -10,8 +10,8 @@ Trains the network of `policy.py`; what the frozen planner says of the demonstra
 once.
 
 Measured at the laptop preset on libero_spatial, 3,000 steps on one CPU core: explicit 0.8 minutes,
-latent 2.3, cloning 5.4; success with ten demonstrations per task 86, 74 and 64 %, with two 47, 35
-and 27 % (README has the intervals).
+latent 2.3, cloning 5.4; success with ten demonstrations per task 88, 78 and 75 %, with two 51, 53
+and 23 % (README has the intervals).
 
 Sizes: B batch, T steps of history, C actions per chunk.
 """

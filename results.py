@@ -128,6 +128,7 @@ def make_table(folder, readme="README.md"):
     insert(readme, "results", lines)
     insert(readme, "times", times(folder))
     insert(readme, "experts", tables.experts_table(folder))
+    insert(readme, "avdc", tables.flow_table(folder))
     plot(rows, Path(folder) / "curve.png")
 
 

@@ -35,3 +35,16 @@ def experts_table(folder="results"):
         lines.append(f"| {name} | all {len(tasks)} | {r['success']}/{r['episodes']}, worst task "
                      f"{worst['success']}/{worst['episodes']} | |")
     return lines
+
+
+def flow_table(folder="results"):
+    """Success of acting from flow, a row per task and a column per kind of video -> lines."""
+    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("avdc_flow-*.json"))]
+    found = [r for r in found if len(r["tasks"]) == 11]
+    if not found:
+        return []
+    lines = ["| task | " + " | ".join(r["plan"] for r in found) + " |", "|---" * (1 + len(found)) + "|"]
+    for task in found[0]["tasks"]:
+        cells = [f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}" for r in found]
+        lines.append(f"| {task} | " + " | ".join(cells) + " |")
+    return lines
