@@ -87,12 +87,18 @@ def result_path(folder, r):
     return Path(folder) / f"{name}.json"
 
 
+def evaluations(folder):
+    """What the JSON files of evaluations hold; other results, such as extract.py's grades, are not
+    of policies."""
+    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
+    return [r for r in found if "plan" in r]
+
+
 def pooled(folder):
     """All results, training seeds pooled -> list of dicts with suite, plan, ..., seeds, success,
     episodes, interval."""
     rows = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        r = json.loads(path.read_text())
+    for r in evaluations(folder):
         # another version of it is another simulator
         r |= {"of": len(r["tasks"]), "mujoco": r["versions"]["mujoco"]}
         names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of", "unseen",
@@ -135,8 +141,7 @@ def make_table(folder, readme="README.md"):
 def times(folder):
     """What the steps took, as lines of a table: medians over the results, minutes."""
     spent = {}
-    for path in sorted(Path(folder).glob("*.json")):
-        r = json.loads(path.read_text())
+    for r in evaluations(folder):
         for step, seconds in r["seconds"].items():
             if seconds and r["preset"] and len(r["tasks"]) == len(sims.tasks(r["suite"])):
                 of = {"data": "data, one core",

@@ -18,7 +18,7 @@ import metaworld_sim
 from cameras import choose_opengl, fail, track
 from frames import CAMERAS, INITS  # noqa: F401
 from libero_sim import HORIZONS, UNSEEN, Libero
-from metaworld_sim import BENCHMARKS, EVALUATION, METAWORLD, MetaWorld  # noqa: F401
+from metaworld_sim import BENCHMARKS, EVALUATION, METAWORLD, VIEW, MetaWorld  # noqa: F401
 
 SUITES = (*HORIZONS, *BENCHMARKS)
 
