@@ -116,7 +116,7 @@ def test_presets_leave_nothing_open(name, preset):
     assert all(presets[preset].keys() == other.keys() for other in presets.values())
     config = core.parse(Config, "", ["--device", "cpu"] + (["--preset", preset] if presets else []))
     open_fields = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None}
-    assert open_fields <= {"scenes", "batch", "render", "goal", "plan_form"}
+    assert open_fields <= {"scenes", "batch", "render", "goal", "plan_form", "unseen"}
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

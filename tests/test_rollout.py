@@ -40,7 +40,8 @@ class Scripted:
     """Stands in for a simulator: success at the given steps."""
 
     def __init__(self, *successes):
-        self.successes, self.horizon, self.actions = list(successes), len(successes), []
+        self.successes, self.actions = list(successes), []
+        self.horizon = self.patience = len(successes)
 
     def step(self, action, observe=True):
         self.actions.append(action)
@@ -240,7 +241,7 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
 
 
 def written(folder, plan, seed, success, demos=10, **changes):
-    r = {"suite": SUITE, "plan": plan, "preset": "laptop", "videos": 20, "action_demos": demos, "seed": seed,
+    r = {"suite": SUITE, "plan": plan, "preset": "laptop", "videos": 20, "unseen": None, "action_demos": demos, "seed": seed,
          "success": success, "episodes": 100, "scenes": "bundled initial states", "versions": {"mujoco": "3.3.0"},
          "seconds": {"data": 600, "planner": None, "executor": 120, "rollout": 90},
          "tasks": dict.fromkeys(sims.tasks(SUITE), {})} | changes
