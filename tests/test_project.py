@@ -166,6 +166,12 @@ def tiny(command, data):
              "track_planner.py": [*COMMON, "--steps", "2", "--width", "32", "--depth", "1", "--batch", "4", *where],
              "executor.py": [*EXECUTOR, "--tasks", "0", "--steps", "2", *where],
              "rollout.py": ["--tasks", "0", "--episodes", "1", "--workers", "1", "--device", "cpu"]}
+    filmed = "--suite avdc --tasks button-press".split()
+    small = "--demos 1 --steps 2 --batch 2 --size 96 --device cpu".split()
+    added |= {"video_planner.py": [*filmed, *small, *where, *"--preset laptop --channels 32 --multiples 1 2 "
+                                   "--sample-steps 2".split()],
+              "flow.py": [*filmed, *small, *where, "--pairs", "3"],
+              "avdc.py": [*filmed, *"--episodes 1 --views 0 --workers 1 --horizon 30".split()]}
     script = words[1]
     assert script in added, f"README has a command that this test does not know: {command}"
     # two demonstrations instead of ten are part of the checkpoint's name

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import cameras
+import frames
 import sims
 from conftest import ROOT, SIZE, SUITE, shapes_of_a_frame
 
@@ -245,11 +246,11 @@ def test_simplify_mesh():
 def test_axis_angle_is_continuous_where_the_hand_points_down():
     from scipy.spatial.transform import Rotation
     down = Rotation.from_rotvec([np.pi, 0, 0])
-    near = [sims.axis_angle((Rotation.from_rotvec([tilt, 0, 0]) * down).as_matrix()) for tilt in (-0.01, 0.01)]
+    near = [frames.axis_angle((Rotation.from_rotvec([tilt, 0, 0]) * down).as_matrix()) for tilt in (-0.01, 0.01)]
     np.testing.assert_allclose(near[0], near[1], atol=0.03)
     for v in Rotation.random(50, random_state=0).as_rotvec():
         R = Rotation.from_rotvec(v).as_matrix()
-        np.testing.assert_allclose(Rotation.from_rotvec(sims.axis_angle(R)).as_matrix(), R, atol=1e-9)
+        np.testing.assert_allclose(Rotation.from_rotvec(frames.axis_angle(R)).as_matrix(), R, atol=1e-9)
 
 
 # --- names and errors -----------------------------------------------------------------------------
@@ -268,7 +269,7 @@ def test_every_suite_has_tasks_with_one_goal_or_more():
     for suite in sims.HORIZONS:
         for name in sims.tasks(suite):
             language, objects, goal = sims.describe(suite, name)
-            assert language and objects[0] == "robot" and len(objects) == 3 and goal
+            assert language and objects[0] == "robot" and len(objects) >= 2 and goal
 
 
 class Failed:

@@ -225,7 +225,7 @@ def test_the_hand_is_where_the_robot_ends(videos):
         y, x = np.nonzero(videos.arrays["masks"][episode[b]][t[b]] == 1)
         gap = np.hypot(x + 0.5 - SIZE * batch["tracks"][b, 0, 0, 0], y + 0.5 - SIZE * batch["tracks"][b, 0, 0, 1])
         assert gap.min() < 6
-    assert track_planner.cameras_of(c, episodes) == ["agentview"]
+    assert track_planner.cameras_of(c, videos) == ["agentview"]
 
 
 def test_scores_of_points_that_stay(videos):

@@ -206,8 +206,11 @@ def test_clips_end_with_the_episode():
     assert times[0].tolist() == list(range(0, 71, 10))
 
 
-def test_command_resumes_after_a_kill(data, tmp_path):
-    command = [*COMMAND, "--data", str(data)]
+def test_command_resumes_after_a_kill(data, tmp_path, monkeypatch):
+    command = [*COMMAND, "--data", str(data), "--sample-steps", "2"]
+    silhouette, validate = video_planner.train_silhouette, video_planner.validate
+    monkeypatch.setattr(video_planner, "train_silhouette", lambda e: silhouette(e, steps=5))
+    monkeypatch.setattr(video_planner, "validate", lambda p, e, s: validate(p, e, s, samples=20))
     video_planner.main([*command, "--out", str(tmp_path / "whole")])
     run_and_kill("video_planner", "step", [*command, "--out", str(tmp_path / "killed")])
     video_planner.main([*command, "--out", str(tmp_path / "killed")])
