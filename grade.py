@@ -1,16 +1,25 @@
 """How good is an annotator?  Its masks and tracks beside the simulator's truth on the same frames.
 
-    python extract.py --suite libero_spatial --grade --tracks flow       # writes results/<suite>_grade.json
+    python extract.py --suite libero_spatial --grade --tracks flow  # -> results/<suite>_grade.json
 
-Masks by DAVIS' measures (Perazzi et al., 2016): J is the intersection over union, F the harmonic mean of precision
-and recall of the boundary, within 0.8 % of the picture's diagonal; mean over frames and objects.
-Tracks by TAP-Vid's (Doersch et al., 2022), queried at the first frame in which a point is seen, on places in pixels
-of 256: delta_avg, the share of visible points within 1, 2, 4, 8, 16 pixels; occlusion accuracy; average Jaccard.
-Beside them the trivial answers: the first mask for ever, points that stay and are always seen.
+Masks by DAVIS' measures (Perazzi et al., 2016): J is the intersection over union, F the harmonic
+mean of precision and recall of the boundary, within 0.8 % of the picture's diagonal; mean over
+frames and objects.  Tracks by TAP-Vid's (Doersch et al., 2022), queried at the first frame in which
+a point is seen, on places in pixels of 256: delta_avg, the share of visible points within 1, 2, 4,
+8, 16 pixels; occlusion accuracy; average Jaccard.  Beside them the trivial answers: the first mask
+for ever, points that stay and are always seen.
 """
+import json
+import time
+from pathlib import Path
+
 import numpy as np
 
 import annotate
+import core
+import sims
+from episodes import Episodes
+from films import is_video
 
 WITHIN = (1, 2, 4, 8, 16)  # pixels of 256
 
@@ -22,7 +31,7 @@ def region(found, true):
 
 
 def edge(mask):
-    """(H, W) bool -> pixels of the mask that touch its outside, the picture's border not counted."""
+    """(H, W) bool -> the mask's pixels that touch its outside, the picture's border not counted."""
     padded = np.pad(mask, 1, mode="edge")
     inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
     return mask & ~inner
@@ -43,14 +52,18 @@ def boundary(found, true, tolerance=0.008):
 
 
 def grade_masks(found, true, objects):
-    """found, true (T, H, W) of 0..N, numbers of the objects that count -> J, F: means over frames after the first."""
+    """found, true (T, H, W) of 0..N, numbers of the objects that count -> J, F.
+
+    Both are means over the frames after the first.
+    """
     pairs = [(f == k, t == k) for k in objects for f, t in zip(found[1:], true[1:])]
-    return float(np.mean([region(*p) for p in pairs])), float(np.mean([boundary(*p) for p in pairs]))
+    return tuple(float(np.mean([measure(*p) for p in pairs])) for measure in (region, boundary))
 
 
 def grade_tracks(found, seen, true, visible, when):
-    """Places (T, K, 2) in [0, 1] and visibility (T, K) beside the truth; points queried at `when` (K,), later frames count.
+    """Places (T, K, 2) in [0, 1] and visibility (T, K) beside the truth.
 
+    Points are queried at frames `when` (K,); later ones count.
     -> delta_avg, occlusion accuracy, average Jaccard, each in [0, 1]
     """
     later = np.arange(len(true))[:, None] > when  # (T, K)
@@ -67,7 +80,7 @@ def grade_tracks(found, seen, true, visible, when):
 
 
 def queries(visible):
-    """(T, K) bool -> the points that are seen at all, before the last frame, and when first: (K',), (K',)."""
+    """(T, K) bool -> the points seen at all before the last frame, and when first: (K',), (K',)."""
     when = visible.argmax(0)
     kept = np.flatnonzero(visible.any(0) & (when < len(visible) - 1))
     return kept, when[kept]
@@ -76,7 +89,9 @@ def queries(visible):
 def grade(episodes, tracks, masks, names, weights, download, device, threshold):
     """Mean over the episodes of each measure.
 
-    episodes  an Episodes; tracks 'flow', 'cotracker' or 'sim'; masks 'sam' or 'sim', 'sim': not graded
+    episodes  an Episodes
+    tracks    'flow', 'cotracker', or 'sim': not graded
+    masks     'sam', or 'sim': not graded
     -> {"masks": {annotator: {"J", "F"}}, "tracks": {"all" | "moving": {annotator: {...}}}}, counts
     """
     rows, number = {}, {"episodes": len(episodes.length), "points": 0, "frames": 0}
@@ -87,9 +102,10 @@ def grade(episodes, tracks, masks, names, weights, download, device, threshold):
         there = range(1, 1 + len(episodes.objects))
         add(("masks", "first mask"), grade_masks(np.broadcast_to(true[0], true.shape), true, there))
         if masks == "sam":
-            add(("masks", "sam"), grade_masks(annotate.video_masks(frames, names, weights, download, device, threshold),
-                                              true, there))
-        place, visible = (episodes.gather(f"{what}/agentview", e, t) for what in ("tracks", "visible"))
+            mask = annotate.video_masks(frames, names, weights, download, device, threshold)
+            add(("masks", "sam"), grade_masks(mask, true, there))
+        place, visible = (episodes.gather(f"{what}/agentview", e, t)
+                          for what in ("tracks", "visible"))
         kept, when = queries(visible)
         place, visible = place[:, kept].astype(np.float64), visible[:, kept]
         where = place[when, np.arange(len(when))]  # (K, 2)
@@ -98,20 +114,23 @@ def grade(episodes, tracks, masks, names, weights, download, device, threshold):
         if tracks == "flow":
             said["flow"] = annotate.flow_tracks(frames, when, where)
         if tracks == "cotracker":
-            said["cotracker"] = annotate.cotracker_tracks(frames, when, where, weights, download, device)
+            said["cotracker"] = annotate.cotracker_tracks(frames, when, where, weights, download,
+                                                          device)
         for name, (found, seen) in said.items():
             for which, chosen in (("all", slice(None)), ("moving", moving)):
                 if which == "all" or moving.any():
-                    add(("tracks", which, name), grade_tracks(found[:, chosen], seen[:, chosen], place[:, chosen],
-                                                              visible[:, chosen], when[chosen]))
-        number["points"], number["frames"] = number["points"] + len(when), number["frames"] + int(T)
+                    beside = (a[:, chosen] for a in (found, seen, place, visible))
+                    add(("tracks", which, name), grade_tracks(*beside, when[chosen]))
+        number["points"] += len(when)
+        number["frames"] += int(T)
     mean = lambda key, what: dict(zip(what, np.mean(rows[key], 0).round(4).tolist()))
     found = {"masks": {}, "tracks": {"all": {}, "moving": {}}}
     for key in rows:
         if key[0] == "masks":
             found["masks"][key[1]] = mean(key, ("J", "F"))
         else:
-            found["tracks"][key[1]][key[2]] = mean(key, ("delta_avg", "occlusion_accuracy", "average_jaccard"))
+            measures = "delta_avg", "occlusion_accuracy", "average_jaccard"
+            found["tracks"][key[1]][key[2]] = mean(key, measures)
     return found | number
 
 
@@ -123,6 +142,31 @@ def table(found):
     lines.append("tracks        delta_avg  occlusion accuracy  average Jaccard")
     for which, rows in found["tracks"].items():
         lines.append(f"  {which} points")
-        lines += [f"    {n:10s} {s['delta_avg']:6.3f} {s['occlusion_accuracy']:16.3f} {s['average_jaccard']:18.3f}"
-                  for n, s in rows.items()]
+        lines += [f"    {n:10s} {s['delta_avg']:6.3f} {s['occlusion_accuracy']:16.3f} "
+                  f"{s['average_jaccard']:18.3f}" for n, s in rows.items()]
     return "\n".join(lines)
+
+
+def grade_annotators(config, episodes):
+    """--grade, with `extract.py`'s flags: the first video of each task beside the trivial answers."""
+    if is_video(Path(config.data) / config.suite / f"{episodes.tasks[0]}.hdf5"):
+        core.fail(f"{config.suite} holds videos without truth: grade on a simulator's suite, "
+                  "such as --suite libero_spatial")
+    names = [word.strip() for word in config.objects.split(".") if word.strip()]
+    if config.masks == "sam" and len(names) != len(episodes.objects):
+        core.fail(f"--objects names {len(names)} objects, the data has {len(episodes.objects)}: "
+                  f"say what {', '.join(episodes.objects)} look like, "
+                  'such as --objects "robot arm. black bowl. plate.", or give --masks sim')
+    begin, episodes = time.time(), Episodes(config.data, config.suite, episodes.tasks, 1)
+    found = grade(episodes, config.tracks, config.masks, names, config.weights, config.download,
+                  config.device, config.threshold)
+    command = (f"python extract.py --suite {config.suite} --grade --masks {config.masks} "
+               f"--tracks {config.tracks}")
+    about = {"suite": config.suite, "size": episodes.size, "tasks": len(episodes.tasks),
+             "seconds": round(time.time() - begin, 1), "command": command,
+             "versions": sims.versions()}
+    print(table(found))
+    path = Path("results") / f"{config.suite}_grade.json"
+    path.parent.mkdir(exist_ok=True)
+    core.write(path, json.dumps(about | found, indent=1) + "\n")
+    print(f"grades: {path}")

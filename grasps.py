@@ -9,6 +9,7 @@ OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
 TIGHT = 0.066  # a thing wider than this is held by its handle if it has one and is not hollow
 PALM = 0.031  # height of the palm above the grip site
 PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
+SLIPPED = 0.035  # between hand and grasp point: the object was missed or lost
 # ---- where to grasp, metres
 BITE = 0.033  # a tall object is aimed at this far below its top; ARRIVED stops the hand before the palm touches it
 FLOOR_GAP = 0.012  # the fingertips reach 9 mm below the grip site and must not scrape what the object stands on
