@@ -150,8 +150,8 @@ class Camera:
 
 
 def free(lookat, distance, azimuth, elevation):
-    """A camera of MuJoCo's that is fixed to nothing: what it looks at (3,) and from how far, metres;
-    degrees."""
+    """A camera of MuJoCo's that is fixed to nothing: what it looks at (3,) and from how far,
+    metres; degrees."""
     import mujoco
     view = mujoco.MjvCamera()
     view.lookat[:], view.distance = lookat, distance

@@ -47,8 +47,8 @@ def from_noise(x, noise, a):
 
 
 def loss_weight(a, objective):
-    """Weight of the squared error at signal share a (B,) -> (B,): 1 of eps (the paper), min-SNR of v
-    (its authors' code), min(1 + SNR, gamma) of x0.
+    """Weight of the squared error at signal share a (B,) -> (B,): 1 of eps (the paper), min-SNR of
+    v (its authors' code), min(1 + SNR, gamma) of x0.
 
     differs: min-SNR leaves next to no weight to the noisiest steps, with which sampling begins; a
     short training then never learns them (one clip overfitted in 250 steps: 17 instead of 30 dB).
@@ -62,7 +62,8 @@ def loss_weight(a, objective):
 def ddim_step(x, x0, noise, a, before, eta, fresh):
     """One step of DDIM (Song et al., 2021, eq. 12) from signal share a to `before`; eta 1: DDPM."""
     sigma = eta * ((1 - before) / (1 - a) * (1 - a / before)).clamp(min=0).sqrt()
-    return before.sqrt() * x0 + (1 - before - sigma ** 2).clamp(min=0).sqrt() * noise + sigma * fresh
+    kept = (1 - before - sigma ** 2).clamp(min=0).sqrt()
+    return before.sqrt() * x0 + kept * noise + sigma * fresh
 
 
 # --- network --------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def norm(channels):
 
 
 class VideoConv(nn.Module):
-    """Factorised convolution (Fig. 3b): 3 x 3 in space, then 3 in time.  (B F, C, H, W) -> the same.
+    """Factorised convolution (Fig. 3b): 3 x 3 in space, 3 in time.  (B F, C, H, W) -> the same.
 
     The one in time starts as the identity (Dirac), so the network starts as an image network.  It
     is written as a 1 x 1 convolution over each picture beside its neighbours: the same sum, without
@@ -102,7 +103,8 @@ class ResBlock(nn.Module):
         self.norm1, self.conv1 = norm(i), VideoConv(i, o)
         self.said, self.norm2, self.conv2 = nn.Linear(D, o), norm(o), VideoConv(o, o)
         self.short = nn.Conv2d(i, o, 1) if i != o else nn.Identity()
-        nn.init.zeros_(self.conv2.space.weight)         # as guided-diffusion: a block starts as nothing
+        # as guided-diffusion: a block starts as nothing
+        nn.init.zeros_(self.conv2.space.weight)
         nn.init.zeros_(self.conv2.space.bias)
 
     def forward(self, x, said):
@@ -124,7 +126,7 @@ class Attention(nn.Module):
     def forward(self, x):
         B, C, H, W = x.shape
         q, k, v = (y.reshape(B, self.heads, -1, H * W).transpose(2, 3)
-                   for y in self.qkv(self.norm(x)).chunk(3, 1))             # (B, heads, H W, C/heads)
+                   for y in self.qkv(self.norm(x)).chunk(3, 1))  # (B, heads, H W, C/heads)
         y = core.attend(q, k, v).transpose(2, 3).reshape(B, C, H, W)
         return x + self.out(y)
 
@@ -170,7 +172,8 @@ class VideoUNet(nn.Module):
         return nn.ModuleList([ResBlock(i, o, D)] + [Attention(o)] * looks)
 
     def forward(self, x, seen, t, task=None, features=False):
-        """x (B, F, 3, H, W) noisy, seen (B, C, H, W), both in [-1, 1]; t (B,) in 0..T-1; task (B, E)
+        """x (B, F, 3, H, W) noisy, seen (B, C, H, W), both in [-1, 1]; t (B,) in 0..T-1; task
+        (B, E)
         -> (B, F, 3, H, W); features: what the middle says instead (B, F, width, h, w)."""
         wave = torch.exp(-math.log(10000) * torch.arange(self.base // 2, device=x.device)
                          / (self.base // 2))

@@ -13,7 +13,8 @@ import sims
 from core import fail
 
 HELD_OUT = 2  # validation episodes per task
-COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]], np.uint8)
+COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]],
+                   np.uint8)
 
 
 def open_data(path):
@@ -26,7 +27,8 @@ def open_data(path):
         if "data" not in f or not len(f["data"]):
             raise OSError("no episodes")
         if "size" not in f["data"].attrs or not {"masks", "tracks"} <= f["data/demo_0"].keys():
-            fail(f"{path} lacks masks or tracks, so this extract.py has not made it: choose another --data folder or delete it")
+            fail(f"{path} lacks masks or tracks, so this extract.py has not made it: "
+                 "choose another --data folder or delete it")
         return f
     except OSError as error:
         fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run "
@@ -34,7 +36,8 @@ def open_data(path):
 
 
 def mapped(dataset):
-    """A dataset as an array: what is large and lies contiguous in the file is mapped into memory, the rest is read."""
+    """A dataset as an array: what is large and lies contiguous in the file is mapped into memory,
+    the rest is read."""
     offset = dataset.id.get_offset()
     if offset is None or dataset.nbytes < 1 << 14:
         return dataset[:]
@@ -45,20 +48,22 @@ class Episodes:
     """Read-only episodes of some tasks of a suite.
 
     split 'train' -> the first `demos` videos per task, 'valid' -> the held-out ones.
-    length (E,) steps, task (E,) index into `tasks`, text (tasks, D) their instructions' embeddings; pictures stay on disk until gathered.
+    length (E,) steps, task (E,) index into `tasks`, text (tasks, D) their instructions' embeddings,
+    seconds of one core that the episodes took to make; pictures stay on disk until gathered.
     """
     KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
             "obs/ee_states", "obs/joint_states", "obs/gripper_states",
-            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS), "hand")
+            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS),
+            "hand")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
-        self.suite, self.tasks, self.seconds, wanted = suite, tasks, 0.0, demos  # seconds of one core that the episodes took to make
+        self.suite, self.tasks, self.seconds, wanted = suite, tasks, 0.0, demos
         self.arrays, length, task, text = {key: [] for key in self.KEYS}, [], [], []
         for k, name in enumerate(tasks):
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
-                demos = wanted
-                if f["data"].attrs["source"] == "video":  # as many as there are: no simulator makes more
+                demos, video = wanted, f["data"].attrs["source"] == "video"
+                if video:  # as many as there are: no simulator makes more
                     demos = min(wanted, len(f["data"]) - HELD_OUT)
                 names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
                                                range(HELD_OUT, HELD_OUT + demos))]
@@ -66,7 +71,7 @@ class Episodes:
                     fail(f"{path} holds {len(f['data']) - HELD_OUT} videos, not {demos}: "
                          f"python extract.py --suite {suite} --demos {demos}")
                 for n in names:
-                    for key in self.KEYS if f["data"].attrs["source"] != "video" else filter(f["data"][n].get, self.KEYS):
+                    for key in filter(f["data"][n].get, self.KEYS) if video else self.KEYS:
                         self.arrays[key].append(mapped(f["data"][n][key]))
                     length.append(int(f["data"][n].attrs["num_samples"]))
                     self.seconds += float(f["data"][n].attrs.get("seconds", 0))
@@ -75,27 +80,31 @@ class Episodes:
                 self.objects = list(f["data"].attrs["objects"])
                 self.size, self.render = int(f["data"].attrs["size"]), f["data"].attrs["render"]
         self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
-        self.start = np.concatenate([[0], np.cumsum(self.length)])  # (E + 1,) rows before each episode
+        # (E + 1,) rows before each episode
+        self.start = np.concatenate([[0], np.cumsum(self.length)])
 
     def __len__(self):
         return int(self.start[-1])
 
     def gather(self, key, episode, t):
-        """Rows of `key`.  episode (...), t (...) integers, t beyond an episode's ends taken there -> (..., row)."""
+        """Rows of `key`.  episode (...), t (...) integers, t beyond an episode's ends taken there
+        -> (..., row)."""
         episode, t = np.broadcast_arrays(episode, t)
         t = np.clip(t, 0, self.length[episode] - 1)
         rows = [self.arrays[key][e][i] for e, i in zip(episode.ravel(), t.ravel())]
         return np.stack(rows).reshape(*episode.shape, *rows[0].shape)
 
     def draw(self, step, batch, seed):
-        """Random frames for one training step, the same for the same (seed, step) -> episode (B,), t (B,), rng."""
+        """Random frames for one training step, the same for the same (seed, step) -> episode (B,),
+        t (B,), rng."""
         rng = np.random.default_rng([seed, step])
         row = rng.integers(len(self), size=batch)
         episode = np.searchsorted(self.start, row, "right") - 1
         return episode, row - self.start[episode], rng
 
     def goal_of(self, episode, rng):
-        """For each episode one whose last frame is the goal image: a random other one of its task (PLEX) -> (B,).
+        """For each episode one whose last frame is the goal image: a random other one of its task
+        (PLEX) -> (B,).
 
         differs: in Meta-World the episode itself, since each scene has a goal of its own.
         """
@@ -109,27 +118,32 @@ class Episodes:
         return goal
 
 
-# ---------------------------------------------------------------------------------------------- pictures
+# --- pictures -------------------------------------------------------------------------------------
 
 def draw_masks(image, masks, opacity=0.55):
-    """image (H, W, 3) uint8 with the masks (H, W) of 0..N laid over it in colours -> (H, W, 3) uint8."""
+    """image (H, W, 3) uint8 with masks (H, W) of 0..N laid over it in colours -> (H, W, 3)."""
     colour = COLOURS[masks % len(COLOURS)].astype(np.float32)
     alpha = opacity * (masks > 0)[..., None]
     return (image * (1 - alpha) + colour * alpha).clip(0, 255).astype(np.uint8)
 
 
 def draw_tracks(image, tracks, visible, scale=1):
-    """image (H, W, 3) uint8, tracks (T, K, 2) in [0, 1], visible (T, K) -> (scale H, scale W, 3) with the points' ways from
-    the first step on as tails, dark to bright, each point in a colour of its own; points hidden at first are left out."""
+    """image (H, W, 3) uint8, tracks (T, K, 2) in [0, 1], visible (T, K) -> (scale H, scale W, 3).
+
+    The points' ways from the first step on are drawn as tails, dark to bright, each point in a
+    colour of its own; points hidden at first are left out.
+    """
     import cv2
     from matplotlib import colormaps
     image = np.kron(image, np.ones((scale, scale, 1), np.uint8)).copy()
-    places = np.rint(8 * tracks.astype(np.float32) * image.shape[0]).astype(np.int32)  # in eighths of a pixel
+    # in eighths of a pixel
+    places = np.rint(8 * tracks.astype(np.float32) * image.shape[0]).astype(np.int32)
     for k in np.flatnonzero(visible[0]):
         colour = 255 * np.array(colormaps["hsv"](k * 0.618 % 1)[:3])
         for t in range(len(tracks) - 1):
             shade = 0.35 + 0.65 * (t + 1) / len(tracks)
-            cv2.line(image, places[t, k].tolist(), places[t + 1, k].tolist(), (shade * colour).tolist(), 1, cv2.LINE_AA, 3)
+            here, there = places[t, k].tolist(), places[t + 1, k].tolist()
+            cv2.line(image, here, there, (shade * colour).tolist(), 1, cv2.LINE_AA, 3)
     return image
 
 
@@ -137,25 +151,30 @@ def caption(image, text, height=14):
     """image (H, W, 3) uint8 -> (H + height, W, 3): a line of text above it."""
     import cv2
     bar = np.full((height, image.shape[1], 3), 255, np.uint8)
-    cv2.putText(bar, text, (2, height - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1, cv2.LINE_AA)
+    cv2.putText(bar, text, (2, height - 4), cv2.FONT_HERSHEY_SIMPLEX, 0.34, (0, 0, 0), 1,
+                cv2.LINE_AA)
     return np.concatenate([bar, image])
 
 
 def sheet(episodes, columns=6):
-    """One row per task: its first video at `columns` times, masks drawn, and the wrist camera, 16 steps of tracks drawn
-    in both -> (., ., 3) uint8."""
+    """One row per task: its first video at `columns` times, masks drawn, and the wrist camera, 16
+    steps of tracks drawn in both -> (., ., 3) uint8."""
     rows = []
     for k, name in enumerate(episodes.tasks):
         e = int(np.flatnonzero(episodes.task == k)[0])
         t = np.linspace(0, episodes.length[e] - 1, columns).astype(int)
         seen = episodes.gather("obs/agentview_rgb", e, t)  # (columns, H, W, 3)
         masks = episodes.gather("masks", e, t)
-        views = [c for c in sims.CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]  # a video has no camera on the hand
+        # a video has no camera on the hand
+        views = [c for c in sims.CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
         pictures = [[draw_masks(a, m) for a, m in zip(seen, masks)]]
         pictures += [episodes.gather(f"obs/{c}_rgb", e, t) for c in views[1:]]
-        ways = {(what, c): episodes.gather(f"{what}/{c}", e, t[:, None] + np.arange(16))[:, :, ::4]  # (columns, 16, K / 4, ...)
-                for what in ("tracks", "visible") for c in views}
+        then = t[:, None] + np.arange(16)
+        ways = {(what, c): episodes.gather(f"{what}/{c}", e, then)[:, :, ::4]
+                for what in ("tracks", "visible") for c in views}  # each (columns, 16, K / 4, ...)
         pairs = [np.concatenate([draw_tracks(picture, ways["tracks", c][i], ways["visible", c][i])
-                                 for c, picture in zip(views, both)], 1) for i, both in enumerate(zip(*pictures))]
-        rows.append(caption(np.concatenate(pairs, 1), f"{k} {name.replace('_', ' ')} ({episodes.length[e]} steps)"))
+                                 for c, picture in zip(views, both)], 1)
+                 for i, both in enumerate(zip(*pictures))]
+        title = f"{k} {name.replace('_', ' ')} ({episodes.length[e]} steps)"
+        rows.append(caption(np.concatenate(pairs, 1), title))
     return np.concatenate(rows)

@@ -93,15 +93,16 @@ class Config:
 
 
 def plan_name(config):
-    """none, mask, mask-explicit, track, track-latent, ee or video-latent, as in results and file names; ablations
-    add to it."""
+    """none, mask, mask-explicit, track, track-latent, ee or video-latent, as in results and file
+    names; ablations add to it."""
     if config.planner == "none":
         return "none"
     name, form = Path(config.planner).stem, config.plan_form
     if form == "tracks":
         return name + {(True, True): "", (True, False): "-early",
                        (False, True): "-late"}.get((config.early, config.late), "-unfused")
-    return name + ("-explicit" if form == "explicit" else "-latent" * name.startswith(("track", "video")))
+    latent = "-latent" * name.startswith(("track", "video"))
+    return name + ("-explicit" if form == "explicit" else latent)
 
 
 def waypoints(position, gripper):

@@ -40,7 +40,7 @@ def choose_tasks(suite, chosen, data):
 
 
 def episodes_of(path):
-    """A folder of films -> those, an episode each; else -> the path itself, to be cut into pieces."""
+    """A folder of films -> those, an episode each; else the path itself, to be cut into pieces."""
     path, films = Path(path), []
     if path.is_dir():
         films = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in FILMS)

@@ -68,15 +68,18 @@ def pixel_grid(side, device=None):
 
 
 class FlowNet(nn.Module):
-    """Global matching (after GMFlow, Xu et al., 2022), small: features of both pictures look at each
-    other at an eighth of the resolution; at a quarter, each finds itself in the other picture by a
-    softmax over all its cells; convolutions over what then lies together say the rest at half."""
+    """Global matching (after GMFlow, Xu et al., 2022), small: features of both pictures look at
+    each other at an eighth of the resolution; at a quarter, each finds itself in the other picture
+    by a softmax over all its cells; convolutions over what then lies together say the rest, at
+    half of it.
+    """
     kind = "flow"
 
     def __init__(self, config):
         super().__init__()
         self.config, D = config, config.width
-        conv = lambda i, o, s: nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.GroupNorm(8, o), nn.ReLU())
+        conv = lambda i, o, s: nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.GroupNorm(8, o),
+                                             nn.ReLU())
         self.fine = nn.Sequential(conv(3, 32, 2), conv(32, 32, 1))          # half resolution
         self.middle = nn.Sequential(conv(32, 64, 2), conv(64, D, 1))        # a quarter
         self.coarse = nn.Conv2d(D, D, 3, 2, 1)                              # an eighth
@@ -174,8 +177,8 @@ def views():
 
 def recorded(config, name, split):
     """The states (T, S) and the seed of each of a task's episodes, of 'train' or 'valid'."""
-    numbers = range(extract.HELD_OUT + config.demos)[slice(extract.HELD_OUT, None) if split == "train"
-                                                     else slice(extract.HELD_OUT)]
+    chosen = slice(extract.HELD_OUT, None) if split == "train" else slice(extract.HELD_OUT)
+    numbers = range(extract.HELD_OUT + config.demos)[chosen]
     with extract.open_data(Path(config.data) / config.suite / f"{name}.hdf5") as f:
         return [(f[f"data/demo_{i}/states"][:], int(f[f"data/demo_{i}"].attrs["seed"]))
                 for i in numbers]
@@ -230,19 +233,25 @@ def exact_pair(sim, view, qpos, grid):
 
 
 def end_point_error(net, pairs, config):
-    """Mean distance in pixels between a method's flow and the true one -> {method: {where: pixels}}:
-    everywhere, on the object, and on the object where it moves, by more than a pixel."""
+    """Mean distance in pixels between a method's flow and the true one.
+
+    -> {method: {where: pixels}}: everywhere, on the object, and on the object where it moves, by
+    more than a pixel.
+    """
     true, side = pairs["flow"].astype(np.float32), config.size
     known = np.isfinite(true).all(-1) & (np.abs(np.nan_to_num(true)) < 1).all(-1)
     moves = known & (np.linalg.norm(np.nan_to_num(true), axis=-1) * side > 1)
-    where = {"all": known, "object": known & pairs["object"], "moving object": moves & pairs["object"]}
+    where = {"all": known, "object": known & pairs["object"],
+             "moving object": moves & pairs["object"]}
     grid = pixel_grid(side // STRIDE).numpy()
     said = {"none": np.zeros_like(true), "DIS": [], "learned": []}
     for a, b in zip(pairs["a"], pairs["b"]):
         for name, flow in (("DIS", dis_flow(a, b)), ("learned", net.flow(a, b))):
             said[name].append(sample_flow(flow, grid).reshape(true.shape[1:]))
-    return {name: {place: float(side * np.linalg.norm(np.stack(list(f)) - true, axis=-1)[chosen].mean())
-                   for place, chosen in where.items()} for name, f in said.items()}
+    off = {name: side * np.linalg.norm(np.stack(list(f)) - true, axis=-1)
+           for name, f in said.items()}  # pixels
+    return {name: {place: float(far[chosen].mean()) for place, chosen in where.items()}
+            for name, far in off.items()}
 
 
 def table(errors):
@@ -268,7 +277,8 @@ def show(net, pairs, rows=8):
     for k in chosen:
         a, b = pairs["a"][k], pairs["b"][k]
         flows = [pairs["flow"][k], net.flow(a, b), dis_flow(a, b)]
-        cells = [np.kron(colours(f), np.ones((size // len(f),) * 2 + (1,), np.uint8)) for f in flows]
+        cells = [np.kron(colours(f), np.ones((size // len(f),) * 2 + (1,), np.uint8))
+                 for f in flows]
         lines.append(np.concatenate([a, b, *cells], 1))
     titles = ("now", "then", "true", "learned", "DIS")
     head = [extract.caption(np.full((1, size, 3), 255, np.uint8), title) for title in titles]
@@ -305,7 +315,8 @@ def main(argv=None):
     errors = table(end_point_error(net, pairs["valid"], config))
     print(errors)
     core.write(path.with_suffix(".txt"), errors + "\n")
-    print(f"picture: {path.with_suffix('.png')}   next: python rollout.py --policy flow-true {path}")
+    print(f"picture: {path.with_suffix('.png')}   "
+          f"next: python rollout.py --policy flow-true {path}")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What both simulators share: what a frame holds, what an action is, which scene an episode starts in."""
+"""What both simulators share: what a frame holds, what an action is, where an episode starts."""
 import numpy as np
 
 from cameras import fail, project
@@ -8,23 +8,26 @@ INITS = 50  # evaluation scenes per task: LIBERO's bundled states, Meta-World's 
 
 
 def look(sim, states, masks, wrist):
-    """The robot's states, a dict of sequences, as float32 with the pictures of both cameras, the masks, and where the
-    third-person picture has the hand: a frame."""
+    """The robot's states, a dict of sequences, as float32 with the pictures of both cameras, the
+    masks, and where the third-person picture has the hand: a frame."""
     frame = {k: np.asarray(v, np.float32) for k, v in states.items()}
     if sim.camera:
-        frame |= {f"{ours}_rgb": sim.camera.picture(sim.data, theirs) for ours, theirs in zip(CAMERAS, sim.cameras)
+        frame |= {f"{ours}_rgb": sim.camera.picture(sim.data, theirs)
+                  for ours, theirs in zip(CAMERAS, sim.cameras)
                   if wrist or ours != "eye_in_hand"}
-        frame["hand"] = project(frame["ee_states"][:3], *sim.camera.pose(sim.data, sim.cameras[0]))[0].astype(np.float16)
+        view = sim.camera.pose(sim.data, sim.cameras[0])
+        frame["hand"] = project(frame["ee_states"][:3], *view)[0].astype(np.float16)
     if sim.camera and masks:
         frame["masks"] = sim.camera.mask(sim.data, sim.cameras[0], sim.label)
     return frame
 
 
 def axis_angle(R):
-    """Rotation matrix (3, 3) -> axis times angle (3,), radians, with the angle in [0, 2 pi) turning about +x.
+    """Rotation matrix (3, 3) -> axis times angle (3,), radians, with the angle in [0, 2 pi) turning
+    about +x.
 
-    The hand points down, half a turn from the identity, where an axis-angle of angle in [0, pi] jumps between +v
-    and -v; fixing the sign of the first component keeps it continuous.
+    The hand points down, half a turn from the identity, where an axis-angle of angle in [0, pi]
+    jumps between +v and -v; fixing the sign of the first component keeps it continuous.
     """
     from scipy.spatial.transform import Rotation
     v = Rotation.from_matrix(R).as_rotvec()

@@ -148,7 +148,7 @@ def table(found):
 
 
 def grade_annotators(config, episodes):
-    """--grade, with `extract.py`'s flags: the first video of each task beside the trivial answers."""
+    """--grade, with `extract.py`'s flags: the first video of each task and the trivial answers."""
     if is_video(Path(config.data) / config.suite / f"{episodes.tasks[0]}.hdf5"):
         core.fail(f"{config.suite} holds videos without truth: grade on a simulator's suite, "
                   "such as --suite libero_spatial")

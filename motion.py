@@ -17,16 +17,16 @@ def rotation(w):
 
 
 def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
-    """The paper's L_trans: the rigid motion that brings points to where the picture then shows them.
+    """The paper's L_trans: the rigid motion that brings points to where the picture shows them.
 
     points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
     `cameras.project` wants them; noise: of a good target, in pictures; prior: how far, in radians
     and metres, an object is expected to turn and move
     -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
 
-    differs: Gauss-Newton from standing still, for the authors' 50 starts of BFGS and RANSAC: weights
-    that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out, and the
-    prior keeps depth, which a small object's picture hardly shows, from flying off.
+    differs: Gauss-Newton from standing still, for the authors' 50 starts of BFGS and RANSAC:
+    weights that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out,
+    and the prior keeps depth, which a small object's picture hardly shows, from flying off.
     """
     eye, axes, focal = view
     centre, R, t = points.mean(0), np.eye(3), np.zeros(3)
@@ -34,7 +34,7 @@ def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
     turn = np.zeros(3)
     for k in range(rounds):
         arm = (points - centre) @ R.T                                       # (P, 3)
-        local = (centre + arm + t - eye) @ axes.T                           # (P, 3) right, down, ahead
+        local = (centre + arm + t - eye) @ axes.T  # (P, 3) right, down, ahead
         X, Y, Z = local.T
         if (Z < 1e-3).any():                            # behind the camera: no such motion
             return np.eye(3), np.zeros(3), np.ones(len(points), bool)

@@ -170,7 +170,8 @@ def plot(rows, path):
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    learned = [r for r in rows if r["action_demos"] and not r["unseen"] and r["of"] == len(sims.tasks(r["suite"]))]
+    learned = [r for r in rows if r["action_demos"] and not r["unseen"]
+               and r["of"] == len(sims.tasks(r["suite"]))]
     suites = sorted({r["suite"] for r in learned})
     if not suites:
         return

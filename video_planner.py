@@ -5,11 +5,9 @@
     python video_planner.py --suite avdc --goal language
 
 A diffusion model sees the present picture and the task and paints the next seven pictures of a clip
-that ends when the task is done.  What to do with the video: `flow.py` turns it into motion (AVDC, no
-action label at all), `executor.py` hears the denoiser's features as a latent plan (UniPi as
-Mask2Act compares it).
-
-The network and its noise are in `diffusion.py`.
+that ends when the task is done.  What to do with the video: `flow.py` turns it into motion (AVDC,
+no action label at all), `executor.py` hears the denoiser's features as a latent plan (UniPi as
+Mask2Act compares it).  The network and its noise are in `diffusion.py`.
 Sizes: B batch, F pictures to come, H W pixels, n cells of the feature map, E numbers per sentence.
 """
 from dataclasses import dataclass
@@ -56,7 +54,7 @@ class Config:
     change: bool | None = flag(None, "paint the change from the present picture, not the picture")
     noise_steps: int = flag(100, "steps T of the noise schedule", minimum=2)
     sample_steps: int | None = flag(None, "steps of DDIM; T and --eta 1: DDPM", minimum=1)
-    eta: float = flag(0.0, "noise added while sampling (DDIM, eq. 16): 0 none, 1 as DDPM", minimum=0)
+    eta: float = flag(0.0, "noise added in sampling (DDIM, eq. 16): 0 none, 1 as DDPM", minimum=0)
     guidance: float = flag(0.0, "weight of classifier-free guidance", minimum=0)
     drop: float = flag(0.1, "share of samples whose task is not told, for guidance", minimum=0)
     batch: int | None = flag(None, "clips per step", minimum=1)
@@ -147,7 +145,8 @@ class VideoPlanner(nn.Module):
         said = self.net(add_noise(x0, noise, a), seen, t, task).float()
         target = {"x0": x0, "v": velocity(x0, noise, a), "eps": noise}[c.objective]
         error = (said - target).square().mean((1, 2, 3, 4))                 # (B,)
-        return (loss_weight(self.kept[t], c.objective) * error).mean(), {"plain": error.mean().item()}
+        weight = loss_weight(self.kept[t], c.objective)
+        return (weight * error).mean(), {"plain": error.mean().item()}
 
     def clean(self, x, seen, task, t):
         """The network's word on noisy x (B, F, 3, H, W) at step t (int) -> x0, noise."""
@@ -156,7 +155,8 @@ class VideoPlanner(nn.Module):
         said = self.net(x, seen, when, task).float()
         if c.guidance:
             nothing, silence = self.untold(seen, task)
-            said = (1 + c.guidance) * said - c.guidance * self.net(x, nothing, when, silence).float()
+            unasked = self.net(x, nothing, when, silence).float()
+            said = (1 + c.guidance) * said - c.guidance * unasked
         x0 = {"x0": lambda: said, "v": lambda: from_velocity(x, said, a)[0],
               "eps": lambda: from_noise(x, said, a)[0]}[c.objective]()
         x0 = self.paint(self.unpaint(x0, seen), seen)       # no picture is brighter than white
@@ -164,7 +164,7 @@ class VideoPlanner(nn.Module):
 
     @torch.no_grad()
     def imagine(self, now, goal, generator=None):
-        """now (B, H, W, 3) uint8, goal as for `condition` -> pictures to come (B, F, H, W, 3) uint8."""
+        """now (B, H, W, 3) uint8, goal as for `condition` -> pictures to come (B, F, H, W, 3)."""
         c = self.config
         seen, task = self.condition(now, goal)
         x = torch.randn(len(now), FRAMES, 3, *now.shape[1:3], generator=generator).to(now.device)
@@ -179,8 +179,8 @@ class VideoPlanner(nn.Module):
 
     @torch.no_grad()
     def plan(self, now, goal):
-        """The latent plan: what the denoiser's middle says of a video of pure noise, its mean, about
-        will be painted in each picture, (B, n, F width); and its mean over them (B, n, width)."""
+        """The latent plan: what the denoiser's middle says of a video of pure noise, its mean, of
+        what will be painted in each picture, (B, n, F width); its mean over them, (B, n, width)."""
         seen, task = self.condition(now, goal)
         x = torch.zeros(len(now), FRAMES, 3, *now.shape[1:3], device=now.device)
         t = torch.full((len(now),), self.config.noise_steps - 1, device=now.device)
@@ -209,7 +209,7 @@ def make_batch(episodes, episode, t, rng, config):
 
 
 class Silhouette(nn.Module):
-    """Which pixels of a picture are the robot: a few convolutions, to judge imagined pictures by."""
+    """Which pixels of a picture are the robot: a few convolutions, judging imagined pictures."""
 
     def __init__(self):
         super().__init__()
@@ -244,8 +244,8 @@ def train_silhouette(episodes, steps=400, batch=32, seed=0):
 def validate(planner, episodes, silhouette, samples=60, seed=1):
     """Imagined beside true pictures to come, on held-out episodes from random frames.
 
-    -> {"imagined" | "stay": {"PSNR" dB, "SSIM", "robot IoU": (F,)}}; stay: the present picture.  The
-    robot's outline in an imagined picture is what `silhouette` finds, its true one the simulator's.
+    -> {"imagined" | "stay": {"PSNR" dB, "SSIM", "robot IoU": (F,)}}; stay: the present picture.
+    The robot's outline: what `silhouette` finds in an imagined picture; the true, the simulator's.
     """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
     device, found = next(planner.parameters()).device, {}
@@ -255,7 +255,8 @@ def validate(planner, episodes, silhouette, samples=60, seed=1):
         batch = make_batch(episodes, episode, t, rng, planner.config)
         times = clip_times(t, episodes.length[episode])[:, 1:]
         robot = episodes.gather("masks", episode[:, None], times) == 1      # (B, F, H, W)
-        now, goal = (torch.as_tensor(x, device=device) for x in (batch["clip"][:, 0], batch["goal"]))
+        given = batch["clip"][:, 0], batch["goal"]
+        now, goal = (torch.as_tensor(x, device=device) for x in given)
         imagined = planner.eval().imagine(now, goal, generator).cpu()
         stay = torch.as_tensor(batch["clip"][:, :1]).expand_as(imagined)
         for name, guess in (("imagined", imagined), ("stay", stay)):
@@ -276,8 +277,8 @@ def table(scores):
     """The scores of `validate` as lines of text."""
     lines = ["held-out videos, picture   " + "".join(f"{k:7d}" for k in range(1, 1 + FRAMES))]
     for measure in ("PSNR", "SSIM", "robot IoU"):
-        for name, rows in scores.items():
-            lines.append(f"  {measure:10s} {name:13s}" + "".join(f"{x:7.2f}" for x in rows[measure]))
+        for name, row in scores.items():
+            lines.append(f"  {measure:10s} {name:13s}" + "".join(f"{x:7.2f}" for x in row[measure]))
     return "\n".join(lines)
 
 
@@ -311,7 +312,7 @@ def write_film(path, frames, scale=2):
 
 def load_planner(path, device="cpu"):
     """A trained VideoPlanner, frozen, with its averaged weights."""
-    content = train.load(path, kind=VideoPlanner.kind, made_by="python video_planner.py --suite mt10")
+    content = train.load(path, VideoPlanner.kind, "python video_planner.py --suite mt10")
     planner = VideoPlanner(core.from_dict(Config, content["config"]), content["extra"]["E"])
     planner.load_state_dict(content["ema"] or content["model"])
     return planner.to(device).eval().requires_grad_(False)
