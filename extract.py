@@ -57,6 +57,7 @@ NOISE = 0.1  # on the executed motion, see `record`
 # episode i is sampled with seed i; if the expert fails there, with i + RETRY, and so on
 RETRY = 100_000
 
+
 @dataclass
 class Config:
     suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
@@ -140,8 +141,7 @@ def extract_chunk(job):
 
 
 def start_worker(function, queue):
-    """Pool initialiser: where `function`'s worker reports finished episodes; it ends when its
-    parent is killed."""
+    """Pool initialiser: where `function`'s worker reports; it ends when its parent is killed."""
     function.progress = queue
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
@@ -220,8 +220,7 @@ def stop_if_full(error, folder):
 
 @contextmanager
 def pool(workers, function, opengl=True):
-    """Processes of one thread each for `function`, and the queue on which they report finished
-    episodes."""
+    """Processes of one thread each for `function`, and the queue on which they report episodes."""
     cameras.choose_opengl(needed=opengl)
     # inherited by the children
     one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}

@@ -154,9 +154,8 @@ class VideoPlanner(nn.Module):
         when = torch.full((B,), t, device=x.device)
         said = self.net(x, seen, when, task).float()
         if c.guidance:
-            nothing, silence = self.untold(seen, task)
-            unasked = self.net(x, nothing, when, silence).float()
-            said = (1 + c.guidance) * said - c.guidance * unasked
+            blank, silence = self.untold(seen, task)
+            said = (1 + c.guidance) * said - c.guidance * self.net(x, blank, when, silence).float()
         x0 = {"x0": lambda: said, "v": lambda: from_velocity(x, said, a)[0],
               "eps": lambda: from_noise(x, said, a)[0]}[c.objective]()
         x0 = self.paint(self.unpaint(x0, seen), seen)       # no picture is brighter than white
