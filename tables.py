@@ -43,7 +43,8 @@ def flow_table(folder="results"):
     found = [r for r in found if len(r["tasks"]) == 11]
     if not found:
         return []
-    lines = ["| task | " + " | ".join(r["plan"] for r in found) + " |", "|---" * (1 + len(found)) + "|"]
+    head = "| task | " + " | ".join(r["plan"] for r in found) + " |"
+    lines = [head, "|---" * (1 + len(found)) + "|"]
     for task in found[0]["tasks"]:
         cells = [f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}" for r in found]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
