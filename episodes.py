@@ -35,13 +35,14 @@ def open_data(path):
              f"python extract.py --suite {path.parent.name}")
 
 
-def mapped(dataset):
-    """A dataset as an array: what is large and lies contiguous in the file is mapped into memory,
+def mapped(dataset, whole):
+    """A dataset as an array: what lies contiguous in the file is a view of `whole`, the file mapped
+    into memory as bytes (one map per file: the kernel limits their number, and each costs memory);
     the rest is read."""
     offset = dataset.id.get_offset()
-    if offset is None or dataset.nbytes < 1 << 14:
+    if offset is None or not dataset.nbytes:
         return dataset[:]
-    return np.memmap(dataset.file.filename, dataset.dtype, "r", offset, dataset.shape)
+    return whole[offset:offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)
 
 
 class Episodes:
@@ -62,6 +63,7 @@ class Episodes:
         for k, name in enumerate(tasks):
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
+                whole = np.memmap(path, np.uint8, "r")
                 demos, video = wanted, f["data"].attrs["source"] == "video"
                 if video:  # as many as there are: no simulator makes more
                     demos = min(wanted, len(f["data"]) - HELD_OUT)
@@ -72,7 +74,7 @@ class Episodes:
                          f"python extract.py --suite {suite} --demos {demos}")
                 for n in names:
                     for key in filter(f["data"][n].get, self.KEYS) if video else self.KEYS:
-                        self.arrays[key].append(mapped(f["data"][n][key]))
+                        self.arrays[key].append(mapped(f["data"][n][key], whole))
                     length.append(int(f["data"][n].attrs["num_samples"]))
                     self.seconds += float(f["data"][n].attrs.get("seconds", 0))
                     task.append(k)

@@ -9,6 +9,7 @@ import numpy as np
 
 import annotate
 import sims
+import tables
 from core import fail
 from episodes import HELD_OUT, open_data
 from writing import write_videos
@@ -26,10 +27,14 @@ def is_video(path):
 
 
 def choose_tasks(suite, chosen, data):
-    """As sims.choose_tasks, and for a folder of annotated videos the names of its files."""
+    """As sims.choose_tasks, without those that the expert mostly fails unless they are named; and
+    for a folder of annotated videos the names of its files."""
     files = sorted((Path(data) / suite).glob("*.hdf5"))
     if suite in sims.SUITES or suite in sims.METAWORLD or not files or not is_video(files[0]):
-        return sims.choose_tasks(suite, chosen)
+        poor = {} if chosen else tables.unreliable(suite)
+        for task, rate in poor.items():
+            print(f"skipped, as the expert solves {100 * rate:.0f} % of its scenes: {task}")
+        return [task for task in sims.choose_tasks(suite, chosen) if task not in poor]
     names, picked = [p.stem for p in files], [w.strip() for w in chosen.split(",") if w.strip()]
     picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in picked]
     for word in picked:

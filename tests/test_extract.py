@@ -408,3 +408,15 @@ def test_other_text_models(tmp_path, monkeypatch, refused):
         monkeypatch.setitem(extract.TEXTS, name, str(tmp_path / name))
     assert extract.embed("open", "bert").shape == (32,) and extract.embed("open", "clip").shape == (24,)
     extract.text_model.cache_clear()
+
+
+def test_tasks_that_the_expert_fails_are_skipped_by_name(tmp_path, monkeypatch, capsys):
+    names = sims.tasks(SUITE)
+    tasks = {name: {"success": 10 if k else 4, "episodes": 10, "steps": 9} for k, name in enumerate(names)}
+    result = {"suite": SUITE, "unseen": None, "episodes": 100, "success": 94, "tasks": tasks}
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / f"{SUITE}_expert_seeds_from_2000.json").write_text(json.dumps(result))
+    monkeypatch.chdir(tmp_path)
+    assert extract.choose_tasks(SUITE, "", "data") == names[1:]
+    assert "40 %" in (said := capsys.readouterr().out) and names[0] in said
+    assert extract.choose_tasks(SUITE, "0", "data") == names[:1]

@@ -24,7 +24,7 @@ IMPORTS = {     # file -> what of ours it may import; reading order
     "experts": {"fixtures", "grasps", "placing"}, "tables": set(), "core": set(),
     "episodes": {"core", "sims"}, "language": {"core"}, "writing": {"episodes", "language", "sims"},
     "annotate": {"core", "episodes"},
-    "films": {"annotate", "core", "episodes", "sims", "writing"},
+    "films": {"annotate", "core", "episodes", "sims", "tables", "writing"},
     "grade": {"annotate", "core", "episodes", "films", "sims"},
     "extract": {"annotate", "cameras", "core", "episodes", "experts", "films", "grade", "language",
                 "sims", "writing"},
