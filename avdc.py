@@ -38,7 +38,8 @@ class Config:
                        choices=["oracle", "true", "generated"])
     suite: str = flag("avdc", "suite of Meta-World, or a task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
-    views: str = flag("0,1,2", "cameras: numbers of flow.ANGLES; generated knows only 0")
+    views: str = flag("", "cameras, numbers of flow.ANGLES; empty: all three, for generated the "
+                          "one that its video planner has seen, 0")
     episodes: int = flag(25, "episodes per task and camera", minimum=1)
     scenes: int = flag(2000, "seed of the first scene; videos have small ones", minimum=0)
     horizon: int = flag(500, "steps of an episode", minimum=1)
@@ -292,7 +293,8 @@ def main(argv=None):
     names = sims.choose_tasks(config.suite, config.tasks)
     if not sims.is_metaworld(config.suite):
         core.fail(f"--suite {config.suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
-    chosen = [int(v) for v in config.views.split(",") if v.strip() in ("0", "1", "2")]
+    views = config.views or ("0" if config.future == "generated" else "0,1,2")
+    chosen = [int(v) for v in views.split(",") if v.strip() in ("0", "1", "2")]
     if not chosen:
         core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
     needed = {"oracle": [], "true": ["flow"], "generated": ["flow", "video"]}[config.future]
@@ -311,10 +313,12 @@ def main(argv=None):
     about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
     plan = f"flow-{config.future}" + "-once" * (not config.replan)
     r = result(about, None, config.suite, found, seconds)
-    r |= {"plan": plan, "action_demos": 0, "views": config.views, "counts": "ever succeeded"}
+    r |= {"plan": plan, "action_demos": 0, "views": views, "counts": "ever succeeded"}
     for task, count in r["tasks"].items():
         print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}")
+    # a trial never takes a full result's place
     part = f"_{len(names)}tasks" * (len(names) < len(sims.tasks(config.suite)))
+    part += f"_{config.episodes}scenes" * (config.episodes != Config.episodes)
     path = Path(config.results) / f"{config.suite}_{plan}{part}.json"
     core.write(path, json.dumps(r, indent=1) + "\n")
     low, high = r["interval"]
