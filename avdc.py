@@ -36,6 +36,9 @@ from results import result
 class Config:
     future: str = flag("generated", "where the video comes from",
                        choices=["oracle", "true", "generated"])
+    flow: str = flag("learned", "between its pictures: learned (flow.py), dis (OpenCV's) or raft "
+                     "(torchvision's, its weights in torch.hub's folder)",
+                     choices=["learned", "dis", "raft"])
     suite: str = flag("avdc", "suite of Meta-World, or a task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     views: str = flag("", "cameras, numbers of flow.ANGLES; empty: all three, for generated the "
@@ -87,14 +90,14 @@ class Actor:
     once the task has succeeded.
 
     future: what the video is, "oracle" and "true": of the package's own policy from now on, or
-    "generated"; where: the scene, as given to sim.reset; view: the camera; net: a FlowNet, for all
-    but oracle; planner: a VideoPlanner told by language and text (E,), for generated.
+    "generated"; where: the scene, as given to sim.reset; view: the camera; between: the flow from
+    one picture to another, as flow.dis_flow, for all but oracle; planner: a VideoPlanner told by language and text (E,), for generated.
     """
 
-    def __init__(self, sim, future, where, view, net=None, planner=None, text=None, replan=True,
-                 seed=0):
+    def __init__(self, sim, future, where, view, between=None, planner=None, text=None,
+                 replan=True, seed=0):
         self.sim, self.future, self.where, self.view = sim, future, where, view
-        self.net, self.planner, self.text = net, planner, text
+        self.between, self.planner, self.text = between, planner, text
         self.plans_left, self.mode, self.done = PLANS if replan else 1, None, False
         self.rng = np.random.default_rng(seed)
         self.plan()
@@ -200,7 +203,7 @@ class Actor:
         self.pictures = pictures
 
         def learned(k, places, kept):
-            return places + flow.sample_flow(self.net.flow(pictures[k], pictures[k + 1]), places)
+            return places + flow.sample_flow(self.between(pictures[k], pictures[k + 1]), places)
         return learned, view
 
     @property
@@ -257,19 +260,19 @@ def run_task(job):
     """Worker: one task and camera -> task, [(success, steps), ...]."""
     config, task, view = job
     torch.set_num_threads(1)
-    runs, size = Path(config.out) / config.suite, 96
-    net = planner = text = None
+    runs, size = Path(config.out) / config.suite, flow.Config.size
+    between = planner = text = None
     if config.future != "oracle":
-        net = flow.load_net(runs / "flow.pt")
-        size = net.config.size
+        between = flow.estimator(config.flow, runs / "flow.pt")
     if config.future == "generated":
         planner = video_planner.load_planner(runs / "video.pt")
+        size = planner.config.size
         text = extract.embed(sims.describe(config.suite, task)[0])
     sim = sims.make(config.suite, task, size)
     camera, outcomes = flow.views()[view], []
     for seed in range(config.scenes, config.scenes + config.episodes):
         sim.reset(seed=seed)
-        actor = Actor(sim, config.future, {"seed": seed}, camera, net, planner, text,
+        actor = Actor(sim, config.future, {"seed": seed}, camera, between, planner, text,
                       config.replan, seed)
         pictures = []
         for step in range(1, config.horizon + 1):
@@ -298,6 +301,9 @@ def main(argv=None):
     if not chosen:
         core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
     needed = {"oracle": [], "true": ["flow"], "generated": ["flow", "video"]}[config.future]
+    if config.flow != "learned" and "flow" in needed:
+        flow.estimator(config.flow, None)       # its weights may be missing
+        needed.remove("flow")
     for name in needed:
         made_by = {"flow": "flow.py", "video": "video_planner.py"}[name]
         train.load(Path(config.out) / config.suite / f"{name}.pt",
@@ -311,7 +317,8 @@ def main(argv=None):
             found[task] += outcomes
     seconds = time.time() - begin
     about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
-    plan = f"flow-{config.future}" + "-once" * (not config.replan)
+    other = f"-{config.flow}" * (config.flow != "learned" and config.future != "oracle")
+    plan = f"flow-{config.future}{other}" + "-once" * (not config.replan)
     r = result(about, None, config.suite, found, seconds)
     r |= {"plan": plan, "action_demos": 0, "views": views, "counts": "ever succeeded"}
     for task, count in r["tasks"].items():

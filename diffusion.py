@@ -137,14 +137,14 @@ class VideoUNet(nn.Module):
     def __init__(self, config, seen, E):
         """seen: channels of the condition beside the noisy picture's 3; E numbers per sentence."""
         super().__init__()
-        c, p, base = config, config.patch, config.channels
+        c, p, base = config, config.shrink, config.channels
         D = 4 * base
-        self.patch, self.base = p, base
+        self.base = base
         self.noise = nn.Sequential(nn.Linear(base, D), nn.SiLU(), nn.Linear(D, D))
         self.task = nn.Linear(E, D) if E else None
         # ours: which picture of the clip, of no effect at first
         self.when = nn.Parameter(torch.zeros(FRAMES, D))
-        self.first = nn.Conv2d((3 + seen) * p * p, base, 3, 1, 1)
+        self.first = nn.Conv2d(3 + seen, base, 3, 1, 1)
         self.down, self.up, widths, width = nn.ModuleList(), nn.ModuleList(), [base], base
         for level, multiple in enumerate(c.multiples):
             looks = p * 2 ** level in c.attention
@@ -164,7 +164,7 @@ class VideoUNet(nn.Module):
                 width = base * multiple
             if level:
                 self.up.append(nn.Conv2d(width, width, 3, 1, 1))
-        self.last = nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, 3 * p * p, 3, 1, 1))
+        self.last = nn.Sequential(norm(width), nn.SiLU(), nn.Conv2d(width, 3, 3, 1, 1))
         nn.init.zeros_(self.last[-1].weight)            # the first guess is nothing, not noise
         nn.init.zeros_(self.last[-1].bias)
 
@@ -183,8 +183,7 @@ class VideoUNet(nn.Module):
             said = said + self.task(task)
         said = (said[:, None] + self.when).flatten(0, 1)                    # (B F, D)
         x = torch.cat([x, seen[:, None].expand(-1, FRAMES, -1, -1, -1)], 2).flatten(0, 1)
-        x = F.pixel_unshuffle(x, self.patch)
-        x = self.first(x)                                                   # (B F, base, H/p, W/p)
+        x = self.first(x)                                                   # (B F, base, H, W)
         kept = [x]
         for part in self.down:
             x = run(part, x, said)
@@ -198,8 +197,31 @@ class VideoUNet(nn.Module):
                 x = part(F.interpolate(x, size=kept[-1].shape[-2:]))
             else:
                 x = run(part, torch.cat([x, kept.pop()], 1), said)
-        x = F.pixel_shuffle(self.last(x), self.patch)                       # (B F, 3, H, W)
-        return x.unflatten(0, (-1, FRAMES))
+        return self.last(x).unflatten(0, (-1, FRAMES))                      # (B, F, 3, H, W)
+
+
+class Enlarge(nn.Module):
+    """Small pictures of a clip -> large ones, with what the present picture shows: the second stage
+    of a cascade, as in UniPi, by regression."""
+
+    def __init__(self, p, width=96):
+        super().__init__()
+        self.p = p
+        layers, i = [], 3 + 3 * p * p
+        for _ in range(3):
+            layers += [nn.Conv2d(i, width, 3, 1, 1), norm(width), nn.SiLU()]
+            i = width
+        self.net = nn.Sequential(*layers, nn.Conv2d(width, 3 * p * p, 3, 1, 1))
+        nn.init.zeros_(self.net[-1].weight)
+        nn.init.zeros_(self.net[-1].bias)
+
+    def forward(self, x, now):
+        """x (B, F, 3, h, w), the present picture (B, 3, H, W) -> (B, F, 3, H, W)."""
+        now = F.pixel_unshuffle(now, self.p)[:, None].expand(-1, x.shape[1], -1, -1, -1)
+        small, now = x.flatten(0, 1), now.flatten(0, 1)                     # (B F, ., h, w)
+        large = F.interpolate(small, scale_factor=self.p, mode="bilinear")
+        more = F.pixel_shuffle(self.net(torch.cat([small, now], 1)), self.p)
+        return (large + more).unflatten(0, x.shape[:2])
 
 
 def run(part, x, said):

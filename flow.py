@@ -3,18 +3,16 @@
     python flow.py --suite avdc             # makes the data first if there is none
 
 AVDC takes GMFlow with downloaded weights; classical flow (OpenCV's DIS) fails between pictures this
-far apart.  Here a small network of the same idea learns from the simulator, which knows where every
+far apart.  Here a small network (`flownet.py`) learns from the simulator, which knows where every
 point of a picture is in the next one; `avdc.py` acts by its flow.
 
-Sizes: B batch, P points, H W pixels, N cells of a picture at a quarter of its resolution, D width.
+Sizes: B batch, N pairs of pictures, H W pixels, h w places in a picture where flow is told.
 """
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import cameras
@@ -24,6 +22,7 @@ import sims
 import train
 import video_planner
 from core import flag
+from flownet import FlowNet, dis_flow, pixel_grid, raft_flow, sample_flow
 
 # Three cameras, degrees of turn and height around sims.VIEW's middle; the first is the data's.
 # differs: AVDC's corner, corner2 and corner3 are mounted upside down and see a puck as two pixels
@@ -39,10 +38,10 @@ class Config:
     size: int = flag(96, "height and width of the pictures, pixels", minimum=32)
     width: int = flag(96, "of the features that are matched", minimum=16)
     depth: int = flag(3, "transformer blocks over both pictures", minimum=1)
-    pairs: int = flag(9, "pairs of pictures per video, of each camera a third", minimum=1)
-    steps: int = flag(2000, "gradient steps", minimum=1)
+    pairs: int = flag(27, "pairs of pictures per video, of each camera a third", minimum=1)
+    steps: int = flag(3000, "gradient steps", minimum=1)
     batch: int = flag(8, "pairs per step", minimum=1)
-    lr: float = flag(5e-4, "peak learning rate", minimum=0)
+    lr: float = flag(1e-3, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
     out: str = flag("runs", "folder of the runs")
@@ -52,120 +51,13 @@ class Config:
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
 
 
-def sample_flow(flow, places):
-    """flow (H, W, 2) in pictures, read between the pixels at places (P, 2) in [0, 1] -> (P, 2)."""
-    grid = torch.as_tensor(2 * places - 1, dtype=torch.float32)[None, None]  # (1, 1, P, 2)
-    x = torch.as_tensor(flow).permute(2, 0, 1)[None].float()
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)[0, :, 0].T.numpy()
+# --- flow of two pictures -----------------------------------------------------------------------
 
-
-# --- the flow network -----------------------------------------------------------------------------
-
-def pixel_grid(side, device=None):
-    """The middles of side x side cells in [0, 1], x right, y down -> (side side, 2)."""
-    middle = (torch.arange(side, device=device) + 0.5) / side
-    return torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1).reshape(-1, 2)
-
-
-class FlowNet(nn.Module):
-    """Global matching (after GMFlow, Xu et al., 2022), small: features of both pictures look at
-    each other at an eighth of the resolution; at a quarter, each finds itself in the other picture
-    by a softmax over all its cells; convolutions over what then lies together say the rest, at
-    half of it.
-    """
-    kind = "flow"
-
-    def __init__(self, config):
-        super().__init__()
-        self.config, D = config, config.width
-        conv = lambda i, o, s: nn.Sequential(nn.Conv2d(i, o, 3, s, 1), nn.GroupNorm(8, o),
-                                             nn.ReLU())
-        self.fine = nn.Sequential(conv(3, 32, 2), conv(32, 32, 1))          # half resolution
-        self.middle = nn.Sequential(conv(32, 64, 2), conv(64, D, 1))        # a quarter
-        self.coarse = nn.Conv2d(D, D, 3, 2, 1)                              # an eighth
-        if config.size % 8:
-            core.fail(f"--size {config.size} is not divisible by 8: choose a multiple")
-        n, self.side = (config.size // 8) ** 2, config.size // 4
-        self.place = nn.Parameter(torch.randn(n, D) * 0.02)
-        self.which = nn.Parameter(torch.randn(2, 1, D) * 0.02)
-        self.gpt = core.Transformer(D, config.depth, 4)
-        self.norm = nn.LayerNorm(D)
-        # where a cell is counts at first more than what it shows: everything is where it was
-        self.where = nn.Parameter(torch.randn(self.side ** 2, D))
-        self.refine = nn.Sequential(conv(32 * 3 + 2 + D, 96, 1), conv(96, 64, 1), conv(64, 64, 1),
-                                    nn.Conv2d(64, 2, 3, 1, 1))
-        nn.init.zeros_(self.refine[-1].weight)
-        nn.init.zeros_(self.refine[-1].bias)
-
-    def forward(self, a, b):
-        """a, b (B, H, W, 3) uint8 -> flow from a to b in pictures, x right, y down, at a quarter
-        (B, 2, H/4, W/4) and at half resolution (B, 2, H/2, W/2)."""
-        B, side = len(a), self.side
-        grow = lambda y: F.interpolate(y.float(), scale_factor=2, mode="bilinear")
-        fine = self.fine(video_planner.to_unit(torch.cat([a, b])))          # (2 B, 32, H/2, W/2)
-        middle = self.middle(fine)                                          # (2 B, D, H/4, W/4)
-        x = self.coarse(middle).flatten(2).transpose(1, 2) + self.place     # (2 B, n, D)
-        x = torch.cat([x[:B] + self.which[0], x[B:] + self.which[1]], 1)    # (B, 2 n, D)
-        x = torch.cat(self.gpt(x).chunk(2, 1)).transpose(1, 2)              # (2 B, D, n)
-        x = middle + grow(x.unflatten(2, (side // 2, side // 2)))           # (2 B, D, H/4, W/4)
-        x = self.norm(x.flatten(2).transpose(1, 2)) + self.where            # (2 B, N, D)
-        match = x[:B] @ x[B:].transpose(1, 2) / x.shape[-1] ** 0.5          # (B, N, N)
-        grid = pixel_grid(side, a.device)                                   # (N, 2)
-        first = match.float().softmax(-1) @ grid - grid                     # (B, N, 2)
-        first = first.transpose(1, 2).unflatten(2, (side, side))            # (B, 2, H/4, W/4)
-        flow = grow(first)
-        there = pixel_grid(2 * side, a.device).view(1, 2 * side, 2 * side, 2) + flow.movedim(1, -1)
-        found = F.grid_sample(fine[B:].float(), 2 * there - 1, padding_mode="border",
-                              align_corners=False)                          # b as seen from a
-        said = x[:B].transpose(1, 2).unflatten(2, (side, side))
-        near = torch.cat([fine[:B], found.to(fine.dtype), fine[B:], flow.to(fine.dtype),
-                          grow(said).to(fine.dtype)], 1)
-        return first, flow + 0.1 * self.refine(near).float()
-
-    def loss(self, batch):
-        """batch: a, b (B, H, W, 3) uint8, flow (B, h, w, 2) in pictures -> mean distance, parts.
-
-        Half of the pairs are blurred and noisy, as imagined pictures are.
-        """
-        a, b, true = batch["a"], batch["b"], batch["flow"].float().permute(0, 3, 1, 2)
-        if self.training:
-            a, b = degrade(a), degrade(b)
-        known = true.isfinite().all(1, keepdim=True) & (true.abs() < 1).all(1, keepdim=True)
-        total, parts = 0.0, {}
-        for name, said in zip(("coarse", "fine"), self(a, b)):
-            true_here = F.interpolate(true.nan_to_num(0), size=said.shape[-2:])
-            seen = F.interpolate(known.float(), size=said.shape[-2:])
-            # ours: what moves counts ten times; most of a picture stands still
-            weight = seen * (1 + 9 * (true_here.norm(dim=1, keepdim=True) > 0.005))
-            off = (said - true_here).square().sum(1, keepdim=True).add(1e-8).sqrt()
-            parts[name] = (loss := (off * weight).sum() / weight.sum()) * self.config.size
-            total = total + self.config.size * loss
-        return total, {k: v.item() for k, v in parts.items()}
-
-    @torch.no_grad()
-    def flow(self, a, b):
-        """a, b (H, W, 3) uint8 -> (H/2, W/2, 2) in pictures."""
-        device = next(self.parameters()).device
-        pair = [torch.as_tensor(np.ascontiguousarray(x), device=device)[None] for x in (a, b)]
-        return self(*pair)[1][0].permute(1, 2, 0).cpu().numpy()
-
-
-def degrade(images):
-    """Half of the pictures (B, H, W, 3) uint8 at half the resolution and back, with noise."""
-    x = images.permute(0, 3, 1, 2).float()
-    blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
-    blurred = blurred + 6 * torch.randn_like(blurred)
-    chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
-    return torch.where(chosen, blurred, x).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-def dis_flow(a, b):
-    """OpenCV's DIS optical flow: a, b (H, W, 3) uint8 -> (H, W, 2) in pictures."""
-    import cv2
-    grey = [cv2.cvtColor(np.ascontiguousarray(x), cv2.COLOR_RGB2GRAY) for x in (a, b)]
-    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    dis.setFinestScale(0)
-    return dis.calc(*grey, None) / a.shape[0]
+def estimator(name, path):
+    """learned (the network at `path`), dis or raft -> a function from two pictures to their flow,
+    as `dis_flow`."""
+    make = {"learned": lambda: load_net(path).flow, "dis": lambda: dis_flow, "raft": raft_flow}
+    return make[name]()
 
 
 def views():
@@ -301,22 +193,25 @@ def main(argv=None):
         core.fail(f"--suite {config.suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
     extract.ensure(config.suite, names, config.demos, config.data, config.size)
     pairs = {split: make_pairs(config, names, split) for split in ("train", "valid")}
-    tensors = {k: pairs["train"][k] for k in ("a", "b", "flow")}
 
     def batches(step):
         rng = np.random.default_rng([config.seed, step])
-        chosen = rng.integers(len(tensors["a"]), size=config.batch)
-        return {k: v[chosen] for k, v in tensors.items()}
+        chosen = rng.integers(len(pairs["train"]["a"]), size=config.batch)
+        batch = {k: v[chosen] for k, v in pairs["train"].items()}
+        if rng.random() < 0.5:                  # as in a mirror
+            batch = {k: np.flip(v, 2).copy() for k, v in batch.items()}
+            batch["flow"][..., 0] *= -1
+        return batch
 
     torch.manual_seed(config.seed)
     path = Path(config.out) / config.suite / "flow.pt"
     net = train.fit(FlowNet(config), batches, config, path, lambda n: show(n, pairs["valid"]),
-                   f"{len(tensors['a'])} pairs of pictures")
+                   f"{len(pairs['train']['a'])} pairs of pictures")
     errors = table(end_point_error(net, pairs["valid"], config))
     print(errors)
     core.write(path.with_suffix(".txt"), errors + "\n")
     print(f"picture: {path.with_suffix('.png')}   "
-          f"next: python rollout.py --policy flow-true {path}")
+          f"next: python avdc.py --future true")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,8 @@ EARLY = 10  # control steps in which the hand has hardly moved
 
 
 @dataclass
-class Config:
+class PlannerConfig:
+    """What the planners of masks and of features have in common."""
     suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     demos: int | None = flag(None, "action-free videos per task", minimum=1)
@@ -53,8 +54,6 @@ class Config:
                                 minimum=16)
     history: int | None = flag(None, "frames h that the planner sees", minimum=1)
     stride: int = flag(4, "control steps between these frames", minimum=1)
-    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)",
-                        minimum=1)
     batch: int = flag(32, "samples per step", minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
@@ -70,6 +69,12 @@ class Config:
                               channels=32, history=1, lr=1e-3),
                "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6,
                              blocks=(2, 2, 2, 2), channels=64, history=10, lr=5e-4)}
+
+
+@dataclass
+class Config(PlannerConfig):
+    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)",
+                        minimum=1)
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -105,10 +110,9 @@ class Decoder(nn.Module):
         return logit.float().sigmoid().unflatten(0, (B, N))  # (B, N, K, H, W)
 
 
-class MaskPlanner(nn.Module):
-    """P and D of section 3.2."""
-    # forms: what an executor can hear
-    kind, arguments, forms = "mask_planner", [], ["latent", "explicit"]
+class Planner(nn.Module):
+    """P of section 3.2: what the planners of masks and of features have in common."""
+    arguments = []
 
     def __init__(self, config):
         super().__init__()
@@ -120,12 +124,8 @@ class MaskPlanner(nn.Module):
         # goal first
         self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)
         self.gpt = core.Transformer(config.width, config.depth, max(4, config.width // 64))
-        self.decoder = Decoder(config.width, len(HORIZONS))
-        self.locator = Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
         self.register_buffer("mask", core.block_causal_mask(1 + config.history, self.n),
                              persistent=False)
-        # share of the training done, for the bootstrapping
-        self.register_buffer("progress", torch.zeros(()))
 
     def encode(self, images, fine=False):
         """images (..., H, W, 3) uint8 -> tokens (..., n, D); with `fine` also finer features (...,
@@ -157,14 +157,22 @@ class MaskPlanner(nn.Module):
         """tokens (B, n, D) -> map (B, D, h, w)."""
         return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
 
+
+class MaskPlanner(Planner):
+    """P and D of section 3.2."""
+    # forms: what an executor can hear
+    kind, forms = "mask_planner", ["latent", "explicit"]
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.decoder = Decoder(config.width, len(HORIZONS))
+        self.locator = Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
+        # share of the training done, for the bootstrapping
+        self.register_buffer("progress", torch.zeros(()))
+
     def predict(self, frames, goal, masks):
         """masks (B, N, H, W) of 0 and 1 at the last frame -> probabilities (B, N, K, H, W)."""
         return self.decoder(self.as_map(self(frames, goal)[:, -1]), masks)
-
-    @torch.no_grad()
-    def plan(self, frames, goal):
-        """What the executor sees: plan tokens (B, T, n, D). No gradient; the decoder is not run."""
-        return self(frames, goal)
 
     def loss(self, batch):
         """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H/2, W/2) of

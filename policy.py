@@ -14,6 +14,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import core
+import feature_planner
 import mask_planner
 import sims
 import track_planner
@@ -82,7 +83,8 @@ class Spatial(nn.Module):
 
 PLANNERS = {planner.kind: (planner, module) for planner, module in
             ((mask_planner.MaskPlanner, mask_planner), (track_planner.TrackPlanner, track_planner),
-             (video_planner.VideoPlanner, video_planner))}
+             (video_planner.VideoPlanner, video_planner),
+             (feature_planner.FeaturePlanner, feature_planner))}
 
 
 def make_planner(about):

@@ -16,11 +16,12 @@ import executor
 import sims
 import tables
 import train
-from policy import Executor
+import unipi
 
 COLOURS = {"none": "#888888", "mask": "#d62728", "mask-explicit": "#1f77b4", "expert": "#2ca02c",
            "track": "#9467bd", "track-latent": "#e377c2", "ee": "#ff7f0e",
-           "video-latent": "#8c564b"}
+           "video-latent": "#8c564b", "feature": "#17becf", "unipi": "#bcbd22",
+           "unipi-replan": "#7f7f00"}
 
 
 def wilson(k, n, z=1.96):
@@ -48,9 +49,10 @@ def result(config, checkpoint, suite, outcomes, seconds):
              "seed": None}
     spent = {}
     if checkpoint:
-        content = train.load(checkpoint, kind=Executor.kind)
+        content = train.load(checkpoint, kind=unipi.KINDS)
         c = core.from_dict(executor.Config, content["config"])
-        about |= {"plan": executor.plan_name(c), "preset": c.preset, "videos": c.demos,
+        again = "-replan" * bool(config.replan)         # UniPi only
+        about |= {"plan": content["extra"].get("plan", executor.plan_name(c)) + again, "preset": c.preset, "videos": c.demos,
                   "action_demos": c.action_demos, "seed": c.seed, "steps": content["step"]}
         spent = content["extra"]["seconds"] | {"executor": train.last_seconds(checkpoint)}
     # the bundled states do not fit the objects of most unseen variants

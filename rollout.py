@@ -25,11 +25,11 @@ import results
 import sims
 import train
 from core import fail, flag
-from executor import load_executor
 from mask_planner import HORIZONS
 from masks import binary_masks, double, half, soft_aggregate
-from policy import Executor, Policy
+from policy import Policy
 from tracks import grid_points
+from unipi import KINDS, UniPi, load_policy
 from video_planner import FRAMES
 
 FILM_SCALE = 3  # films are enlarged by this factor
@@ -53,6 +53,7 @@ class Config:
                               choices=list(sims.UNSEEN))
     render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the "
                                     "executor was trained on", choices=["fast", "faithful"])
+    replan: int = flag(0, "UniPi: steps after which a new video is imagined; 0: never", minimum=0)
     workers: int = flag(2, "processes", minimum=1)
     results: str = flag("results", "folder of the results")
     device: str | None = flag(None, "cpu or cuda")
@@ -68,7 +69,10 @@ def film_frame(frame, policy, sim):
     the wrist view."""
     planner = policy.executor.planner if policy else None
     views = [("now", frame["agentview_rgb"])]
-    if planner and planner.kind == "video_planner":
+    if isinstance(policy, UniPi):
+        views += [("to reach", policy.video[0].cpu().numpy()),
+                  ("the last", policy.video[-1].cpu().numpy())]
+    elif planner and planner.kind == "video_planner":
         imagined = planner.imagine(policy.frames[-1], policy.goal[None])[0].cpu().numpy()
         views += [(f"imagined {k}", imagined[k - 1]) for k in (1, 4, FRAMES)]
     elif planner and planner.kind == "track_planner":
@@ -130,11 +134,11 @@ def play(sim, actor, start, film):
     return success, steps, pictures
 
 
-def cost(checkpoint, steps=600):
+def cost(checkpoint, replan=0, steps=600):
     """Floating point operations of planner and executor in an episode of that length (ATM, Table
     IV), by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
-    policy = Policy(load_executor(checkpoint))
+    policy = load_policy(checkpoint, replan=replan)
     side = policy.executor.extra["size"]
     black = np.zeros((side, side, 3), np.uint8)
     frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float16),
@@ -169,7 +173,7 @@ def run_task(job):
     sim = sims.make(suite, task, size, config.render or render, observe, config.unseen)
     done = {}
     for checkpoint in checkpoints:
-        policy = Policy(load_executor(checkpoint, config.device)) if checkpoint else None
+        policy = load_policy(checkpoint, config.device, config.replan) if checkpoint else None
         done[checkpoint], filmed = [], set()
         for scene in scenes:
             where = {"seed": scene} if config.scenes is not None else {"init": scene}
@@ -235,14 +239,14 @@ def main(argv=None):
             fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or --policy "
                  "expert")
         made_by = "python executor.py --planner runs/<suite>/mask.pt"
-        extras = [train.load(c, Executor.kind, made_by)["extra"] for c in checkpoints]
+        extras = [train.load(c, KINDS, made_by)["extra"] for c in checkpoints]
         if any(e[k] != extras[0][k] for e in extras for k in ("suite", "tasks", "size", "render")):
             fail("these checkpoints are of different suites, tasks, sizes or rendering: evaluate "
                  "them one by one")
         suite, size, render = (extras[0][k] for k in ("suite", "size", "render"))
         if config.cost:
             for checkpoint in checkpoints:
-                print(f"{checkpoint}: {cost(checkpoint) / 1e12:.3f} TFLOPs in 600 steps (paper: "
+                print(f"{checkpoint}: {cost(checkpoint, config.replan) / 1e12:.3f} TFLOPs in 600 steps (paper: "
                       f"ATM 1.56, UniPi 39.29)")
             return
         names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))

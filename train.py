@@ -40,8 +40,10 @@ def save(path, **content):
 
 
 def load(path, kind=None, made_by=None):
-    """The content of a checkpoint as a dict, on the CPU. `made_by` = the command that makes it."""
+    """The content of a checkpoint as a dict, on the CPU. `kind` = what it must hold, a name or
+    several; `made_by` = the command that makes it."""
     path = os.fspath(path)
+    kinds = (kind,) if isinstance(kind, str) else kind
     if not os.path.isfile(path):
         fail(f"{path} does not exist" + (f"; make it with: {made_by}" if made_by else ""))
     broken = f"{path} is damaged or no checkpoint; delete it and make it again"
@@ -57,9 +59,9 @@ def load(path, kind=None, made_by=None):
         fail(f"{broken} ({type(error).__name__})")
     if not isinstance(content, dict):
         fail(broken)
-    if kind is not None and content.get("kind") != kind:
-        fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind '{kind}' is "
-             "needed here")
+    if kinds and content.get("kind") not in kinds:
+        fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind "
+             f"'{' or '.join(kinds)}' is needed here")
     if "version" in content and content["version"] != VERSION:
         fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
     return content

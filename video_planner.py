@@ -20,11 +20,12 @@ import torch.nn.functional as F
 
 import core
 import extract
+import scores
 import sims
 import stage1
 import train
 from core import flag
-from diffusion import (FRAMES, VideoUNet, add_noise, cosine_schedule, ddim_step, from_noise,
+from diffusion import (FRAMES, Enlarge, VideoUNet, add_noise, cosine_schedule, ddim_step, from_noise,
                        from_velocity, loss_weight, velocity)
 
 SPREAD = 0.25   # of the change from the present picture, about its standard deviation where it is
@@ -46,8 +47,8 @@ class Config:
     multiples: tuple[int, ...] | None = flag(None, "channels of each level, in multiples of these")
     repeats: int | None = flag(None, "residual blocks per level", minimum=1)
     attention: tuple[int, ...] | None = flag(None, "reductions of the picture with attention")
-    patch: int | None = flag(None, "side of the squares of pixels that the U-Net sees as one",
-                             minimum=1)
+    shrink: int | None = flag(None, "diffuse pictures this many times smaller, and enlarge them "
+                              "afterwards", minimum=1)
     objective: str | None = flag(None, "what the network says: the noise eps (the paper's loss), v "
                                  "(its authors' code), or the clean clip x0",
                                  choices=["x0", "v", "eps"])
@@ -68,12 +69,13 @@ class Config:
 
     weight_decay, warmup, clip, ema, save_every, log_every = 0.0, 100, 1.0, 0.999, 250, 50
     PRESETS = {
-        # differs: the U-Net sees squares of 4 x 4 pixels as one
+        # differs: a cascade, as in UniPi.  At full size what is imagined was still noise after
+        # this many steps, in the right places, and further from the truth than the present picture
         "laptop": dict(demos=20, steps=1500, size=96, channels=64, multiples=(1, 2, 3),
-                       repeats=1, attention=(8, 16), patch=4, sample_steps=10, batch=8,
+                       repeats=1, attention=(8, 16), shrink=4, sample_steps=10, batch=8,
                        lr=1e-3, objective="x0", change=True),
         "paper": dict(demos=50, steps=60000, size=128, channels=128, multiples=(1, 2, 3, 4, 5),
-                      repeats=2, attention=(8, 16), patch=1, sample_steps=25, batch=16,
+                      repeats=2, attention=(8, 16), shrink=1, sample_steps=25, batch=16,
                       lr=1e-4, objective="v", change=False)}
 
 
@@ -97,12 +99,13 @@ class VideoPlanner(nn.Module):
         """E  numbers that say a sentence"""
         super().__init__()
         c, self.config, self.arguments = config, config, [E]
-        whole = c.patch * 2 ** (len(c.multiples) - 1)
+        whole = c.shrink * 2 ** (len(c.multiples) - 1)
         if c.size % whole:
-            core.fail(f"--size {c.size} is not divisible by {whole} (--patch and --multiples): "
+            core.fail(f"--size {c.size} is not divisible by {whole} (--shrink and --multiples): "
                       "choose a multiple")
         told = c.goal == "language"
-        self.net = VideoUNet(c, 3 if told else 6, E if told else 0)
+        self.net = VideoUNet(c, (3 if told else 6) * c.shrink ** 2, E if told else 0)
+        self.enlarge = Enlarge(c.shrink) if c.shrink > 1 else None
         self.side = c.size // whole
         self.n, self.width = self.side ** 2, self.net.width     # of the map in the middle
         self.register_buffer("kept", cosine_schedule(c.noise_steps), persistent=False)  # (T,)
@@ -121,20 +124,35 @@ class VideoPlanner(nn.Module):
             return seen, torch.zeros_like(task)
         return torch.cat([seen[:, :3], torch.zeros_like(seen[:, 3:])], 1), None
 
-    def paint(self, pictures, seen):
-        """Pictures to come (B, F, 3, H, W) in [-1, 1] -> what is diffused."""
+    def paint(self, pictures, now):
+        """Pictures to come (B, F, 3, H, W) in [-1, 1], the present one (B, 3, H, W) -> what is
+        diffused."""
         # differs: the change from the present picture; what stays as it is, most of it, is 0
-        return (pictures - seen[:, None, :3]) / SPREAD if self.config.change else pictures
+        return (pictures - now[:, None]) / SPREAD if self.config.change else pictures
 
-    def unpaint(self, x, seen):
+    def unpaint(self, x, now):
         """The inverse, clipped to [-1, 1]."""
-        return (x * SPREAD + seen[:, None, :3] if self.config.change else x).clamp(-1, 1)
+        return (x * SPREAD + now[:, None] if self.config.change else x).clamp(-1, 1)
+
+    def small(self, pictures):
+        """(..., H, W) -> means over squares of `shrink` x `shrink` pixels."""
+        p = self.config.shrink
+        return F.avg_pool2d(pictures.flatten(0, -4), p).unflatten(0, pictures.shape[:-3])
+
+    def say(self, x, seen, t, task):
+        """The network on noisy small pictures x, with the condition in its own resolution."""
+        return self.net(x, F.pixel_unshuffle(seen, self.config.shrink), t, task).float()
 
     def loss(self, batch):
         """batch: clip (B, 1 + F, H, W, 3) uint8, now and to come; goal -> scalar, parts."""
         c, clip = self.config, batch["clip"]
         seen, task = self.condition(clip[:, 0], batch["goal"])
-        x0, B = self.paint(to_unit(clip[:, 1:]), seen), len(clip)
+        now = seen[:, :3]
+        large, B = self.paint(to_unit(clip[:, 1:]), now), len(clip)
+        x0, blurred = self.small(large), torch.zeros(())
+        if self.enlarge:        # from true small pictures, a little noisy, as imagined ones are
+            rough = x0 + 0.1 * torch.rand(B, 1, 1, 1, 1, device=x0.device) * torch.randn_like(x0)
+            blurred = (self.enlarge(rough, now).float() - large).abs().mean()
         if c.drop:
             hide = torch.rand(B, device=x0.device) < c.drop
             nothing, silence = self.untold(seen, task)
@@ -142,31 +160,32 @@ class VideoPlanner(nn.Module):
             task = task if task is None else torch.where(hide[:, None], silence, task)
         t = torch.randint(c.noise_steps, (B,), device=x0.device)
         noise, a = torch.randn_like(x0), self.kept[t].view(-1, 1, 1, 1, 1)
-        said = self.net(add_noise(x0, noise, a), seen, t, task).float()
+        said = self.say(add_noise(x0, noise, a), seen, t, task)
         target = {"x0": x0, "v": velocity(x0, noise, a), "eps": noise}[c.objective]
         error = (said - target).square().mean((1, 2, 3, 4))                 # (B,)
-        weight = loss_weight(self.kept[t], c.objective)
-        return (weight * error).mean(), {"plain": error.mean().item()}
+        loss = (loss_weight(self.kept[t], c.objective) * error).mean()
+        return loss + blurred, {"plain": error.mean().item(), "enlarge": blurred.item()}
 
     def clean(self, x, seen, task, t):
-        """The network's word on noisy x (B, F, 3, H, W) at step t (int) -> x0, noise."""
+        """The network's word on noisy x (B, F, 3, h, w) at step t (int) -> x0, noise."""
         c, B, a = self.config, len(x), self.kept[t]
         when = torch.full((B,), t, device=x.device)
-        said = self.net(x, seen, when, task).float()
+        said = self.say(x, seen, when, task)
         if c.guidance:
             blank, silence = self.untold(seen, task)
-            said = (1 + c.guidance) * said - c.guidance * self.net(x, blank, when, silence).float()
+            said = (1 + c.guidance) * said - c.guidance * self.say(x, blank, when, silence)
         x0 = {"x0": lambda: said, "v": lambda: from_velocity(x, said, a)[0],
               "eps": lambda: from_noise(x, said, a)[0]}[c.objective]()
-        x0 = self.paint(self.unpaint(x0, seen), seen)       # no picture is brighter than white
+        now = self.small(seen[:, :3])
+        x0 = self.paint(self.unpaint(x0, now), now)         # no picture is brighter than white
         return x0, (x - a.sqrt() * x0) / (1 - a).sqrt()
 
     @torch.no_grad()
     def imagine(self, now, goal, generator=None):
         """now (B, H, W, 3) uint8, goal as for `condition` -> pictures to come (B, F, H, W, 3)."""
-        c = self.config
+        c, side = self.config, now.shape[1] // self.config.shrink
         seen, task = self.condition(now, goal)
-        x = torch.randn(len(now), FRAMES, 3, *now.shape[1:3], generator=generator).to(now.device)
+        x = torch.randn(len(now), FRAMES, 3, side, side, generator=generator).to(now.device)
         times = torch.linspace(c.noise_steps - 1, 0, c.sample_steps).round().long().tolist()
         one = torch.ones((), device=now.device)
         for t, then in zip(times, times[1:] + [None]):
@@ -174,14 +193,16 @@ class VideoPlanner(nn.Module):
             before = one if then is None else self.kept[then]
             fresh = torch.randn(x.shape, generator=generator).to(x) if c.eta else 0.0
             x = ddim_step(x, x0, noise, self.kept[t], before, c.eta, fresh)
-        return to_bytes(self.unpaint(x, seen))
+        x = self.enlarge(x, seen[:, :3]) if self.enlarge else x
+        return to_bytes(self.unpaint(x, seen[:, :3]))
 
     @torch.no_grad()
     def plan(self, now, goal):
         """The latent plan: what the denoiser's middle says of a video of pure noise, its mean, of
         what will be painted in each picture, (B, n, F width); its mean over them, (B, n, width)."""
         seen, task = self.condition(now, goal)
-        x = torch.zeros(len(now), FRAMES, 3, *now.shape[1:3], device=now.device)
+        seen = F.pixel_unshuffle(seen, self.config.shrink)
+        x = torch.zeros(len(now), FRAMES, 3, *seen.shape[2:], device=now.device)
         t = torch.full((len(now),), self.config.noise_steps - 1, device=now.device)
         x = self.net(x, seen, t, task, features=True).flatten(3)            # (B, F, width, n)
         return x.permute(0, 3, 1, 2).flatten(2), x.mean(1).transpose(1, 2)
@@ -207,78 +228,13 @@ def make_batch(episodes, episode, t, rng, config):
     return {"clip": episodes.gather("obs/agentview_rgb", episode[:, None], times), "goal": goal}
 
 
-class Silhouette(nn.Module):
-    """Which pixels of a picture are the robot: a few convolutions, judging imagined pictures."""
-
-    def __init__(self):
-        super().__init__()
-        layers, width = [], 3
-        for stride, new in ((1, 16), (2, 32), (2, 64), (1, 64)):
-            layers += [nn.Conv2d(width, new, 3, stride, 1), nn.GroupNorm(8, new), nn.ReLU()]
-            width = new
-        self.net = nn.Sequential(*layers, nn.Conv2d(width, 16, 1), nn.PixelShuffle(4))
-
-    def forward(self, images):
-        """(B, H, W, 3) uint8 -> logits (B, H, W)."""
-        return self.net(to_unit(images))[:, 0]
-
-
-def train_silhouette(episodes, steps=400, batch=32, seed=0):
-    """-> a Silhouette that has learned from true pictures and masks, about a minute."""
-    torch.manual_seed(seed)
-    net = Silhouette()
-    optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
-    for step in range(steps):
-        episode, t, _ = episodes.draw(step, batch, seed)
-        images = torch.as_tensor(episodes.gather("obs/agentview_rgb", episode, t))
-        robot = torch.as_tensor(episodes.gather("masks", episode, t) == 1).float()
-        loss = F.binary_cross_entropy_with_logits(net(images), robot)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return net.eval()
-
-
-@torch.no_grad()
-def validate(planner, episodes, silhouette, samples=60, seed=1):
-    """Imagined beside true pictures to come, on held-out episodes from random frames.
-
-    -> {"imagined" | "stay": {"PSNR" dB, "SSIM", "robot IoU": (F,)}}; stay: the present picture.
-    The robot's outline: what `silhouette` finds in an imagined picture; the true, the simulator's.
-    """
-    from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-    device, found = next(planner.parameters()).device, {}
-    generator = torch.Generator().manual_seed(seed)
-    for step in range(samples // 20):
+def held_out_samples(episodes, config, count=60, seed=1):
+    """Clips from random frames, twenty at a time, as scores.validate wants them."""
+    for step in range(count // 20):
         episode, t, rng = episodes.draw(step, 20, seed)
-        batch = make_batch(episodes, episode, t, rng, planner.config)
+        batch = make_batch(episodes, episode, t, rng, config)
         times = clip_times(t, episodes.length[episode])[:, 1:]
-        robot = episodes.gather("masks", episode[:, None], times) == 1      # (B, F, H, W)
-        given = batch["clip"][:, 0], batch["goal"]
-        now, goal = (torch.as_tensor(x, device=device) for x in given)
-        imagined = planner.eval().imagine(now, goal, generator).cpu()
-        stay = torch.as_tensor(batch["clip"][:, :1]).expand_as(imagined)
-        for name, guess in (("imagined", imagined), ("stay", stay)):
-            outline = (silhouette(guess.flatten(0, 1)) > 0).numpy().reshape(robot.shape)
-            iou = (outline & robot).sum((2, 3)) / np.maximum((outline | robot).sum((2, 3)), 1)
-            rows = found.setdefault(name, {"PSNR": [], "SSIM": [], "robot IoU": []})
-            for b in range(len(guess)):
-                pairs = list(zip(batch["clip"][b, 1:], guess[b].numpy()))
-                with np.errstate(divide="ignore"):      # equal pictures: no noise at all
-                    psnr = [min(60, peak_signal_noise_ratio(*p)) for p in pairs]
-                rows["PSNR"].append(psnr)
-                rows["SSIM"].append([structural_similarity(*p, channel_axis=2) for p in pairs])
-                rows["robot IoU"].append(iou[b])
-    return {name: {k: np.mean(v, 0) for k, v in rows.items()} for name, rows in found.items()}
-
-
-def table(scores):
-    """The scores of `validate` as lines of text."""
-    lines = ["held-out videos, picture   " + "".join(f"{k:7d}" for k in range(1, 1 + FRAMES))]
-    for measure in ("PSNR", "SSIM", "robot IoU"):
-        for name, row in scores.items():
-            lines.append(f"  {measure:10s} {name:13s}" + "".join(f"{x:7.2f}" for x in row[measure]))
-    return "\n".join(lines)
+        yield batch["clip"], batch["goal"], episodes.gather("masks", episode[:, None], times) == 1
 
 
 @torch.no_grad()
@@ -337,13 +293,16 @@ def main(argv=None):
         write_film(path.with_suffix(".mp4"), film)
         return sheet
 
-    if config.show:
+    if config.show:         # sampled as the flags say
         planner = load_planner(path, config.device)
+        for name in ("sample_steps", "eta", "guidance"):
+            setattr(planner.config, name, getattr(config, name))
     else:
         planner = train.fit(VideoPlanner(config, E), batches, config, path, picture,
                             f"{note}, told by {config.goal}", {"E": E})
-    scores = table(validate(planner, held_out, train_silhouette(videos).to(config.device)))
-    stage1.report(config, path, scores, lambda: picture(planner))
+    silhouette = scores.train_silhouette(videos)
+    found = scores.validate(planner, held_out_samples(held_out, planner.config), silhouette)
+    stage1.report(config, path, scores.table(found), lambda: picture(planner))
 
 
 if __name__ == "__main__":

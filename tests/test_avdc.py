@@ -118,7 +118,8 @@ def test_every_parameter_of_the_network_gets_a_gradient():
     for p in model.parameters():
         torch.nn.init.normal_(p, std=0.1)
     pair = torch.randint(256, (2, 2, 32, 32, 3), dtype=torch.uint8)
-    batch = {"a": pair[0], "b": pair[1], "flow": torch.randn(2, 16, 16, 2) * 0.1}
+    batch = {"a": pair[0], "b": pair[1], "flow": torch.randn(2, 16, 16, 2) * 0.1,
+             "object": torch.rand(2, 16, 16) < 0.2}
     model.loss(batch)[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
@@ -134,13 +135,28 @@ def test_network_learns_a_shift():
     model.eval()        # neither blur nor noise
     losses = []
     for step in range(150):
-        loss, _ = model.loss({"a": a, "b": b, "flow": true})
+        loss, _ = model.loss({"a": a, "b": b, "flow": true, "object": torch.zeros(4, 16, 16)})
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5
     assert abs(model.flow(a[0].numpy(), b[0].numpy())[6:10, 3:8] * 32 - [6, -2]).mean() < 1
+
+
+def test_raft_needs_its_weights_and_then_runs(tmp_path, monkeypatch, capsys):
+    """With random weights of the same network, in the place of the published ones."""
+    from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    with pytest.raises(SystemExit):
+        flow.estimator("raft", None)
+    assert "raft_large" in capsys.readouterr().err
+    file = tmp_path / "checkpoints" / Raft_Large_Weights.DEFAULT.url.split("/")[-1]
+    file.parent.mkdir()
+    torch.save(raft_large().state_dict(), file)
+    a = np.random.default_rng(0).integers(256, size=(32, 32, 3), dtype=np.uint8)
+    said = flow.estimator("raft", None)(a, np.roll(a, 2, 1))
+    assert said.shape == (256, 256, 2) and np.isfinite(said).all()
 
 
 # --- in the simulator -----------------------------------------------------------------------------

