@@ -39,6 +39,14 @@ def open_data(path):
              f"python extract.py --suite {path.parent.name}")
 
 
+def source_of(path):
+    """What a data file's episodes are: scripted, official or video; "" if there is no file."""
+    if not path.exists():
+        return ""
+    with open_data(path) as f:
+        return f["data"].attrs["source"]
+
+
 def mapped(dataset, whole):
     """A dataset as an array: what lies contiguous in the file is a view of `whole`, the file mapped
     into memory as bytes (one map per file: the kernel limits their number, and each costs memory);
@@ -71,13 +79,14 @@ class Episodes:
                 whole = np.memmap(path, np.uint8, "r")
                 about, demos = f["data"].attrs, wanted
                 video = about["source"] == "video"
-                if video:  # as many as there are: no simulator makes more
+                if video or about.get("exhausted"):  # as many as there are: nothing makes more
                     demos = min(wanted, len(f["data"]) - HELD_OUT)
                 names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
                                                range(HELD_OUT, HELD_OUT + demos))]
                 if any(n not in f["data"] for n in names):
                     fail(f"{path} holds {len(f['data']) - HELD_OUT} videos, not {demos}: "
-                         f"python extract.py --suite {suite} --demos {demos}")
+                         f"python extract.py --suite {suite} --demos {demos}"
+                         + " --source official" * (about["source"] == "official"))
                 for n in names:
                     demo = f["data"][n]
                     # a video has one camera and no robot
