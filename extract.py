@@ -94,6 +94,9 @@ class Config:
     grade: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; "
                        "writes results/<suite>_grade.json")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
+    unseen: str | None = flag(None, "with --show: data/<suite>_unseen.png instead, scenes of "
+                              "libero_spatial as in training and with this new",
+                              choices=[*sims.UNSEEN, "all"])
     device: str | None = flag(None, "of the models that --video needs")
     # as the planner's
     PRESETS = {"laptop": {"demos": 20, "size": 96}, "paper": {"demos": 50, "size": 128}}
@@ -290,12 +293,37 @@ def watch(results, queue, jobs, total, what):
                 bar.update(queue.get())
 
 
+def unseen_sheet(config, names):
+    """One row per task: the same scene as in training and in unseen variants -> (., ., 3) uint8."""
+    variants = sims.UNSEEN if config.unseen == "all" else [config.unseen]
+    rows = []
+    for name in names:
+        cells = []
+        for unseen in (None, *variants):
+            sim = sims.make(config.suite, name, config.size, config.render, unseen=unseen)
+            cells.append(caption(sim.reset(seed=0)["agentview_rgb"], unseen or "as in training"))
+            sim.close()
+        rows.append(np.concatenate(cells, 1))
+    return np.concatenate(rows)
+
+
+def show(config, picture):
+    """Writes a picture (., ., 3) uint8 beside the suite's data."""
+    import imageio.v3 as iio
+    path = Path(config.data) / f"{config.suite}{'_unseen' if config.unseen else ''}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, picture)
+    print(f"picture: {path}")
+
+
 def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     about = "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout."
     config = core.parse(Config, about, argv)
     if config.video:
         annotate_video(config)
+    if config.unseen:
+        return show(config, unseen_sheet(config, sims.choose_tasks(config.suite, config.tasks)))
     if config.source == "official":
         names = official.choose_tasks(config.suite, config.tasks)
         import_official(config, names)
@@ -309,10 +337,7 @@ def main(argv=None):
     if config.grade:
         grade.grade_annotators(config, episodes)
     if config.show:
-        import imageio.v3 as iio
-        path = Path(config.data) / f"{config.suite}.png"
-        iio.imwrite(path, sheet(episodes))
-        print(f"picture: {path}")
+        show(config, sheet(episodes))
 
 
 if __name__ == "__main__":
