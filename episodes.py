@@ -13,6 +13,7 @@ import sims
 from core import fail
 
 HELD_OUT = 2  # validation episodes per task
+ABOUT = ("source", "size", "render", "objects", "text_embedding")  # attributes that readers need
 COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]],
                    np.uint8)
 
@@ -24,15 +25,26 @@ def open_data(path):
         fail(f"no data file {path}: make it with python extract.py --suite {path.parent.name}")
     try:
         f = h5py.File(path, "r")
-        if "data" not in f or not len(f["data"]):
+        if not isinstance(f.get("data"), h5py.Group) or not len(f["data"]):
             raise OSError("no episodes")
-        if "size" not in f["data"].attrs or not {"masks", "tracks"} <= f["data/demo_0"].keys():
-            fail(f"{path} lacks masks or tracks, so this extract.py has not made it: "
+        first = f["data"].get("demo_0", {})
+        lacks = [name for name in ABOUT if name not in f["data"].attrs]
+        lacks += [name for name in ("masks", "tracks") if name not in first]
+        if lacks:
+            fail(f"{path} lacks {', '.join(lacks)}, so this extract.py has not made it: "
                  "choose another --data folder or delete it")
         return f
     except OSError as error:
         fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run "
              f"python extract.py --suite {path.parent.name}")
+
+
+def source_of(path):
+    """What a data file's episodes are: scripted, official or video; "" if there is no file."""
+    if not path.exists():
+        return ""
+    with open_data(path) as f:
+        return f["data"].attrs["source"]
 
 
 def mapped(dataset, whole):
@@ -56,6 +68,7 @@ class Episodes:
             "obs/ee_states", "obs/joint_states", "obs/gripper_states",
             *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in sims.CAMERAS),
             "hand")
+    OF_VIDEOS = ("obs/agentview_rgb", "masks", "tracks/agentview", "visible/agentview", "hand")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
         self.suite, self.tasks, self.seconds, wanted = suite, tasks, 0.0, demos
@@ -64,23 +77,32 @@ class Episodes:
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
                 whole = np.memmap(path, np.uint8, "r")
-                demos, video = wanted, f["data"].attrs["source"] == "video"
-                if video:  # as many as there are: no simulator makes more
+                about, demos = f["data"].attrs, wanted
+                video = about["source"] == "video"
+                if video or about.get("exhausted"):  # as many as there are: nothing makes more
                     demos = min(wanted, len(f["data"]) - HELD_OUT)
                 names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
                                                range(HELD_OUT, HELD_OUT + demos))]
                 if any(n not in f["data"] for n in names):
                     fail(f"{path} holds {len(f['data']) - HELD_OUT} videos, not {demos}: "
-                         f"python extract.py --suite {suite} --demos {demos}")
+                         f"python extract.py --suite {suite} --demos {demos}"
+                         + " --source official" * (about["source"] == "official"))
                 for n in names:
-                    for key in filter(f["data"][n].get, self.KEYS) if video else self.KEYS:
-                        self.arrays[key].append(mapped(f["data"][n][key], whole))
-                    length.append(int(f["data"][n].attrs["num_samples"]))
-                    self.seconds += float(f["data"][n].attrs.get("seconds", 0))
+                    demo = f["data"][n]
+                    # a video has one camera and no robot
+                    keys = self.OF_VIDEOS if video else self.KEYS
+                    lacks = [key for key in keys if key not in demo]
+                    if lacks or "num_samples" not in demo.attrs:
+                        fail(f"{path} lacks data/{n}/{(lacks or ['num_samples'])[0]}: delete it "
+                             f"and run python extract.py --suite {suite}")
+                    for key in keys:
+                        self.arrays[key].append(mapped(demo[key], whole))
+                    length.append(int(demo.attrs["num_samples"]))
+                    self.seconds += float(demo.attrs.get("seconds", 0))
                     task.append(k)
-                text.append(f["data"].attrs["text_embedding"])
-                self.objects = list(f["data"].attrs["objects"])
-                self.size, self.render = int(f["data"].attrs["size"]), f["data"].attrs["render"]
+                text.append(about["text_embedding"])
+                self.objects = list(about["objects"])
+                self.size, self.render = int(about["size"]), about["render"]
         self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
         # (E + 1,) rows before each episode
         self.start = np.concatenate([[0], np.cumsum(self.length)])

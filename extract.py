@@ -3,6 +3,7 @@
     python extract.py --suite libero_spatial --demos 20     # continues where it was stopped
     python extract.py --suite libero_spatial --show         # the data as a picture
     python extract.py --video clip.mp4 --objects "arm. bowl. plate." --suite my_videos --tracks flow
+    python extract.py --suite libero_spatial --source official --download  # LIBERO's own
 
 One file per task, data/<suite>/<task>.hdf5, in the robomimic/LIBERO layout (A action, S state
 numbers):
@@ -10,7 +11,7 @@ numbers):
     data.attrs   env_args, problem_info, total, task, language_instruction, text_embedding (D,) f4,
                  objects (robot first), cameras, size, source
     data/demo_i  actions (T, A) f4 . states (T, S) f8 . rewards, dones (T,)
-                 attrs: num_samples, seed, noise
+                 attrs: num_samples; seed, noise or, of official ones, original
       obs/       agentview_rgb, eye_in_hand_rgb (T, H, W, 3) u1 upright
                  ee_states, joint_states, gripper_states
       masks      (T, H, W) u1 of agentview: 0 background, 1 robot, 2.. the task's objects
@@ -23,7 +24,8 @@ numbers):
 Row t holds what is seen before action t.  demo_0 .. demo_1 are held out for validation, the next
 `--demos` are the videos, and of these the first `--action-demos` also lend their actions.  Pictures
 are stored uncompressed and contiguous, so that training maps them into memory instead of reading
-them.  `writing.py` writes these files, `episodes.py` reads them, `films.py` is about `--video`.
+them.  `writing.py` writes these files, `episodes.py` reads them; `films.py` is about `--video`,
+`official.py` about `--source official`.
 """
 import errno
 import gc
@@ -45,11 +47,12 @@ import cameras
 import core
 import experts
 import grade
+import official
 import sims
 from core import fail, flag
 from episodes import COLOURS, caption, draw_masks, draw_tracks  # also extract.NAME for other files
-from episodes import HELD_OUT, Episodes, open_data, sheet
-from films import annotate_video, choose_tasks, is_video
+from episodes import HELD_OUT, Episodes, open_data, sheet, source_of
+from films import annotate_video, choose_tasks
 from language import TEXTS, embed, text_model  # also extract.NAME for other files
 from writing import assemble, split_assembled, write_episode
 
@@ -62,6 +65,8 @@ RETRY = 100_000
 class Config:
     suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    source: str = flag("scripted", "scripted, or official: LIBERO's published demonstrations, from "
+                       "<data>/official/<suite>/ and at their own --size", ["scripted", "official"])
     demos: int | None = flag(None, "videos per task", minimum=1)
     preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
                               choices=["laptop", "paper"])
@@ -85,10 +90,13 @@ class Config:
                        "simulator's truth", choices=["cotracker", "flow", "sim"])
     threshold: float = flag(annotate.BOX, "with --video: least score of a found object", minimum=0)
     weights: str = flag("", "with --video: folder of the models, before the usual caches")
-    download: bool = flag(False, "with --video: fetch the weights that are missing")
+    download: bool = flag(False, "fetch what is missing: --video's weights, the official files")
     grade: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; "
                        "writes results/<suite>_grade.json")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
+    unseen: str | None = flag(None, "with --show: data/<suite>_unseen.png instead, scenes of "
+                              "libero_spatial as in training and with this new",
+                              choices=[*sims.UNSEEN, "all"])
     device: str | None = flag(None, "of the models that --video needs")
     # as the planner's
     PRESETS = {"laptop": {"demos": 20, "size": 96}, "paper": {"demos": 50, "size": 128}}
@@ -158,11 +166,11 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
         path = Path(data) / suite / f"{task}.hdf5"
         parts = path.with_suffix("")
         there, look = NOISE if noise is None else noise, render or "fast"
-        if is_video(path):
+        if source_of(path) in ("video", "official"):
             with open_data(path) as f:
-                if f["data"].attrs["size"] != size:
-                    fail(f"{path} holds {f['data'].attrs['size']} px pictures, not {size} px: "
-                         "give --size, or annotate again")
+                found = f["data"].attrs["size"]
+            if found != size:
+                fail(f"{path} holds {found} px pictures, not {size} px: give --size {found}")
             continue
         if path.exists():
             with open_data(path) as f:
@@ -179,15 +187,7 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
                 continue
             split_assembled(path, parts)
         parts.mkdir(parents=True, exist_ok=True)
-        # of an interrupted run, which may have had other flags
-        for part in sorted(parts.glob("demo_*.hdf5"))[:1]:
-            with h5py.File(part) as one:
-                found, look = one["masks"].shape[1], one.attrs["render"]
-                there = float(one.attrs["noise"])
-            if found != size or noise not in (None, there) or render not in (None, look):
-                fail(f"{parts}/ holds an interrupted extraction of {found} px, {look} and noise "
-                     f"{there:g}, not {size} px, {render or look} and {noise or there:g}: "
-                     "choose another --data folder or delete it")
+        there, look = unfinished(parts, size, noise, render) or (there, look)
         open_tasks.append((task, look))
         missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
         # few tasks: split each among the processes
@@ -208,6 +208,42 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
                 assemble(path, path.with_suffix(""), suite, task, size, look, text)
         except OSError as error:
             stop_if_full(error, data)
+
+
+def unfinished(parts, size, noise, render):
+    """Noise and rendering of the episodes of an interrupted run, None if there are none; fails if
+    it had other flags."""
+    for part in sorted(parts.glob("demo_*.hdf5"))[:1]:
+        with h5py.File(part) as one:
+            if "noise" not in one.attrs:
+                fail(f"{parts}/ holds an interrupted import: finish it with --source official, "
+                     "choose another --data folder or delete it")
+            found, look = one["masks"].shape[1], one.attrs["render"]
+            there = float(one.attrs["noise"])
+        if found != size or noise not in (None, there) or render not in (None, look):
+            fail(f"{parts}/ holds an interrupted extraction of {found} px, {look} and noise "
+                 f"{there:g}, not {size} px, {render or look} and {noise or there:g}: "
+                 "choose another --data folder or delete it")
+        return there, look
+
+
+def import_official(config, tasks):
+    """Makes whatever data files are missing of the tasks from LIBERO's published ones."""
+    jobs = official.plan(config.data, config.suite, tasks, config.demos, config.download)
+    if not jobs:
+        return
+    print(f"data: official demonstrations of {len(jobs)} tasks of {config.suite}, "
+          f"{config.workers} processes -> {config.data}/")
+    try:
+        with pool(config.workers, official.import_task) as (processes, queue):
+            made = processes.imap_unordered(official.import_task, jobs)
+            total = sum(wanted for *_, wanted in jobs)
+            for task, size, exhausted in watch(made, queue, len(jobs), total, "import"):
+                path = Path(config.data) / config.suite / f"{task}.hdf5"
+                assemble(path, path.with_suffix(""), config.suite, task, size, "faithful",
+                         config.text, "official", exhausted)
+    except OSError as error:
+        stop_if_full(error, config.data)
 
 
 def stop_if_full(error, folder):
@@ -257,25 +293,51 @@ def watch(results, queue, jobs, total, what):
                 bar.update(queue.get())
 
 
+def unseen_sheet(config, names):
+    """One row per task: the same scene as in training and in unseen variants -> (., ., 3) uint8."""
+    variants = sims.UNSEEN if config.unseen == "all" else [config.unseen]
+    rows = []
+    for name in names:
+        cells = []
+        for unseen in (None, *variants):
+            sim = sims.make(config.suite, name, config.size, config.render, unseen=unseen)
+            cells.append(caption(sim.reset(seed=0)["agentview_rgb"], unseen or "as in training"))
+            sim.close()
+        rows.append(np.concatenate(cells, 1))
+    return np.concatenate(rows)
+
+
+def show(config, picture):
+    """Writes a picture (., ., 3) uint8 beside the suite's data."""
+    import imageio.v3 as iio
+    path = Path(config.data) / f"{config.suite}{'_unseen' if config.unseen else ''}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    iio.imwrite(path, picture)
+    print(f"picture: {path}")
+
+
 def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     about = "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout."
     config = core.parse(Config, about, argv)
     if config.video:
         annotate_video(config)
-    names = choose_tasks(config.suite, config.tasks, config.data)
-    ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
-           config.render + "+goal" * config.show_goal, config.workers, config.text)
+    if config.unseen:
+        return show(config, unseen_sheet(config, sims.choose_tasks(config.suite, config.tasks)))
+    if config.source == "official":
+        names = official.choose_tasks(config.suite, config.tasks)
+        import_official(config, names)
+    else:
+        names = choose_tasks(config.suite, config.tasks, config.data)
+        ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
+               config.render + "+goal" * config.show_goal, config.workers, config.text)
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out")
     if config.grade:
         grade.grade_annotators(config, episodes)
     if config.show:
-        import imageio.v3 as iio
-        path = Path(config.data) / f"{config.suite}.png"
-        iio.imwrite(path, sheet(episodes))
-        print(f"picture: {path}")
+        show(config, sheet(episodes))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import annotate
 import sims
 import tables
 from core import fail
-from episodes import HELD_OUT, open_data
+from episodes import HELD_OUT, source_of
 from writing import write_videos
 
 PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
@@ -20,10 +20,7 @@ FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 def is_video(path):
     """Whether a data file holds annotated videos: no actions, no states, one camera."""
-    if not path.exists():
-        return False
-    with open_data(path) as f:
-        return f["data"].attrs["source"] == "video"
+    return source_of(path) == "video"
 
 
 def choose_tasks(suite, chosen, data):
@@ -32,6 +29,9 @@ def choose_tasks(suite, chosen, data):
     files = sorted((Path(data) / suite).glob("*.hdf5"))
     if suite in sims.SUITES or suite in sims.METAWORLD or not files or not is_video(files[0]):
         poor = {} if chosen else tables.unreliable(suite)
+        # of those there may be other demonstrations
+        poor = {task: rate for task, rate in poor.items()
+                if source_of(Path(data) / suite / f"{task}.hdf5") != "official"}
         for task, rate in poor.items():
             print(f"skipped, as the expert solves {100 * rate:.0f} % of its scenes: {task}")
         return [task for task in sims.choose_tasks(suite, chosen) if task not in poor]

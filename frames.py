@@ -7,14 +7,15 @@ CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
 INITS = 50  # evaluation scenes per task: LIBERO's bundled states, Meta-World's EVALUATION seeds
 
 
-def look(sim, states, masks, wrist):
+def look(sim, states, masks, wrist, pictures=True):
     """The robot's states, a dict of sequences, as float32 with the pictures of both cameras, the
     masks, and where the third-person picture has the hand: a frame."""
     frame = {k: np.asarray(v, np.float32) for k, v in states.items()}
-    if sim.camera:
+    if sim.camera and pictures:
         frame |= {f"{ours}_rgb": sim.camera.picture(sim.data, theirs)
                   for ours, theirs in zip(CAMERAS, sim.cameras)
                   if wrist or ours != "eye_in_hand"}
+    if sim.camera:
         view = sim.camera.pose(sim.data, sim.cameras[0])
         frame["hand"] = project(frame["ee_states"][:3], *view)[0].astype(np.float16)
     if sim.camera and masks:

@@ -3,6 +3,7 @@ import importlib
 import os
 import re
 import tempfile
+from xml.etree import ElementTree
 
 import numpy as np
 
@@ -76,6 +77,11 @@ def describe(suite, task):
     # a place on the table
     objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]
     return language, ["robot", *objects], [list(g) for g in problem["goal_state"]]
+
+
+def numbers(element, key, default):
+    """An attribute of an element of MJCF -> floats."""
+    return [float(x) for x in element.get(key, default).split()]
 
 
 def quiet_imports():
@@ -240,9 +246,35 @@ class Libero:
         """(S,) float64: time, positions, velocities; not fixtures, which follow from the seed."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
 
-    def frame(self, masks=True, wrist=True):
+    @property
+    def joints(self):
+        """(7,) which of the positions are the arm's joints."""
+        return np.array(self.env.robots[0]._ref_joint_pos_indexes)
+
+    def place(self, state):
+        """Puts everything where a state (S,), as of `state`, says; to be looked at."""
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
+
+    def furnish(self, recorded):
+        """Fixtures and cameras go where a recorded model has them (text, MJCF as robosuite saves
+        it), as states do not say.  Returns the name of a fixture that it lacks, else None."""
+        tree, m = ElementTree.fromstring(recorded), self.model
+        bodies = {body.get("name"): body for body in tree.iter("body")}
+        for name in (fixture.root_body for fixture in self.env.fixtures_dict.values()):
+            if name not in bodies:
+                return name
+            m.body(name).pos[:] = numbers(bodies[name], "pos", "0 0 0")
+            m.body(name).quat[:] = numbers(bodies[name], "quat", "1 0 0 0")
+        for camera in (c for c in tree.iter("camera") if c.get("name") in self.cameras):
+            k = m.camera(camera.get("name")).id
+            m.cam_pos[k] = numbers(camera, "pos", "0 0 0")
+            m.cam_quat[k] = numbers(camera, "quat", "1 0 0 0")
+            m.cam_fovy[k] = numbers(camera, "fovy", "45")[0]
+
+    def frame(self, masks=True, wrist=True, pictures=True):
         """The current frame as a dict, named as in the data file; without `masks` or `wrist` a
-        third quicker each.
+        third quicker each, and without `pictures` only masks and states.
 
         agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 and hand (2,)
         float16, its place in [0, 1], x right, y down, of agentview; ee_states (6,) position in
@@ -254,7 +286,7 @@ class Libero:
         states = {"ee_states": [*d.site_xpos[site], *axis_angle(d.site_xmat[site].reshape(3, 3))],
                   "joint_states": d.qpos[robot._ref_joint_pos_indexes],
                   "gripper_states": d.qpos[gripper]}
-        return look(self, states, masks, wrist)
+        return look(self, states, masks, wrist, pictures)
 
     def goal_image(self, seed):
         """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets

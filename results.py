@@ -139,6 +139,7 @@ def make_table(folder, readme="README.md"):
     insert(readme, "times", times(folder))
     insert(readme, "experts", tables.experts_table(folder))
     insert(readme, "avdc", tables.flow_table(folder))
+    insert(readme, "grade", tables.grade_table(folder))
     plot(rows, Path(folder) / "curve.png")
 
 

@@ -1,4 +1,5 @@
-"""What the scripted demonstrators solve, task by task, from their results."""
+"""README's tables by task or annotator, from the JSON files: what the scripted demonstrators solve,
+what acting from flow does, how good annotators are."""
 import json
 from pathlib import Path
 
@@ -49,3 +50,23 @@ def flow_table(folder="results"):
         cells = [f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}" for r in found]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return lines
+
+
+def grade_table(folder="results"):
+    """Annotators beside the trivial answers, from `extract.py --grade` -> lines."""
+    known = {"sam": "Grounding DINO, SAM, SAM 2", "cotracker": "CoTracker",
+             "stay": "points that stay"}
+    lines = ["| suite | annotator | J | F | delta_avg, all / moving points | occlusion accuracy | "
+             "average Jaccard |", "|---" * 7 + "|"]
+    for path in sorted(Path(folder).glob("*_grade.json")):
+        r = json.loads(path.read_text())
+        about = f"{r['suite']}: {r['frames']} frames of {r['size']} px, {r['points']} points"
+        for name, s in r["masks"].items():
+            lines.append(f"| {about} | {known.get(name, name)} | {s['J']:.3f} | {s['F']:.3f} |"
+                         " | | |")
+        for name in r["tracks"]["all"]:
+            both = [r["tracks"][which].get(name) for which in ("all", "moving")]
+            cells = [" / ".join(f"{s[measure]:.3f}" if s else "-" for s in both)
+                     for measure in ("delta_avg", "occlusion_accuracy", "average_jaccard")]
+            lines.append(f"| {about} | {known.get(name, name)} | | | {' | '.join(cells)} |")
+    return lines if len(lines) > 2 else []

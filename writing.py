@@ -23,8 +23,12 @@ def write_episode(path, episode, **attrs):
     os.replace(part, path)
 
 
-def assemble(path, parts, suite, task, size, render, text="minilm"):
-    """Joins the episodes' files into the task's file and deletes them."""
+def assemble(path, parts, suite, task, size, render, text="minilm", source="scripted",
+             exhausted=False):
+    """Joins the episodes' files into the task's file and deletes them.
+
+    exhausted  whether its source has no more episodes
+    """
     tmp = path.with_suffix(".tmp")
     names = sorted((p.stem for p in parts.glob("demo_*.hdf5")), key=lambda n: int(n[5:]))
     language, objects, _ = sims.describe(suite, task)
@@ -43,8 +47,9 @@ def assemble(path, parts, suite, task, size, render, text="minilm"):
                 "env_version": "1.4.0"}
         data.attrs.update(
             env=suite, env_args=json.dumps(info), total=total, task=task, size=size,
-            source="scripted", language_instruction=language, text_embedding=embed(language, text),
-            text=text, objects=objects, cameras=list(sims.CAMERAS),
+            source=source, exhausted=exhausted, language_instruction=language,
+            text_embedding=embed(language, text), text=text, objects=objects,
+            cameras=list(sims.CAMERAS),
             problem_info=json.dumps({"language_instruction": language}), render=render,
             mask_source="sim", track_source="sim", versions=json.dumps(sims.versions()))
         hold_out(f, names)

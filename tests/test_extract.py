@@ -217,6 +217,25 @@ def test_other_peoples_or_other_noise_is_refused(copied, task, refused):
     refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, "lacks masks", "--data")
 
 
+@pytest.mark.parametrize("missing", [*extract.Episodes.KEYS, "obs", "tracks"])
+def test_a_missing_group_is_named(copied, task, refused, missing):
+    """In an episode that is read; the file stays."""
+    folder, path = copied
+    with h5py.File(path, "a") as f:
+        del f[f"data/demo_3/{missing}"]
+    before = path.read_bytes()
+    refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, f"data/demo_3/{missing}", "delete", f"python extract.py --suite {SUITE}")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", ["source", "size", "render", "objects", "text_embedding"])
+def test_a_missing_attribute_is_named(copied, task, refused, missing):
+    folder, path = copied
+    with h5py.File(path, "a") as f:
+        del f["data"].attrs[missing]
+    refused(lambda: extract.main([*EXTRACT, "--data", str(folder)]), path, f"lacks {missing}", "delete")
+
+
 def die(how):
     os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else core.fail("no such thing: choose another")
 

@@ -1,13 +1,16 @@
 """grade.py: measures against their definitions, and the command on real data."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 import extract
 import grade
-from conftest import COMMON, SIZE
+import results
+import tables
+from conftest import COMMON, ROOT, SIZE
 
 
 def box(x, y, side=20, size=64):
@@ -66,6 +69,22 @@ def test_flow_beats_points_that_stay(data, tmp_path, monkeypatch, capsys):
     moving = found["tracks"]["moving"]
     assert all(0 <= value <= 1 for row in moving.values() for value in row.values())
     assert moving["flow"]["average_jaccard"] > moving["stay"]["average_jaccard"]
+
+
+def test_readmes_table_is_made_from_the_grades(tmp_path):
+    lines = tables.grade_table(os.path.join(ROOT, "results"))
+    with open(os.path.join(ROOT, "README.md")) as file:
+        assert "\n".join(["<!-- grade -->", *lines, "<!-- /grade -->"]) in file.read()
+    measures = {"delta_avg": 0.5, "occlusion_accuracy": 0.25, "average_jaccard": 0.125}
+    found = {"suite": "s", "frames": 7, "size": 96, "points": 9, "masks": {"sam": {"J": 0.75, "F": 1}},
+             "tracks": {"all": {"cotracker": measures}, "moving": {"cotracker": measures | {"delta_avg": 1}}}}
+    (tmp_path / "s_grade.json").write_text(json.dumps(found))
+    *_, masks, tracks = lines = tables.grade_table(tmp_path)
+    assert masks == "| s: 7 frames of 96 px, 9 points | Grounding DINO, SAM, SAM 2 | 0.750 | 1.000 | | | |"
+    assert tracks.endswith("| CoTracker | | | 0.500 / 1.000 | 0.250 / 0.250 | 0.125 / 0.125 |")
+    (tmp_path / "README.md").write_text("before\n<!-- grade -->\nold\n<!-- /grade -->\nafter")
+    results.insert(tmp_path / "README.md", "grade", lines)
+    assert (tmp_path / "README.md").read_text() == "\n".join(["before", "<!-- grade -->", *lines, "<!-- /grade -->", "after"])
 
 
 def test_sam_wants_the_names_of_the_objects(data, refused):
