@@ -91,7 +91,8 @@ class Actor:
 
     future: what the video is, "oracle" and "true": of the package's own policy from now on, or
     "generated"; where: the scene, as given to sim.reset; view: the camera; between: the flow from
-    one picture to another, as flow.dis_flow, for all but oracle; planner: a VideoPlanner told by language and text (E,), for generated.
+    one picture to another, as flow.dis_flow, for all but oracle; planner: a VideoPlanner told by
+    language, and text (E,), for generated.
     """
 
     def __init__(self, sim, future, where, view, between=None, planner=None, text=None,

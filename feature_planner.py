@@ -104,8 +104,8 @@ def make_batch(episodes, step, config, demos=None):
 
 @torch.no_grad()
 def validate(planner, episodes, samples=300):
-    """Mean squared error of the predicted features, of unit variance, on held-out episodes -> {"plan"
-    | "stay": (K,)}; stay: the present picture's features."""
+    """Mean squared error of the predicted features, of unit variance, on held-out episodes ->
+    {"plan" | "stay": (K,)}; stay: the present picture's features."""
     device, found = next(planner.parameters()).device, {"plan": [], "stay": []}
     planner.eval()
     for step in range(-(-samples // planner.config.batch)):

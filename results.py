@@ -52,7 +52,8 @@ def result(config, checkpoint, suite, outcomes, seconds):
         content = train.load(checkpoint, kind=unipi.KINDS)
         c = core.from_dict(executor.Config, content["config"])
         again = "-replan" * bool(config.replan)         # UniPi only
-        about |= {"plan": content["extra"].get("plan", executor.plan_name(c)) + again, "preset": c.preset, "videos": c.demos,
+        plan = content["extra"].get("plan", executor.plan_name(c)) + again
+        about |= {"plan": plan, "preset": c.preset, "videos": c.demos,
                   "action_demos": c.action_demos, "seed": c.seed, "steps": content["step"]}
         spent = content["extra"]["seconds"] | {"executor": train.last_seconds(checkpoint)}
     # the bundled states do not fit the objects of most unseen variants

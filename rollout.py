@@ -246,8 +246,8 @@ def main(argv=None):
         suite, size, render = (extras[0][k] for k in ("suite", "size", "render"))
         if config.cost:
             for checkpoint in checkpoints:
-                print(f"{checkpoint}: {cost(checkpoint, config.replan) / 1e12:.3f} TFLOPs in 600 steps (paper: "
-                      f"ATM 1.56, UniPi 39.29)")
+                print(f"{checkpoint}: {cost(checkpoint, config.replan) / 1e12:.3f} TFLOPs in 600 "
+                      "steps (paper: ATM 1.56, UniPi 39.29)")
             return
         names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))
         unknown = [n for n in names if n not in extras[0]["tasks"]]

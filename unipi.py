@@ -3,7 +3,7 @@
     python video_planner.py --suite mt10                        # first the video planner
     python unipi.py --planner runs/mt10/video.pt
     python rollout.py runs/mt10/unipi_executor.pt               # open loop: one video per episode
-    python rollout.py runs/mt10/unipi_executor.pt --replan 40   # UniPi-Replan: a new one each 40 steps
+    python rollout.py runs/mt10/unipi_executor.pt --replan 40   # UniPi-Replan: one every 40
 
 A goal-conditioned inverse dynamics model pi(action, done | observation, picture to reach) learns
 from the few action-labelled demonstrations; when it says done, the next picture of the imagined
@@ -30,7 +30,7 @@ SURE = 0.5      # probability of done at which the next picture is the one to re
 
 
 class InverseDynamics(Executor):
-    """pi(action, done | observation, picture to reach), beside the video planner that it follows."""
+    """pi(action, done | observation, picture to reach), beside the video planner to follow."""
     kind = "inverse_dynamics"
 
     def __init__(self, config, extra):

@@ -25,8 +25,8 @@ import sims
 import stage1
 import train
 from core import flag
-from diffusion import (FRAMES, Enlarge, VideoUNet, add_noise, cosine_schedule, ddim_step, from_noise,
-                       from_velocity, loss_weight, velocity)
+from diffusion import (FRAMES, Enlarge, VideoUNet, add_noise, cosine_schedule, ddim_step,
+                       from_noise, from_velocity, loss_weight, velocity)
 
 SPREAD = 0.25   # of the change from the present picture, about its standard deviation where it is
 
