@@ -62,8 +62,10 @@ def locate(data, suite, task, download):
         fail(f"no {path}: give --download, or fetch it from {address}")
     try:
         from huggingface_hub import hf_hub_download
+        from huggingface_hub.utils import logging
     except ImportError:
         fail(f"--download needs pip install huggingface_hub; or fetch {address} as {path}")
+    logging.set_verbosity_error()  # else a line for each try
     try:
         hf_hub_download(HUB, f"{suite}/{path.name}", repo_type="dataset", local_dir=path.parents[1])
     except OSError as error:  # all that it raises without a network, or where there is no such file
