@@ -46,7 +46,7 @@ class Config:
     episodes: int = flag(25, "episodes per task and camera", minimum=1)
     scenes: int = flag(2000, "seed of the first scene; videos have small ones", minimum=0)
     horizon: int = flag(500, "steps of an episode", minimum=1)
-    replan: bool = flag(True, "imagine again when the hand stands still")
+    replans: int = flag(5, "times to imagine again when the hand stands still", minimum=0)
     films: bool = flag(True, "write an mp4 of each task's first episode")
     workers: int = flag(2, "processes", minimum=1)
     out: str = flag("runs", "folder of the runs")
@@ -61,7 +61,7 @@ HOVER, BACK, LOWER = 0.2, 0.08, 0.03    # metres: above a point; behind it and b
 SINK = 0.01         # metres below the points seen, which are of the upper side, to hold
 REACHED = {"grasp": 0.04, "push": 0.12}     # metres from a subgoal
 SQUEEZE = 15        # steps in which the fingers close
-STILL, PATIENCE, PLANS = 0.001, 15, 6       # metres per step, steps so, plans per episode
+STILL, PATIENCE = 0.001, 15         # metres per step, steps so until it imagines again
 
 
 # --- acting ---------------------------------------------------------------------------------------
@@ -96,10 +96,10 @@ class Actor:
     """
 
     def __init__(self, sim, future, where, view, between=None, planner=None, text=None,
-                 replan=True, seed=0):
+                 replans=5, seed=0):
         self.sim, self.future, self.where, self.view = sim, future, where, view
         self.between, self.planner, self.text = between, planner, text
-        self.plans_left, self.mode, self.done = PLANS if replan else 1, None, False
+        self.plans_left, self.mode, self.done = 1 + replans, None, False
         self.rng = np.random.default_rng(seed)
         self.plan()
 
@@ -274,7 +274,7 @@ def run_task(job):
     for seed in range(config.scenes, config.scenes + config.episodes):
         sim.reset(seed=seed)
         actor = Actor(sim, config.future, {"seed": seed}, camera, between, planner, text,
-                      config.replan, seed)
+                      config.replans, seed)
         pictures = []
         for step in range(1, config.horizon + 1):
             if config.films and seed == config.scenes and step % 4 == 1:
@@ -319,7 +319,7 @@ def main(argv=None):
     seconds = time.time() - begin
     about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
     other = f"-{config.flow}" * (config.flow != "learned" and config.future != "oracle")
-    plan = f"flow-{config.future}{other}" + "-once" * (not config.replan)
+    plan = f"flow-{config.future}{other}" + "-once" * (not config.replans)
     r = result(about, None, config.suite, found, seconds)
     r |= {"plan": plan, "action_demos": 0, "views": views, "counts": "ever succeeded"}
     for task, count in r["tasks"].items():
