@@ -195,7 +195,7 @@ def main(argv=None):
     pairs = {split: make_pairs(config, names, split) for split in ("train", "valid")}
 
     def batches(step):
-        """The pairs of one training step, half of the steps mirrored, a function of (seed, step)."""
+        """The pairs of one training step, half of these mirrored, given (seed, step)."""
         rng = np.random.default_rng([config.seed, step])
         chosen = rng.integers(len(pairs["train"]["a"]), size=config.batch)
         batch = {k: v[chosen] for k, v in pairs["train"].items()}
