@@ -77,13 +77,18 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None):
-        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, L, D)."""
+    def split(self, x):
+        """x (B, L, D) -> its queries, keys and values (3, B, heads, L, D/heads)."""
         B, L, D = x.shape
         # q, k and v all come from the normalised input: with the norm on q alone, k and v would be
         # the raw residuals, which grow with depth.
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, L, D/heads)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, mask=None):
+        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, L, D)."""
+        B, L, D = x.shape
+        q, k, v = self.split(x)                                             # (B, heads, L, D/heads)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask, dropout)                                  # (B, heads, L, D/heads)
         y = y.transpose(1, 2).reshape(B, L, D)                              # (B, L, D)
