@@ -77,13 +77,18 @@ class Block(nn.Module):
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
         self.drop = nn.Dropout(dropout)
 
-    def forward(self, x, mask=None):
-        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, L, D)."""
+    def split(self, x):
+        """x (B, L, D) -> its queries, keys and values (3, B, heads, L, D/heads)."""
         B, L, D = x.shape
         # q, k and v all come from the normalised input: with the norm on q alone, k and v would be
         # the raw residuals, which grow with depth.
         qkv = self.qkv(self.norm1(x)).view(B, L, 3, self.heads, D // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, heads, L, D/heads)
+        return qkv.permute(2, 0, 3, 1, 4)
+
+    def forward(self, x, mask=None):
+        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, L, D)."""
+        B, L, D = x.shape
+        q, k, v = self.split(x)                                             # (B, heads, L, D/heads)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, mask, dropout)                                  # (B, heads, L, D/heads)
         y = y.transpose(1, 2).reshape(B, L, D)                              # (B, L, D)
@@ -209,9 +214,9 @@ def default_bf16(device):
     return "avx512_bf16" in flags or "amx_bf16" in flags
 
 
-def flag(default, help, choices=None, minimum=None):
+def flag(default, help, choices=None, minimum=None, maximum=None):
     """A dataclass field that is a flag. Default None: the preset (or the machine) decides."""
-    metadata = {"help": help, "choices": choices, "minimum": minimum}
+    metadata = {"help": help, "choices": choices, "minimum": minimum, "maximum": maximum}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -280,9 +285,12 @@ def parse(Config, description, argv=None):
     if "bf16" in fields and config.bf16 is None:
         config.bf16 = default_bf16(config.device)
     for name, field in fields.items():
-        value, minimum = getattr(config, name), field.metadata.get("minimum")
+        value, most = getattr(config, name), field.metadata.get("maximum")
+        minimum = field.metadata.get("minimum")
         if None not in (value, minimum) and not value >= minimum:       # "not >=" refuses nan too
             fail(f"--{name.replace('_', '-')} {value} is too small: give {minimum} or more")
+        if None not in (value, most) and value > most:
+            fail(f"--{name.replace('_', '-')} {value} is too large: give {most} or less")
     return config
 
 

@@ -4,6 +4,7 @@
     episode, t, rng = episodes.draw(step, batch=32, seed=0)
     frames = episodes.gather("obs/agentview_rgb", episode, t)  # (32, H, W, 3)
 """
+import copy
 from pathlib import Path
 
 import h5py
@@ -104,6 +105,8 @@ class Episodes:
                 self.objects = list(about["objects"])
                 self.size, self.render = int(about["size"]), about["render"]
         self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
+        # in Meta-World each scene has a goal of its own
+        self.own_goal = np.full(len(self.length), sims.is_metaworld(suite))
         # (E + 1,) rows before each episode
         self.start = np.concatenate([[0], np.cumsum(self.length)])
 
@@ -132,14 +135,39 @@ class Episodes:
 
         differs: in Meta-World the episode itself, since each scene has a goal of its own.
         """
-        if sims.is_metaworld(self.suite):
-            return episode
-        goal = np.empty_like(episode)
+        goal = episode.copy()
         for k, e in enumerate(episode):
+            if self.own_goal[e]:
+                continue
             others = np.flatnonzero(self.task == self.task[e])
             others = others[others != e] if len(others) > 1 else others
             goal[k] = rng.choice(others)
         return goal
+
+
+def join(parts):
+    """Episodes of several suites, such as of two bodies, as one: a task of each suite stays a task
+    of its own, and what one of them lacks (a camera) the whole lacks."""
+    alike = (("pictures of", lambda p: f"{p.size} px"),
+             ("sentences of", lambda p: f"{p.text.shape[1]} numbers (--text)"),
+             ("tracks of", lambda p: f"{p.arrays['tracks/agentview'][0].shape[1]} points"))
+    whole = copy.copy(parts[0])
+    for other in parts[1:]:
+        for what, of in alike:
+            if of(whole) != of(other):
+                fail(f"{whole.suite} has {what} {of(whole)}, {other.suite} {of(other)}: make one "
+                     "of them again in another --data folder")
+    whole.tasks = [task for p in parts for task in p.tasks]
+    whole.seconds = sum(p.seconds for p in parts)
+    whole.objects = min((p.objects for p in parts), key=len)
+    first = np.cumsum([0] + [len(p.tasks) for p in parts])
+    whole.task = np.concatenate([p.task + k for p, k in zip(parts, first)])
+    for name in ("length", "text", "own_goal"):
+        setattr(whole, name, np.concatenate([getattr(p, name) for p in parts]))
+    whole.arrays = {key: [one for p in parts for one in p.arrays[key]]
+                    if all(p.arrays[key] for p in parts) else [] for key in whole.arrays}
+    whole.start = np.concatenate([[0], np.cumsum(whole.length)])
+    return whole
 
 
 # --- pictures -------------------------------------------------------------------------------------
@@ -169,6 +197,17 @@ def draw_tracks(image, tracks, visible, scale=1):
             here, there = places[t, k].tolist(), places[t + 1, k].tolist()
             cv2.line(image, here, there, (shade * colour).tolist(), 1, cv2.LINE_AA, 3)
     return image
+
+
+def draw_heat(image, weights, opacity=0.6):
+    """image (H, W, 3) uint8 with weights (h w,) of its patches laid over it, the largest red
+    -> (H, W, 3)."""
+    import cv2
+    from matplotlib import colormaps
+    side = round(len(weights) ** 0.5)
+    heat = cv2.resize(weights.reshape(side, side) / weights.max(), image.shape[1::-1])  # (H, W)
+    colour = 255 * colormaps["jet"](heat)[..., :3]
+    return (image * (1 - opacity) + colour * opacity).clip(0, 255).astype(np.uint8)
 
 
 def caption(image, text, height=14):

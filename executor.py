@@ -5,6 +5,8 @@
     python executor.py --planner runs/libero_spatial/track.pt                      # ATM
     python executor.py --planner runs/mt10/video.pt                                # UniPi's latent
     python executor.py --planner none --suite libero_spatial                       # cloning
+    python executor.py --planner none --goal language                              # ATM's BC
+    python executor.py --planner none --labels vpt                                 # VPT
 
 Trains the network of `policy.py`; what the frozen planner says of the demonstrations is computed
 once.
@@ -22,12 +24,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+import baselines
 import core
 import extract
 import sims
 import train
 from core import flag
-from policy import PLANNERS, STATE, Executor
+from policy import PLANNERS, Executor
+from tracks import STEPS
 
 GOALS = 10  # goal pictures per task that the checkpoint carries for evaluation
 FOLLOW = 8  # steps in which the fingers follow a changed command
@@ -45,6 +49,16 @@ class Config:
                        "for --plan-form tracks")
     late: bool = flag(True, "tracks beside the action head (ATM, Table III), "
                       "for --plan-form tracks")
+    track_length: int = flag(STEPS, "steps of the planned tracks that it hears (ATM, Fig. 9)",
+                             choices=[4, 8, 16])
+    goal: str | None = flag(None, "what says the task, for --planner none: image (the default) or "
+                            "language (ATM's BC)", choices=["language", "image"])
+    encoder: str = flag("own", "image encoders, for --planner none: own, or r3m, from --weights",
+                        choices=["own", "r3m"])
+    weights: str = flag("", "R3M's published checkpoint, for --encoder r3m")
+    labels: str = flag("true", "actions, for --planner none: true, or vpt: those that an inverse "
+                       "dynamics model, trained on the demonstrations, gives all videos",
+                       choices=["true", "vpt"])
     suite: str = flag("libero_spatial", "suite, for --planner none; otherwise the planner's")
     tasks: str = flag("",
                       "numbers or names of tasks, comma-separated; empty: the planner's, or all")
@@ -70,7 +84,7 @@ class Config:
     # of 10 scenes
     chunk: int = flag(8, "actions predicted at once (1: the paper)", minimum=1)
     execute: int = flag(4, "of these, actions executed before the next look", minimum=1)
-    dropout: float = flag(0.0, "in the transformer", minimum=0)
+    dropout: float = flag(0.0, "in the transformer", minimum=0, maximum=1)
     # 46 ms per step with the latent plan on one core, 85 without: the wrist's own encoder is
     # trained in both
     cache: bool = flag(True, "compute the frozen planner's outputs once instead of at every step")
@@ -86,21 +100,28 @@ class Config:
     # Cloning was tried with others too (two demonstrations, one seed): learning rate 3e-4 14,
     # dropout 0.1 25, as here 20 of 100
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
+    jitter = 0.0  # of the pictures' colours, for tracks
     PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=3000, width=128, depth=3,
                               blocks=(1, 1, 1), channels=32, history=1, lr=1e-3),
                "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4,
                              blocks=(2, 2, 2, 2), channels=64, history=10, lr=5e-4)}
+    # ATM's policy at the paper preset; 100 epochs of ten demonstrations of each of ten tasks are
+    # about 2,500 steps.  Four processes with --batch 128 are ATM's four GPUs
+    TABLE_VII = dict(batch=512, steps=2500, lr=5e-4, weight_decay=1e-4, warmup=0, clip=100.0,
+                     jitter=0.3)
 
 
 def plan_name(config):
-    """none, mask, mask-explicit, track, track-latent, ee or video-latent, as in results and file
-    names; ablations add to it."""
+    """none, none-language, r3m, vpt, mask, mask-explicit, track, track-latent, ee or video-latent,
+    as in results and file names; ablations add to it."""
     if config.planner == "none":
-        return "none"
+        named = ["r3m"] * (config.encoder == "r3m") + ["vpt"] * (config.labels == "vpt")
+        return "-".join(named or ["none"]) + "-language" * (config.goal == "language")
     name, form = Path(config.planner).stem, config.plan_form
     if form == "tracks":
-        return name + {(True, True): "", (True, False): "-early",
-                       (False, True): "-late"}.get((config.early, config.late), "-unfused")
+        name += {(True, True): "", (True, False): "-early",
+                 (False, True): "-late"}.get((config.early, config.late), "-unfused")
+        return name + f"-{config.track_length}steps" * (config.track_length != STEPS)
     latent = "-latent" * name.startswith(("track", "video"))
     return name + ("-explicit" if form == "explicit" else latent)
 
@@ -128,7 +149,8 @@ class ActionData:
         planner = executor.planner
         self.h, self.stride = (getattr(planner and planner.config, k, 1)
                                for k in ("history", "stride"))
-        state = np.concatenate([demos.gather(k, *self.every()) for k in STATE], -1)  # (frames, 8)
+        # (frames, 8 or 15)
+        state = np.concatenate([demos.gather(k, *self.every()) for k in executor.keys], -1)
         executor.mean.copy_(torch.from_numpy(state.mean(0)))
         executor.std.copy_(torch.from_numpy(state.std(0).clip(1e-3)))
         position = demos.gather("obs/ee_states", *self.every())[:, :3]
@@ -204,7 +226,8 @@ class ActionData:
         e = episode[:, None]
         row = self.demos.start[e] + past  # (B, T)
         ahead = past[..., None] + np.arange(c.chunk)  # (B, T, C)
-        batch = {"state": np.concatenate([self.demos.gather(k, e, past) for k in STATE], -1),
+        keys = self.executor.keys
+        batch = {"state": np.concatenate([self.demos.gather(k, e, past) for k in keys], -1),
                  "action": self.demos.gather("actions", e[..., None], ahead),
                  "waypoint": self.waypoint[row]}
         if not self.executor.places:
@@ -233,12 +256,37 @@ def load_executor(path, device="cpu"):
     return executor.to(device).eval().requires_grad_(False)
 
 
+def settle(config, planner):
+    """Fills in what the planner decides; refuses flags that do not go together."""
+    for name, usual in (("goal", None), ("encoder", "own"), ("labels", "true")):
+        value = getattr(config, name)
+        if planner and value != usual:
+            core.fail(f"--{name} {value} is for --planner none: {config.planner} brings its own")
+    if (config.encoder == "r3m") != bool(config.weights):
+        core.fail("--encoder r3m and --weights go together: R3M's encoders start from that file")
+    if planner:
+        config.suite, config.demos = planner.config.suite, planner.config.demos
+        config.tasks = config.tasks or planner.config.tasks
+    forms = planner.forms if planner else ["latent"]
+    config.plan_form = config.plan_form or forms[0]
+    if config.plan_form not in forms:
+        core.fail(f"--plan-form {config.plan_form}: {config.planner} can give {' or '.join(forms)}")
+    if config.plan_form == "tracks" and config.preset == "paper":
+        for name, value in Config.TABLE_VII.items():  # but what a flag says
+            if getattr(config, name) in (getattr(Config, name), Config.PRESETS["paper"].get(name)):
+                setattr(config, name, value)
+    config.batch = config.batch or (128 if planner and config.plan_form == "explicit" else 32)
+    if config.action_demos > config.demos:
+        core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: "
+                  f"give --demos {config.action_demos}")
+
+
 def build(config):
     """Planner, data and a new executor -> executor, ActionData, path of its checkpoint."""
     if not config.planner:
         core.fail("no --planner: give a checkpoint of stage 1 (python mask_planner.py makes "
                   "runs/<suite>/mask.pt), or none")
-    planner, about, forms = None, None, ["latent"]
+    planner, about = None, None
     if config.planner != "none":
         content = train.load(config.planner, made_by="python mask_planner.py (or track_planner.py)")
         if content.get("kind") not in PLANNERS:
@@ -247,16 +295,7 @@ def build(config):
         planner = PLANNERS[content["kind"]][1].load_planner(config.planner, config.device)
         about = {"kind": planner.kind, "config": core.as_dict(planner.config),
                  "arguments": planner.arguments}
-        forms = planner.forms
-        config.suite, config.demos = planner.config.suite, planner.config.demos
-        config.tasks = config.tasks or planner.config.tasks
-    config.plan_form = config.plan_form or forms[0]
-    if config.plan_form not in forms:
-        core.fail(f"--plan-form {config.plan_form}: {config.planner} can give {' or '.join(forms)}")
-    config.batch = config.batch or (128 if planner and config.plan_form == "explicit" else 32)
-    if config.action_demos > config.demos:
-        core.fail(f"--action-demos {config.action_demos} is more than the {config.demos} videos: "
-                  f"give --demos {config.action_demos}")
+    settle(config, planner)
     names = sims.choose_tasks(config.suite, config.tasks)
     if not planner:
         extract.ensure(config.suite, names, config.demos, config.data,
@@ -273,9 +312,14 @@ def build(config):
              "seconds": {"data": round(videos.seconds),
                          "planner": train.last_seconds(config.planner)}}
     torch.manual_seed(config.seed)
+    if config.encoder == "r3m":
+        weights, extra["resnet"] = baselines.read_r3m(config.weights)
     executor = Executor(config, extra).to(config.device)
     if planner:
         executor.planner.load_state_dict(planner.state_dict())
+    if config.encoder == "r3m":
+        for encoder in (executor.encoder, executor.wrist_encoder):
+            encoder.convnet.load_state_dict(weights)
     executor.texts.copy_(torch.as_tensor(videos.text))
     for k in range(len(names) if goals else 0):
         # the latest videos: the first ones lend their actions
@@ -286,6 +330,9 @@ def build(config):
     name = f"{plan_name(config)}_executor" + f"_d{config.action_demos}" * (
         config.action_demos != default)
     path = Path(config.out) / config.suite / (name + f"_s{config.seed}" * (config.seed > 0) + ".pt")
+    if config.labels == "vpt":
+        demos = baselines.vpt(demos, videos, config, path.with_stem(path.stem + "_inverse"),
+                              executor.keys)
     return executor, ActionData(config, executor, demos, videos), path
 
 

@@ -50,7 +50,7 @@ import grade
 import official
 import sims
 from core import fail, flag
-from episodes import COLOURS, caption, draw_masks, draw_tracks  # also extract.NAME for other files
+from episodes import COLOURS, caption, draw_heat, draw_masks, draw_tracks  # also extract.NAME
 from episodes import HELD_OUT, Episodes, open_data, sheet, source_of
 from films import annotate_video, choose_tasks
 from language import TEXTS, embed, text_model  # also extract.NAME for other files

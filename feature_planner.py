@@ -11,7 +11,6 @@ between them, which needs the few action-labelled demonstrations, as in PLEX's f
 Sizes: B batch, n tokens per picture, D width, K horizons, C actions, H W pixels.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -162,9 +161,9 @@ def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "PLEX: learn from video what the future picture's features are.",
                         argv)
-    path = Path(config.out) / config.suite / "feature.pt"
+    path = stage1.run_path(config, "feature")
     videos, held_out, note = stage1.prepare(config, path, "feature_planner")
-    demos = extract.Episodes(config.data, config.suite, videos.tasks, config.action_demos)
+    demos = extract.Episodes(config.data, config.suite, held_out.tasks, config.action_demos)
     torch.manual_seed(config.seed)
     if config.show:
         planner = load_planner(path, config.device)

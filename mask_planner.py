@@ -12,7 +12,6 @@ Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K
 pixels.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +40,8 @@ class PlannerConfig:
     """What the planners of masks and of features have in common."""
     suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    videos: str = flag("", "suites whose videos it learns from, comma-separated, of other bodies "
+                       "too (ATM, V-B); empty: its own alone")
     demos: int | None = flag(None, "action-free videos per task", minimum=1)
     steps: int | None = flag(None, "gradient steps", minimum=1)
     preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
@@ -321,7 +322,7 @@ def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.",
                         argv)
-    path = Path(config.out) / config.suite / "mask.pt"
+    path = stage1.run_path(config, "mask")
     videos, held_out, note = stage1.prepare(config, path, "mask_planner")
     config.objects = min(config.objects, len(videos.objects))
     torch.manual_seed(config.seed)

@@ -13,6 +13,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import baselines
 import core
 import feature_planner
 import mask_planner
@@ -20,9 +21,10 @@ import sims
 import track_planner
 import video_planner
 from places import Places
-from tracks import PATCH, STEPS, grid_points
+from tracks import PATCH, POINTS, STEPS, Spatial, grid_points, jitter, ways
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
+JOINTS = "obs/joint_states"  # 7 angles, which with the fingers is ATM's state
 AIM = 0.005  # metres, noise on the waypoint that the action head hears in training
 # metres, noise on the hand's place as the transformer hears it in training, with the explicit plan.
 # Without it some networks go by the few absolute paths they have seen: two demonstrations, second
@@ -30,9 +32,6 @@ AIM = 0.005  # metres, noise on the waypoint that the action head hears in train
 FEEL = 0.01
 NEAR = 0.1  # metres, the unit in which the heads hear and say ways
 LOOK = ("frames", "goal", "wrist", "hand")  # what planners see
-# ATM's 32 points per picture: two lattices of 4 x 4
-POINTS = [[x, y] for side in (np.linspace(0.05, 0.85, 4), np.linspace(0.15, 0.95, 4))
-          for y in side.tolist() for x in side.tolist()]
 
 
 # --- network --------------------------------------------------------------------------------------
@@ -59,28 +58,6 @@ class MapToken(nn.Module):
         return self.out(torch.cat([where, self.thin(x).flatten(-2)], -1))  # (..., dim)
 
 
-class Spatial(nn.Module):
-    """ATM's spatial encoder (section IV-B, Fig. 11): patches of both pictures and, by early fusion,
-    tracks -> one token."""
-
-    def __init__(self, n, D, early, depth=2):
-        super().__init__()
-        self.cls, self.place = (nn.Parameter(torch.randn(k, D) * 0.02) for k in (1, 2 * n))
-        self.view, self.kind = (nn.Parameter(torch.randn(2, 1, D) * 0.02) for _ in range(2))
-        self.track = nn.Linear(2 * STEPS, D) if early else None
-        self.gpt = core.Transformer(D, depth, max(4, D // 64))
-
-    def forward(self, pictures, tracks):
-        """pictures (B, 2, n, D), third person first; tracks (B, 2, S, N, 2) -> (B, D)."""
-        x = (pictures + self.view + self.kind[0]).flatten(1, 2) + self.place  # (B, 2 n, D)
-        x = torch.cat([self.cls.expand(len(x), -1, -1), x], 1)
-        if self.track:  # each token with the id of its own view: ATM's code mixes them up
-            # (B, 2, N, D)
-            t = self.track(tracks.transpose(2, 3).flatten(3)) + self.view + self.kind[1]
-            x = torch.cat([x, t.flatten(1, 2)], 1)
-        return self.gpt(x)[:, 0]
-
-
 PLANNERS = {planner.kind: (planner, module) for planner, module in
             ((mask_planner.MaskPlanner, mask_planner), (track_planner.TrackPlanner, track_planner),
              (video_planner.VideoPlanner, video_planner),
@@ -99,10 +76,12 @@ class Executor(nn.Module):
 
     def __init__(self, config, extra):
         """extra  what else the checkpoint holds: about the planner or None, suite, tasks, size,
-        render, A, goals per task, E numbers per sentence."""
+        render, A, goals per task, E numbers per sentence, depth of R3M's ResNet if it is one."""
         super().__init__()
         self.config, self.extra = config, extra
         c, size, D, A = config, extra["size"], config.width, extra["action_dim"]
+        encoder = lambda: (baselines.R3M(D, extra["resnet"]) if extra.get("resnet")
+                           else core.ImageEncoder(D, c.blocks, c.channels))
         # else the goal picture is of another scene
         self.own_goal = sims.is_metaworld(extra["suite"])
         if extra["planner"]:
@@ -110,15 +89,16 @@ class Executor(nn.Module):
             W, n = self.planner.width, self.planner.n
         else:  # behavioural cloning: the same encoder, trained; the goal picture says the task
             self.planner = None
-            self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.encoder = encoder()
             W, n = 2 * D, self.encoder.cells(size) ** 2
         # "language", or by a picture
-        self.told = self.planner and getattr(self.planner.config, "goal", "image")
-        self.places, self.spatial = None, None
+        self.told = getattr(self.planner.config if self.planner else c, "goal", None) or "image"
+        self.places, self.spatial, self.sentence = None, None, None
+        if not self.planner and self.told == "language":
+            self.sentence, W = nn.Linear(extra["E"], D), D
         if c.plan_form == "tracks":
-            self.encoder = core.ImageEncoder(D, c.blocks, c.channels)
-            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
-            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.early)
+            self.encoder, self.wrist_encoder = encoder(), encoder()
+            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.track_length, c.early)
         elif self.planner and c.plan_form == "explicit":
             # ours: no pictures beside the numbers: they are more to overfit, 9/10 of the time
             self.places = Places(self.planner.locator.N, self.own_goal, c.blur)
@@ -127,7 +107,7 @@ class Executor(nn.Module):
             self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
         else:
             self.image = MapToken(W, n, D)
-            self.wrist_encoder = core.ImageEncoder(D, c.blocks, c.channels)
+            self.wrist_encoder = encoder()
             self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
             # a point's tokens of all times are one
             if self.planner and self.planner.kind == "track_planner":
@@ -139,20 +119,27 @@ class Executor(nn.Module):
             if self.planner:
                 one = lambda: nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
                 self.latent = MapToken(W, n, D) if n > 1 else one()
-        self.state = nn.Linear(8, D)
+        # differs: the hand's place, which the waypoint needs, is kept from ATM's transformer only
+        self.keys = (*STATE, JOINTS) if self.spatial else STATE
+        self.felt = slice(6, 15) if self.spatial else slice(0, 8)  # fingers and joints; else all
+        self.state = nn.Linear(self.felt.stop - self.felt.start, D)
         # goal, or image and wrist; state, plan, action; of ATM: spatial, state, action
         self.tokens = 3 if self.spatial else 4 if self.places else 5
         self.kinds = nn.Parameter(torch.randn(self.tokens, D) * 0.02)
         self.times = nn.Parameter(torch.randn(c.history, 1, D) * 0.02)
         self.gpt = core.Transformer(D, c.depth, max(4, D // 64), c.dropout)
         mlp = lambda i, o: nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))
-        self.reach = mlp(D, 3 + (self.places.M if self.places else 0))
-        late = 2 * STEPS * len(POINTS) * 2 if self.spatial and c.late else 0
-        self.head = mlp(D + 3 + late, c.chunk * A)
+        self.late, M = None, self.places.M if self.places else 0
+        if self.spatial and c.late:
+            # differs: as many numbers as the action's token has; ATM's 2,048 would drown it.  The
+            # waypoint's head hears them too
+            self.late = nn.Linear(2 * c.track_length * len(POINTS) * 2, D)
+        W = D + D * bool(self.late)
+        self.reach, self.head = mlp(W, 3 + M), mlp(W + 3, c.chunk * A)
         mask = core.block_causal_mask(c.history, self.tokens)
         self.register_buffer("mask", mask, persistent=False)
-        self.register_buffer("mean", torch.zeros(8))
-        self.register_buffer("std", torch.ones(8))
+        self.register_buffer("mean", torch.zeros(self.felt.stop))
+        self.register_buffer("std", torch.ones(self.felt.stop))
         tasks, goals = len(extra["tasks"]), extra["goals"]
         self.register_buffer("texts", torch.zeros(tasks, extra["E"]))
         self.register_buffer("goals", torch.zeros(tasks, goals, size, size, 3, dtype=torch.uint8))
@@ -177,6 +164,7 @@ class Executor(nn.Module):
             points = torch.tensor(POINTS, device=frames.device).expand(2 * B, -1, -1)
             tracks, _ = self.planner(torch.cat([frames[:, -1], look["wrist"]]), points,
                                      torch.cat([goal, goal]))
+            tracks = tracks[:, :self.config.track_length]
             return {"tracks": tracks.unflatten(0, (2, B)).transpose(0, 1)}
         if self.planner.kind == "track_planner":
             grid = grid_points(self.planner.cells).to(frames.device).expand(B, -1, -1)
@@ -199,15 +187,18 @@ class Executor(nn.Module):
         return said
 
     def forward(self, batch):
-        """batch: state (B, T, 8) and, in training, waypoint (B, T, 3); for the explicit plan
-        numbers, first and, if the goal is of this scene, target (B, T, N, 5), goal_code (B, T, D);
-        else wrist (B, T, H, W, 3) uint8 and image, plan (B, T, n, D), or, for tracks, picture (B,
-        T, H, W, 3) and tracks (B, T, 2, S, N, 2), or, for cloning, picture and goal
+        """batch: state (B, T, 8 or, of ATM, 15) and, in training, waypoint (B, T, 3); for the
+        explicit plan numbers, first and, if the goal is of this scene, target (B, T, N, 5),
+        goal_code (B, T, D); else wrist (B, T, H, W, 3) uint8 and image, plan (B, T, n, D), or, for
+        tracks, picture (B, T, H, W, 3) and tracks (B, T, 2, S, N, 2), or, for cloning, picture and
+        goal, a picture or (B, T, E)
         -> actions (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) in metres."""
         x, heard = self.listen(batch)  # (B, T, D), (B, T, M, 5) or None
         # ours: first where to, in metres, then how: an action is clipped at a few centimetres' way
         # and says little about a target further off.  The place is the demonstration's own, where
         # its hand next opens or closes.
+        if self.late:  # ATM's late fusion, for the waypoint too
+            x = torch.cat([x, self.late(ways(batch["tracks"]).flatten(2))], -1)  # (B, T, 2 D)
         there = self.reach(x).float()  # (B, T, 3 + M)
         # (B, T, 3) metres, (B, T, M)
         there, pointer = there[..., :3] * NEAR + self.mean[:3], there[..., 3:].softmax(-1)
@@ -216,21 +207,31 @@ class Executor(nn.Module):
             there = there + F.pad(self.places.beside(heard, pointer, there[..., 2]) - self.mean[:2],
                                   (0, 1))  # (B, T, 3)
         # In training the true one, with noise: a head that hears a poor guess learns to do without.
-        # differs: ATM's late fusion would give the head the plan's numbers again; with two
-        # demonstrations it then learns paths by heart and does not go to the waypoint (success 16
-        # of 50; without the numbers 27 of 50)
+        # differs: the explicit plan is not fused late, as ATM's is; with two demonstrations the
+        # head then learns paths by heart and does not go to the waypoint (success 16 of 50; without
+        # the numbers 27 of 50)
         aim = batch["waypoint"] + AIM * torch.randn_like(there) if self.training else there
         way = (aim - batch["state"][..., :3]) / NEAR  # (B, T, 3)
-        # ATM's late fusion
-        late = [batch["tracks"].flatten(2).to(x.dtype)] if self.spatial and self.config.late else []
-        action = self.head(torch.cat([x, way.to(x.dtype), *late], -1))
+        action = self.head(torch.cat([x, way.to(x.dtype)], -1))
         return action.unflatten(-1, (self.config.chunk, -1)), there
+
+    def look(self, net, images):
+        """images (B, H, W, 3) uint8, in training shifted and, for ATM, recoloured -> tokens (B, n,
+        D), by how much (B, 2), in widths."""
+        moved = torch.zeros(len(images), 2, device=images.device)
+        if self.training:
+            if self.spatial and self.config.jitter:
+                images = jitter(images, self.config.jitter)
+            images, pixels = core.random_shift(images)
+            moved = pixels / images.shape[1]
+        return net(images).flatten(2).transpose(1, 2), moved
 
     def listen(self, batch):
         """What the transformer says at the action's place (B, T, D), and what it heard of the
         explicit plan (B, T, M, 5) or None; batch as for forward."""
         B, T = batch["state"].shape[:2]
         state, heard = batch["state"], None
+        feel = lambda state: self.state(((state - self.mean) / self.std)[..., self.felt])
         if self.places:
             # roughly where the hand is: how far from the waypoint, the head hears exactly
             if self.training:
@@ -242,17 +243,20 @@ class Executor(nn.Module):
             # (B, T, D) each
             tokens, plan = [self.goal(batch["goal_code"])], self.explicit(self.places(heard))
         else:
-            shift = lambda images: core.random_shift(images)[0] if self.training else images
-            # (B T, n, D)
-            encode = lambda net, images: net(shift(images.flatten(0, 1))).flatten(2).transpose(1, 2)
+            encode = lambda net, images: self.look(net, images.flatten(0, 1))[0]  # (B T, n, D)
         if self.spatial:
-            both = [encode(net, batch[k]) for net, k in ((self.encoder, "picture"),
-                                                         (self.wrist_encoder, "wrist"))]
-            seen = self.spatial(torch.stack(both, 1), batch["tracks"].flatten(0, 1))  # (B T, D)
-            tokens = [seen.unflatten(0, (B, T)), self.state((state - self.mean) / self.std)]
+            # ours: tracks move with their pictures; ATM shifts the pictures alone
+            both = [self.look(net, batch[k].flatten(0, 1)) for net, k in
+                    ((self.encoder, "picture"), (self.wrist_encoder, "wrist"))]
+            pictures, moved = (torch.stack(x, 1) for x in zip(*both))
+            seen = self.spatial(pictures, batch["tracks"].flatten(0, 1), moved)  # (B T, D)
+            tokens = [seen.unflatten(0, (B, T)), feel(state)]
         elif not self.places:
             if self.planner:
                 image, plan = batch["image"], self.latent(batch["plan"])
+            elif self.sentence:  # ATM's BC
+                image = encode(self.encoder, batch["picture"]).unflatten(0, (B, T))
+                plan = self.sentence(batch["goal"].float())
             else:
                 both = torch.cat([batch["picture"], batch["goal"]], 1)  # (B, 2 T, H, W, 3)
                 x = encode(self.encoder, both).unflatten(0, (B, 2, T))
@@ -261,7 +265,7 @@ class Executor(nn.Module):
             tokens = [self.image(image),
                       self.wrist(encode(self.wrist_encoder, batch["wrist"]).unflatten(0, (B, T)))]
         if not self.spatial:
-            tokens += [self.state((state - self.mean) / self.std), plan]
+            tokens += [feel(state), plan]
         tokens.append(torch.zeros_like(tokens[-1]))  # the action's place
         x = torch.stack(tokens, 2) + self.kinds + self.times[:T]  # (B, T, tokens, D)
         L = T * self.tokens
@@ -315,7 +319,7 @@ class Policy:
         if self.queue:
             return self.queue.pop(0)
         tensor = lambda x: torch.as_tensor(np.asarray(x), device=self.device)[None]
-        state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
+        state = np.concatenate([frame[k.removeprefix("obs/")] for k in self.executor.keys])
         picture = tensor(frame["agentview_rgb"])
         wrist = tensor(frame["eye_in_hand_rgb"]) if "eye_in_hand_rgb" in frame else None
         now = {"state": tensor(state), "picture": picture} | ({} if self.executor.places

@@ -58,6 +58,8 @@ class Config:
     results: str = flag("results", "folder of the results")
     device: str | None = flag(None, "cpu or cuda")
     table: bool = flag(False, "only make README's table and the plot from the results")
+    show_attention: bool = flag(False, "only draw what ATM's policy attends to, with and without "
+                                       "tracks (ATM, Fig. 10)")
     cost: bool = flag(False, "only count the floating point operations of 600 steps of each "
                              "executor (ATM, Table IV)")
 
@@ -105,10 +107,48 @@ def draw_plan(policy, frame, side=8):
     return extract.draw_tracks(frame["agentview_rgb"], tracks, np.ones(tracks.shape[:2], bool))
 
 
-def play(sim, actor, start, film):
+def attended(frame, policy, sim):
+    """The third-person picture, and where on it the CLS token looks, with tracks and without."""
+    executor, look, image = policy.executor, policy.looks[-1], frame["agentview_rgb"]
+    views = [("now", np.kron(image, np.ones((2, 2, 1), np.uint8)))]
+    with torch.no_grad():
+        both = [net(look[k]).flatten(2).transpose(1, 2) for net, k in
+                ((executor.encoder, "picture"), (executor.wrist_encoder, "wrist"))]
+        for name, tracks in (("with tracks", look["tracks"]), ("without", None)):
+            heat = executor.spatial.attention(torch.stack(both, 1), tracks)[0, 0].cpu().numpy()
+            views.append((name, extract.draw_heat(views[0][1], heat)))
+    return np.concatenate([extract.caption(v, name) for name, v in views], 1)
+
+
+def show_attention(checkpoint, config, tasks=4, columns=3):
+    """Plays the first bundled state of some tasks -> a picture of `attended` over time, a row per
+    task (ATM, Fig. 10); its path."""
+    policy, rows = load_policy(checkpoint, config.device), []
+    extra = policy.executor.extra
+    if not (policy.executor.spatial and policy.executor.config.early):
+        fail(f"{checkpoint} does not hear tracks beside patches: --show-attention is for python "
+             "executor.py --planner runs/<suite>/track.pt")
+    for name in sims.choose_tasks(extra["suite"], config.tasks or ",".join(extra["tasks"]))[:tasks]:
+        sim = sims.make(extra["suite"], name, extra["size"], config.render or extra["render"])
+        k = extra["tasks"].index(name)
+        policy.reset(sim.goal_image(init=0) if policy.executor.own_goal
+                     else policy.executor.goals[k, 0], k)
+        pictures = play(sim, policy, sim.reset(init=0), True, attended)[2]
+        sim.close()
+        # up to about the grasp
+        chosen = np.linspace(0, len(pictures) // 2, columns).astype(int)
+        rows.append(extract.caption(np.concatenate([pictures[i] for i in chosen], 1),
+                                    name.replace("_", " ")))
+    import imageio.v3 as iio
+    path = Path(checkpoint).with_name(Path(checkpoint).stem + "_attention.png")
+    iio.imwrite(path, np.concatenate(rows))
+    return path
+
+
+def play(sim, actor, start, film, draw=film_frame):
     """One episode from the frame after reset.  actor: a Policy, or (demonstrator, noise, rng).
 
-    -> success, steps, list of film pictures (empty unless `film`).
+    -> success, steps, list of what `draw` makes of each look (empty unless `film`).
     """
     policy = actor if isinstance(actor, Policy) else None
     frame, pictures, success = start, [], False
@@ -120,12 +160,12 @@ def play(sim, actor, start, film):
                 frame = sim.frame(film, film or not policy.executor.places)
             action = policy(frame)
             if film and look:
-                pictures.append(film_frame(frame, policy, sim))
+                pictures.append(draw(frame, policy, sim))
         else:
             expert, noise, rng = actor
             action = expert(sim)
             if film and steps % 4 == 1:
-                pictures.append(film_frame(sim.frame(), None, sim))
+                pictures.append(draw(sim.frame(), None, sim))
             action = action + np.append(rng.normal(0, noise, sim.action_dim - 1), 0)
         _, success = sim.step(action, observe=False)
         frame = None
@@ -141,8 +181,9 @@ def cost(checkpoint, replan=0, steps=600):
     policy = load_policy(checkpoint, replan=replan)
     side = policy.executor.extra["size"]
     black = np.zeros((side, side, 3), np.uint8)
-    frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float16),
-             "ee_states": np.zeros(6, np.float32), "gripper_states": np.zeros(2, np.float32)}
+    numbers = {"ee_states": 6, "gripper_states": 2, "joint_states": 7}
+    frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float16)}
+    frame |= {k: np.zeros(n, np.float32) for k, n in numbers.items()}
     policy.reset(black)
     with FlopCounterMode(display=False) as counter:
         for _ in range(steps):
@@ -248,6 +289,10 @@ def main(argv=None):
             for checkpoint in checkpoints:
                 print(f"{checkpoint}: {cost(checkpoint, config.replan) / 1e12:.3f} TFLOPs in 600 "
                       "steps (paper: ATM 1.56, UniPi 39.29)")
+            return
+        if config.show_attention:
+            for checkpoint in checkpoints:
+                print(f"picture: {show_attention(checkpoint, config)}")
             return
         names = sims.choose_tasks(suite, config.tasks or ",".join(extras[0]["tasks"]))
         unknown = [n for n in names if n not in extras[0]["tasks"]]

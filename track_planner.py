@@ -2,21 +2,19 @@
 
     python track_planner.py --suite libero_spatial               # makes missing data first
     python track_planner.py --suite libero_spatial --points ee   # MimicPlay: the hand's path alone
+    python track_planner.py --videos libero_spatial,mt10         # another body's videos beside
     python track_planner.py --suite libero_spatial --show        # predicted beside true tracks
 
 The track transformer sees one picture, the places of some points in it and the task, and says where
 each point will be in the next 16 steps. Part of the picture's patches are masked and painted again.
 A point has no embedding but its place, so points may be any number in any order.
 
-Measured at the laptop preset on libero_spatial: 5.7 minutes on two cores; mean error of moving
-points at +16, third person, 9.1 pixels of 128, of points that stay 22.8
-(results/libero_spatial_track_planner.txt).
+Measured at the laptop preset on libero_spatial: 5.7 minutes on two cores; error of moving points at
++16, third person, 9.1 pixels of 128, of points that stay 22.8.
 
-Sizes: B batch, S steps of a track, N points, P patches of a track, n of the picture, D width, H W
-pixels.
+Sizes: B batch, S steps of a track, N points, P patches of a track, n of the picture, D width.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -41,6 +39,8 @@ MOVES = 2 / PIXELS  # a point moves if it goes further within 16 steps
 class Config:
     suite: str = flag("libero_spatial", f"{', '.join(sims.SUITES)}, or a Meta-World task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    videos: str = flag("", "suites whose videos it learns from, comma-separated, of other bodies "
+                       "too (ATM, V-B); empty: its own alone")
     points: str = flag("any", "any: any point's track (ATM); ee: the hand's path (MimicPlay)",
                        choices=["any", "ee"])
     goal: str | None = flag(None, "what says the task: language (ATM) or image, the goal picture "
@@ -59,10 +59,10 @@ class Config:
                                 minimum=16)
     number: int = flag(32, "points per sample in training", minimum=1)
     mask_ratio: float | None = flag(None, "share of patches masked and painted again (Table II)",
-                                    minimum=0)
+                                    minimum=0, maximum=1)
     jitter: float | None = flag(None, "of brightness, contrast, saturation and hue (ATM: 0.3)",
                                 minimum=0)
-    dropout: float | None = flag(None, "in the transformer", minimum=0)
+    dropout: float | None = flag(None, "in the transformer", minimum=0, maximum=1)
     batch: int | None = flag(None, "samples per step", minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
@@ -334,7 +334,7 @@ def main(argv=None):
     usual = "language" if any_point and not sims.is_metaworld(config.suite) else "image"
     config.goal = config.goal or usual
     name = ("track" if any_point else "ee") + f"-{config.goal}" * (config.goal != usual)
-    path = Path(config.out) / config.suite / f"{name}.pt"
+    path = stage1.run_path(config, name)
     videos, held_out, note = stage1.prepare(config, path, "track_planner")
     torch.manual_seed(config.seed)
     E = videos.text.shape[1]

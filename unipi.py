@@ -134,6 +134,8 @@ def main(argv=None):
     """Command line: trains the inverse dynamics model of one video planner."""
     config = core.parse(Config, "UniPi: learn to reach the pictures of imagined videos.",
                         argv)
+    if config.goal or config.encoder != "own" or config.labels != "true":
+        core.fail("--goal, --encoder and --labels are for executor.py --planner none")
     if not config.planner or config.planner == "none":
         core.fail("no --planner: give a video planner (python video_planner.py makes "
                   "runs/<suite>/video.pt)")

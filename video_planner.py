@@ -57,7 +57,8 @@ class Config:
     sample_steps: int | None = flag(None, "steps of DDIM; T and --eta 1: DDPM", minimum=1)
     eta: float = flag(0.0, "noise added in sampling (DDIM, eq. 16): 0 none, 1 as DDPM", minimum=0)
     guidance: float = flag(0.0, "weight of classifier-free guidance", minimum=0)
-    drop: float = flag(0.1, "share of samples whose task is not told, for guidance", minimum=0)
+    drop: float = flag(0.1, "share of samples whose task is not told, for guidance",
+                       minimum=0, maximum=1)
     batch: int | None = flag(None, "clips per step", minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)

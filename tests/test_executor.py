@@ -10,6 +10,8 @@ import core
 import executor
 import mask_planner
 import places
+import track_planner
+import tracks
 import train
 from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill, with_planners
 from masks import binary_masks
@@ -18,7 +20,8 @@ from policy import AIM, FEEL, LOOK, MapToken, NEAR, Policy, STATE
 VARIANTS = {**PLANS, "explicit, two looks": [*PLANS["mask-explicit"], "--history", "2"], "four looks": ["--history", "4"],
             "cloning, two looks": [*PLANS["none"], "--history", "2"], "tracks, two looks": [*PLANS["track"], "--history", "2"],
             "early": [*PLANS["track"], "--no-late"], "late": [*PLANS["track"], "--no-early"],
-            "unfused": [*PLANS["track"], "--no-late", "--no-early"]}
+            "unfused": [*PLANS["track"], "--no-late", "--no-early"], "four steps": [*PLANS["track"], "--track-length", "4"],
+            "language": [*PLANS["none"], "--goal", "language"]}
 
 
 @pytest.fixture
@@ -110,7 +113,7 @@ def test_random_shift():
 def test_pictures_are_shifted_in_training_only(build, monkeypatch):
     model, actions, _ = build()
     batch, calls = tensors(actions(0)), []
-    monkeypatch.setattr(core, "random_shift", lambda images: (calls.append(images.shape) or images, None))
+    monkeypatch.setattr(core, "random_shift", lambda images: (calls.append(images.shape) or images, torch.zeros(4, 2)))
     model.eval()(batch)
     assert not calls
     model.train()(batch)
@@ -465,27 +468,134 @@ def test_fusions_change_what_they_should(build):
             other = model(batch | {"tracks": batch["tracks"].flip(0)})[0]
             seen = model(batch | {"picture": 255 - batch["picture"]})[0]
         assert torch.equal(said, other) != heard and not torch.equal(said, seen)
-    assert path.name == "track-unfused_executor.pt" if model.config.action_demos == 10 else "track-unfused" in path.name
+    assert path.name == "track-unfused_executor_d2.pt"
+
+
+def test_fusions_change_nothing_else(build):
+    """Early fusion is one layer more, late fusion another and wider heads, of the waypoint and of the actions."""
+    shapes = {}
+    for early, late in np.ndindex(2, 2):
+        flags = ["--no-early"] * (not early) + ["--no-late"] * (not late)
+        state = build(*PLANS["track"], *flags)[0].state_dict()
+        shapes[early, late] = {k: tuple(v.shape) for k, v in state.items()}
+    for late in range(2):
+        assert shapes[1, late].keys() - shapes[0, late].keys() == {"spatial.track.weight", "spatial.track.bias"}
+    for early in range(2):
+        a, b = shapes[early, 0], shapes[early, 1]
+        heads = ["reach.0.weight", "head.0.weight"]
+        assert b.keys() - a.keys() == {"late.weight", "late.bias"} and [k for k in a if a[k] != b[k]] == heads
+        assert b["late.weight"] == (32, 2 * 16 * 32 * 2) and all(b[k][1] - a[k][1] == 32 for k in heads)
+
+
+@pytest.mark.parametrize("length", [4, 8])
+def test_only_the_first_steps_are_heard(build, length):
+    """The policy is given the first steps of what the planner says, and is as much smaller."""
+    (whole, long, _), (short, actions, path) = build(*PLANS["track"]), build(*PLANS["track"], "--track-length", str(length))
+    assert path.name == f"track-{length}steps_executor_d2.pt"
+    a, b = long(0)["tracks"], actions(0)["tracks"]
+    assert a.shape == (4, 1, 2, 16, 32, 2) and torch.equal(a[:, :, :, :length], b)
+    assert short.spatial.track.in_features * 16 == whole.spatial.track.in_features * length
+
+
+def test_atm_feels_joints_and_fingers(build, videos):
+    """The transformer does not hear where the hand is; the waypoint is still told from there."""
+    model, actions, _ = build(*PLANS["track"])
+    batch = tensors(actions(0))
+    episode, t, _ = actions.demos.draw(0, 4, 0)
+    joints = np.stack([videos.arrays["obs/joint_states"][e][i] for e, i in zip(episode, t)])
+    assert np.array_equal(batch["state"][:, 0, 8:], joints)
+    with torch.no_grad():
+        heard = model.eval().listen(batch)[0]
+        for part, matters in ((slice(0, 6), False), (slice(6, 8), True), (slice(8, 15), True)):
+            state = batch["state"].clone()
+            state[..., part] += 0.5
+            assert torch.equal(model.listen(batch | {"state": state})[0], heard) != matters
+
+
+def test_attention_is_that_of_the_cls_token(build):
+    """Of patches, a row of the softmax; without tracks the patches and the token itself share all of it."""
+    model, actions, _ = build(*PLANS["track"])
+    spatial, n = model.spatial.eval(), model.spatial.n
+    spatial.gpt.blocks = spatial.gpt.blocks[:1]
+    pictures, tracks = torch.randn(3, 2, n, 32), torch.rand(3, 2, 16, 32, 2)
+    shares = spatial.attention(pictures, tracks)
+    assert shares.shape == (3, 2, n) and (shares > 0).all() and (shares.sum((1, 2)) < 1).all()
+    alone = spatial.attention(pictures, None)
+    x, block = spatial.tokens(pictures, None), spatial.gpt.blocks[0]
+    q, k, _ = block.split(x)
+    own = (q[:, :, 0] * k[:, :, 0]).sum(-1) / q.shape[-1] ** 0.5
+    rest = (q[:, :, :1] * k[:, :, 1:]).sum(-1) / q.shape[-1] ** 0.5  # (B, heads, 2 n)
+    wanted = rest.exp() / (own.exp()[..., None] + rest.exp().sum(-1, keepdim=True))
+    torch.testing.assert_close(alone, wanted.mean(1).unflatten(1, (2, n)))
+
+
+def test_the_paper_preset_is_table_vii(data, planner_path):
+    """ATM's batch and optimiser, for tracks only, and only where no flag says otherwise."""
+    planner = track_planner.load_planner(planner_path.with_stem("track"))
+    parse = lambda *flags: core.parse(executor.Config, "", ["--preset", "paper", "--planner", "track.pt", "--device", "cpu", *flags])
+    settled = lambda c: executor.settle(c, deepcopy(planner)) or c
+    planner.config.demos = 50
+    c = settled(parse())
+    assert (c.batch, c.lr, c.weight_decay, c.warmup, c.clip, c.jitter) == (512, 5e-4, 1e-4, 0, 100.0, 0.3)
+    assert (c.history, c.track_length, len(tracks.POINTS), c.preset) == (10, 16, 32, "paper")
+    c = settled(parse("--batch", "8", "--steps", "7"))
+    assert (c.batch, c.steps, c.clip) == (8, 7, 100.0)
+    c = settled(parse("--plan-form", "latent"))
+    assert (c.batch, c.weight_decay, c.jitter) == (32, 1e-2, 0.0)
+
+
+def moving(*shape):
+    """Tracks from the policy's points, random, of the same ways in units of either view."""
+    points, far = torch.tensor(tracks.POINTS), torch.tensor(tracks.FAR)[:, None, None, None]
+    return points + far * torch.randn(*shape, 1, 16, 32, 2).expand(*shape, 2, 16, 32, 2)
 
 
 def test_a_track_carries_its_own_view(build):
-    """Exchanging the views of two equal tracks changes nothing but by the view's id; the order of points is of no matter."""
-    model, actions, _ = build(*PLANS["track"], "--no-late")
-    batch = tensors(actions(0))
-    batch["tracks"] = torch.rand_like(batch["tracks"])
-    order = torch.randperm(32)
+    """Tokens of equal ways in both views differ by the views' ids alone; the order of points is of no matter."""
+    model, _, _ = build(*PLANS["track"], "--no-late")
+    spatial, pictures, go = model.spatial.eval(), torch.randn(3, 2, model.spatial.n, 32), moving(3)
     with torch.no_grad():
-        model.spatial.view.zero_()
-        model.spatial.track.weight.mul_(20)     # a new network hears little of its tracks
-        for block in model.spatial.gpt.blocks:
-            block.qkv.weight.mul_(10)
-        said = model.eval()(batch)[0]
-        torch.testing.assert_close(model(batch | {"tracks": batch["tracks"][..., order, :]})[0], said, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(model(batch | {"tracks": batch["tracks"].flip(2)})[0], said, atol=1e-5, rtol=1e-4)
-        model.spatial.view.normal_()
-        said = model(batch)[0]
-        torch.testing.assert_close(model(batch | {"tracks": batch["tracks"][..., order, :]})[0], said, atol=1e-5, rtol=1e-4)
-        assert not torch.allclose(model(batch | {"tracks": batch["tracks"].flip(2)})[0], said, atol=1e-4)
+        spatial.view.normal_()
+        x = spatial.tokens(pictures, go)[:, 1 + 2 * spatial.n:].unflatten(1, (2, 32))
+        ids = (spatial.view[0] - spatial.view[1]).expand(3, 32, -1)
+        torch.testing.assert_close(x[:, 0] - x[:, 1], ids, atol=1e-4, rtol=1e-4)
+        mixed = torch.cat([x[:, :, torch.randperm(32)].flatten(1, 2)], 1)
+        whole = spatial.tokens(pictures, go)
+        other = torch.cat([whole[:, :1 + 2 * spatial.n], mixed], 1)
+        torch.testing.assert_close(spatial.gpt(other)[:, 0], spatial.gpt(whole)[:, 0], atol=1e-4, rtol=1e-4)
+
+
+def test_ways_are_those_from_the_points():
+    go = torch.randn(3, 2, 16, 32, 2)
+    far = torch.tensor(tracks.FAR)[:, None, None, None]
+    torch.testing.assert_close(tracks.ways(torch.tensor(tracks.POINTS) + far * go), go, atol=1e-4, rtol=1e-4)
+
+
+def test_points_move_with_their_picture(build):
+    """Shifted by a patch to the right, a picture's points stand where those of the next patch stood; ways stay."""
+    model, _, _ = build(*PLANS["track"])
+    spatial, pictures, go = model.spatial, torch.randn(1, 2, model.spatial.n, 32), moving(1)
+    moved = torch.zeros(1, 2, 2)
+    moved[0, 1, 0] = 1 / spatial.side   # the wrist's picture, in widths
+    still, there = (spatial.tokens(pictures, go, by)[0, 1 + 2 * spatial.n:].unflatten(0, (2, 32)) for by in (None, moved))
+    assert torch.equal(still[0], there[0])
+    where = torch.tensor(tracks.POINTS) * spatial.side - 0.5
+    code = lambda x: tracks.sincos(x.flip(-1), 32)
+    torch.testing.assert_close(there[1] - still[1], code(where + torch.tensor([1.0, 0])) - code(where), atol=1e-4, rtol=1e-4)
+    seen = {}
+    spatial.forward = lambda pictures, tracks, moved: seen.update(moved=moved) or torch.zeros(4, 32)
+    torch.manual_seed(0)
+    batch = tensors(build(*PLANS["track"])[1](0))
+    pixels = []
+    shift = core.random_shift
+    core.random_shift = lambda images: pixels.append(shift(images)) or pixels[-1]
+    try:
+        model.train()(batch)
+        assert torch.equal(seen["moved"], torch.stack([p[1] for p in pixels], 1) / SIZE) and len(pixels) == 2
+        model.eval()(batch)
+        assert (seen["moved"] == 0).all() and len(pixels) == 2
+    finally:
+        core.random_shift = shift
 
 
 def test_a_form_that_the_planner_cannot_give_is_refused(build, refused):

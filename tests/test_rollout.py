@@ -189,6 +189,20 @@ def test_film_shows_what_the_policy_saw(alone, executor_paths, sim):
     assert np.array_equal(pictures[0][16::rollout.FILM_SCALE, :scale:rollout.FILM_SCALE], frame["agentview_rgb"])
 
 
+def test_attention_is_drawn(alone, executor_paths, tmp_path, refused):
+    """A row per task; in it looks, each the picture and the attention with tracks and without."""
+    import imageio.v3 as iio
+    alone(9)
+    path = copied(executor_paths["track"], tmp_path)
+    rollout.main([str(path), "--show-attention", *WORKER])
+    picture = iio.imread(tmp_path / "track_executor_d2_attention.png")
+    assert picture.shape == (2 * SIZE + 2 * 14, 3 * 3 * 2 * SIZE, 3)
+    now, heard, deaf = (picture[28:, k * 2 * SIZE:(k + 1) * 2 * SIZE].astype(int) for k in range(3))
+    assert np.abs(heard - now).mean() > 10 and np.abs(deaf - now).mean() > 10
+    assert list(tmp_path.glob("*.json")) == []
+    refused(lambda: rollout.main([str(executor_paths["mask"]), "--show-attention", *WORKER]), "--show-attention", "track.pt")
+
+
 def test_film_opens(tmp_path):
     import imageio.v3 as iio
     pictures = [np.full((51, 65, 3), 20 * k, np.uint8) for k in range(6)]

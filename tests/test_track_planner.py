@@ -1,16 +1,21 @@
 """track_planner.py: patches and their inverse, what the network may not know, augmentation, batches, scores, resumption."""
 
 import json
+import shutil
 
+import h5py
 import numpy as np
 import pytest
 import torch
 
 import core
+import executor
+import extract
 import sims
+import stage1
 import track_planner
 import train
-from conftest import COMMON, SIZE, SUITE, equal, run_and_kill
+from conftest import COMMON, EXECUTOR, SIZE, SUITE, equal, run_and_kill
 from tracks import STEPS, augment, grid_points, image_patches, track_from_patches, track_patches
 from track_planner import TrackPlanner
 
@@ -240,6 +245,84 @@ def test_scores_of_points_that_stay(videos):
         assert rows["keep on"]["distance"][0] < rows["stay"]["distance"][0]
     text = track_planner.table(scores)
     assert "agentview" in text and "keep on" in text and f"{scores['agentview']['stay']['within']:.1f} %" in text
+
+
+# --- other bodies ---------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_bodies(data, data_file, tmp_path):
+    """two_bodies(change) -> folder with the shared data and, as Meta-World's door-open, a changed copy of it."""
+
+    def two_bodies(change):
+        folder = tmp_path / "data"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(data, folder)
+        (folder / "door-open").mkdir()
+        copy = shutil.copy(data_file, folder / "door-open" / "door-open.hdf5")
+        with h5py.File(copy, "r+") as f:
+            change(f["data"])
+        return folder
+
+    return two_bodies
+
+
+def darker(file):
+    for demo in file.values():
+        for camera in sims.CAMERAS:
+            demo[f"obs/{camera}_rgb"][:] //= 2
+
+
+def test_videos_of_two_bodies_are_mixed(two_bodies, tmp_path, task):
+    """Pictures, tracks, sentence and goal of a sample are of one body; scores are of the suite alone."""
+    folder = two_bodies(darker)
+    c = config("--videos", f"{SUITE},door-open", "--data", str(folder), "--out", str(tmp_path))
+    path = stage1.run_path(c, "track")
+    assert path == tmp_path / SUITE / f"track-from-{SUITE}+door-open.pt"
+    videos, held_out, note = stage1.prepare(c, path, "track_planner")
+    assert videos.tasks == [task, "door-open"] and held_out.tasks == [task] and note.startswith("4 videos of 2 tasks")
+    bright, dark = extract.Episodes(folder, SUITE, [task], 2), extract.Episodes(folder, "door-open", ["door-open"], 2)
+    assert len(videos) == len(bright) + len(dark) and videos.text.shape == (2, 384)
+    for e in range(4):
+        part, i = (bright, e) if e < 2 else (dark, e - 2)
+        for key in ("obs/agentview_rgb", "tracks/eye_in_hand", "hand"):
+            assert np.array_equal(videos.gather(key, e, 7), part.gather(key, i, 7))
+    goals = videos.goal_of(np.arange(4), np.random.default_rng(0))
+    assert goals.tolist() == [1, 0, 2, 3], "in Meta-World the goal is the scene's own"
+    drawn = np.concatenate([videos.draw(step, 32, 0)[0] for step in range(4)])
+    assert 0.3 < (drawn >= 2).mean() < 0.7
+
+
+@pytest.mark.parametrize("sources", [f"{SUITE}, door-open", "door-open"])
+def test_training_on_another_body(two_bodies, tmp_path, sources):
+    folder = two_bodies(darker)
+    track_planner.main([*COMMAND, "--data", str(folder), "--out", str(tmp_path), "--videos", sources])
+    path = tmp_path / SUITE / f"track-from-{sources.replace(', ', '+')}.pt"
+    planner = track_planner.load_planner(path)
+    argv = [*EXECUTOR, "--planner", str(path), "--data", str(folder), "--out", str(tmp_path)]
+    model, actions, made = executor.build(core.parse(executor.Config, "", argv))
+    assert model.extra["suite"] == planner.config.suite == SUITE and len(actions.demos.length) == 2
+    assert made.name == f"{path.stem}_executor_d2.pt"
+
+
+def test_videos_that_do_not_fit_are_one_line(two_bodies, tmp_path, refused):
+    def texts(file):
+        file.attrs["text_embedding"] = np.zeros(512, np.float32)
+
+    def fewer(file):
+        for demo in file.values():
+            for what in ("tracks", "visible"):
+                kept = demo[f"{what}/agentview"][:, :100]
+                del demo[f"{what}/agentview"]
+                demo[f"{what}/agentview"] = kept
+
+    def smaller(file):
+        file.attrs["size"] = 64
+
+    for change, words in ((texts, ("384", "512", "--text")), (fewer, ("256", "100")), (smaller, ("64 px", "96 px"))):
+        c = config("--videos", f"{SUITE},door-open", "--data", str(two_bodies(change)))
+        refused(lambda: stage1.prepare(c, tmp_path / "x.pt", "track_planner"), "door-open", "--data", *words)
+    refused(lambda: stage1.prepare(config("--videos", "door-opener"), tmp_path / "x.pt", "track_planner"), "door-opener")
 
 
 # --- the command ----------------------------------------------------------------------------------

@@ -1,0 +1,157 @@
+"""What cloning is compared with, beside plans: R3M's encoder and VPT's labels (ATM, section V-A).
+
+    python executor.py --planner none --goal language                    # ATM's BC
+    python executor.py --planner none --encoder r3m --weights r3m_18.pt  # R3M, fine-tuned
+    python executor.py --planner none --labels vpt                       # VPT
+
+R3M: the clone's image encoders start from R3M's published ResNet and are trained on with it.
+VPT: a model that sees what comes after, trained on the action demonstrations, says what was done in
+all videos; the clone learns from that.
+
+Sizes: B batch, K pictures that the inverse dynamics model sees, F frames, n tokens per picture, D
+width, H W pixels.
+"""
+import copy
+
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torchvision
+
+import core
+import train
+
+PREFIX = "module.convnet."  # of the names of R3M's weights
+# ours: steps at which the inverse dynamics model looks: what moves in two steps is what is done
+# now, and fingers follow their command within eight
+TIMES = (0, 2, 8)
+PICTURES = ("obs/agentview_rgb", "obs/eye_in_hand_rgb")
+
+
+# --- R3M ------------------------------------------------------------------------------------------
+
+class R3M(nn.Module):
+    """A ResNet as R3M publishes it, and a projection, in place of core.ImageEncoder.
+
+    differs: at the picture's own size, where R3M enlarges to 224 pixels; ATM, before, goes on
+    training it by R3M's own loss on its videos.
+    """
+    stride = 32
+
+    def __init__(self, dim, depth):
+        super().__init__()
+        self.convnet = getattr(torchvision.models, f"resnet{depth}")(weights=None)
+        self.head = nn.Conv2d(self.convnet.fc.in_features, dim, 1)
+        self.convnet.fc = nn.Identity()
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], False)
+
+    cells = core.ImageEncoder.cells
+
+    def train(self, mode=True):
+        """ours: its BatchNorm keeps the statistics it was published with."""
+        super().train(mode)
+        for module in self.convnet.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.eval()
+        return self
+
+    def forward(self, images):
+        """(B, H, W, 3) uint8 -> (B, D, h, w) float."""
+        x, net = (images.permute(0, 3, 1, 2) / 255 - self.mean) / self.std, self.convnet
+        x = net.maxpool(net.relu(net.bn1(net.conv1(x))))  # (B, 64, H/4, W/4)
+        return self.head(net.layer4(net.layer3(net.layer2(net.layer1(x)))))
+
+
+def read_r3m(path):
+    """R3M's published checkpoint -> its ResNet's weights {name: tensor}, the ResNet's depth."""
+    content = train.load(path, made_by="R3M's authors publish it, for ResNet-18, 34 and 50")
+    found = content.get("r3m")
+    found = found if isinstance(found, dict) else {}
+    weights = {k.removeprefix(PREFIX): v for k, v in found.items() if k.startswith(PREFIX)}
+    if "layer1.0.conv1.weight" not in weights:
+        core.fail(f"{path} has no weights {PREFIX}* under 'r3m': give R3M's published checkpoint")
+    depth = 50 if "layer1.0.conv3.weight" in weights else \
+        34 if "layer1.2.conv1.weight" in weights else 18
+    wanted = {k: v.shape for k, v in R3M(8, depth).convnet.state_dict().items()}
+    for name in wanted | weights:
+        if name not in weights or weights[name].shape != wanted.get(name):
+            core.fail(f"{path} looks like a ResNet-{depth}, but its {name} does not: give R3M's "
+                      "published checkpoint")
+    return weights, depth
+
+
+# --- VPT ------------------------------------------------------------------------------------------
+
+class InverseDynamics(nn.Module):
+    """What was done in a picture, and the robot's state, from it and from what came after.
+
+    The state too, as a video without actions has none: the clone's own comes from here.
+    """
+    kind = "inverse_dynamics"
+
+    def __init__(self, config, size, mean, std):
+        """mean, std (A + S,) of what it says: actions, then states."""
+        super().__init__()
+        self.config, D = config, config.width
+        encoder = lambda: core.ImageEncoder(D, config.blocks, config.channels)
+        self.encoders = nn.ModuleList(encoder() for _ in PICTURES)
+        n = self.encoders[0].cells(size) ** 2
+        self.head = nn.Sequential(nn.LayerNorm(2 * len(TIMES) * n * D),
+                                  nn.Linear(2 * len(TIMES) * n * D, 256), nn.GELU(),
+                                  nn.Linear(256, len(mean)))
+        self.register_buffer("mean", torch.as_tensor(mean))
+        self.register_buffer("std", torch.as_tensor(std))
+
+    def see(self, view, images):
+        """(F, H, W, 3) uint8 of a camera, 0 or 1 -> (F, n D)."""
+        return self.encoders[view](images).flatten(1)
+
+    def forward(self, seen):
+        """seen (B, 2, K, n D) -> (B, A + S), standardised."""
+        return self.head(seen.flatten(1))
+
+    def loss(self, batch):
+        """batch: pictures (B, 2, K, H, W, 3) uint8, said (B, A + S) -> MSE, parts."""
+        B, _, K = batch["pictures"].shape[:3]
+        seen = [self.see(view, core.random_shift(batch["pictures"][:, view].flatten(0, 1))[0])
+                for view in range(2)]
+        said = self(torch.stack([x.unflatten(0, (B, K)) for x in seen], 1))
+        loss = F.mse_loss(said.float(), (batch["said"] - self.mean) / self.std)
+        return loss, {"inverse": loss.item()}
+
+    @torch.no_grad()
+    def label(self, views, size=64):
+        """views: pictures (F, H, W, 3) of an episode in each camera -> (F, A + S)."""
+        device, at = self.mean.device, np.arange(len(views[0]))[:, None] + TIMES
+        at = at.clip(max=len(views[0]) - 1)
+        seen = [torch.cat([self.see(view, torch.tensor(part, device=device)) for part in
+                           np.array_split(pictures, -(-len(pictures) // size))])
+                for view, pictures in enumerate(views)]
+        said = self(torch.stack([x[at] for x in seen], 1))  # (F, A + S)
+        return (said * self.std + self.mean).cpu().numpy()
+
+
+def vpt(demos, videos, config, path, keys):
+    """VPT: trains the inverse dynamics model on `demos` (Episodes; its checkpoint is `path`) -> the
+    videos with its actions in place of theirs, and its states, of `keys`."""
+    names = ("actions", *keys)
+    everything = [np.concatenate(demos.arrays[name]) for name in names]
+    widths = np.cumsum([x.shape[1] for x in everything])[:-1]
+    everything = np.concatenate(everything, 1)
+
+    def batch(step):
+        episode, t, _ = demos.draw(step, config.batch, config.seed)
+        pictures = [demos.gather(k, episode[:, None], t[:, None] + TIMES) for k in PICTURES]
+        return {"pictures": np.stack(pictures, 1), "said": everything[demos.start[episode] + t]}
+
+    torch.manual_seed(config.seed)
+    model = InverseDynamics(config, demos.size, everything.mean(0), everything.std(0).clip(1e-3))
+    model = train.fit(model, batch, config, path, note="VPT's inverse dynamics")
+    labelled = copy.copy(videos)
+    labelled.arrays = videos.arrays | {name: [] for name in names}
+    for pair in zip(*(videos.arrays[k] for k in PICTURES)):
+        for name, value in zip(names, np.split(model.label(pair), widths, 1)):
+            labelled.arrays[name].append(value)
+    return labelled
