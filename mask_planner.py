@@ -41,7 +41,8 @@ class PlannerConfig:
     suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     videos: str = flag("", "suites whose videos it learns from, comma-separated, of other bodies "
-                       "too (ATM, V-B); empty: its own alone")
+                       "too (ATM, V-B), such as libero_spatial:2,libero_spatial_ur5e; empty: its "
+                       "own alone")
     demos: int | None = flag(None, "action-free videos per task", minimum=1)
     steps: int | None = flag(None, "gradient steps", minimum=1)
     preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",

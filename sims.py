@@ -14,11 +14,12 @@ import sys
 
 import numpy as np
 
-import libero_sim
+import libero_suites
 import metaworld_sim
 from cameras import choose_opengl, fail, track
 from frames import CAMERAS, INITS  # also sims.INITS for other files
-from libero_sim import HORIZONS, UNSEEN, Libero
+from libero_sim import Libero
+from libero_suites import HORIZONS, ROBOTS, UNSEEN  # also sims.UNSEEN for other files
 from metaworld_sim import BENCHMARKS, METAWORLD, MetaWorld
 from metaworld_sim import EVALUATION, VIEW  # also sims.EVALUATION, sims.VIEW for other files
 
@@ -31,10 +32,11 @@ def tasks(suite):
         return BENCHMARKS[suite].split()
     if suite in METAWORLD:
         return [suite]
-    if suite not in HORIZONS:
-        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, "
-             "or a Meta-World task such as door-open")
-    return libero_sim.tasks(suite)
+    if libero_suites.body_of(suite)[0] not in HORIZONS:
+        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, a LIBERO suite with "
+             f"another arm ({', '.join(ROBOTS)}) such as libero_spatial_ur5e, or a Meta-World task "
+             "such as door-open")
+    return libero_suites.tasks(suite)
 
 
 def versions():
@@ -66,7 +68,7 @@ def is_metaworld(suite):
 
 def describe(suite, task):
     """-> language instruction, objects (robot first), goal predicates; without a simulator."""
-    return metaworld_sim.describe(task) if is_metaworld(suite) else libero_sim.describe(suite, task)
+    return metaworld_sim.describe(task) if is_metaworld(suite) else libero_suites.describe(suite, task)
 
 
 def tracks(sim, states, K=256, seed=0):
@@ -86,7 +88,7 @@ def tracks(sim, states, K=256, seed=0):
 def make(suite, task, size=128, render="fast", observe=True, unseen=None):
     """The simulator of one task.
 
-    suite, task   'libero_spatial' or 'mt10', and the task's number or name
+    suite, task   'libero_spatial', 'libero_spatial_ur5e' or 'mt10', and the task's number or name
     size          picture height and width, pixels
     render        'fast' or 'faithful' (the package's own look); 'fast+goal' draws Meta-World's goal
                   markers

@@ -7,15 +7,24 @@ import extract
 
 
 def sources(config):
-    """The suites whose videos a planner learns from, of other bodies too (ATM, section V-B)."""
-    named = [word.strip() for word in getattr(config, "videos", "").split(",")]
-    return [suite for suite in named if suite] or [config.suite]
+    """The suites whose videos a planner learns from, of other bodies too (ATM, section V-B), and
+    how many of each task's, {suite: videos}."""
+    chosen = {}
+    for word in (w.strip() for w in getattr(config, "videos", "").split(",")):
+        suite, _, number = word.partition(":")
+        if number and not (number.isdigit() and int(number)):
+            core.fail(f"--videos {word}: give a suite, or a suite and a number of videos per task "
+                      "such as libero_spatial:2")
+        if suite:
+            chosen[suite] = int(number or config.demos)
+    return chosen or {config.suite: config.demos}
 
 
 def run_path(config, name):
     """<out>/<suite>/<name>.pt; what is learned from other videos than the suite's says so."""
-    if sources(config) != [config.suite]:
-        name += "-from-" + "+".join(sources(config))
+    if sources(config) != {config.suite: config.demos}:
+        name += "-from-" + "+".join(suite + f"-{number}" * (number != config.demos)
+                                    for suite, number in sources(config).items())
     return Path(config.out) / config.suite / f"{name}.pt"
 
 
@@ -27,11 +36,14 @@ def prepare(config, path, program):
         core.fail(f"no planner {path} to show: "
                   f"train it with python {program}.py --suite {config.suite}")
     parts = []
-    for suite in dict.fromkeys([config.suite, *sources(config)]):
-        chosen = names if suite == config.suite else extract.choose_tasks(suite, "", config.data)
-        extract.ensure(suite, chosen, config.demos, config.data, config.size)
-        parts.append(extract.Episodes(config.data, suite, chosen, config.demos))
-    videos = episodes.join([part for part in parts if part.suite in sources(config)])
+    for suite, number in ({config.suite: config.demos} | sources(config)).items():
+        chosen = extract.choose_tasks(suite, "", config.data)
+        chosen = names if set(names) <= set(chosen) else chosen  # the same tasks, where it has them
+        extract.ensure(suite, chosen, max(number, config.demos * (suite == config.suite)),
+                       config.data, config.size)
+        if suite in sources(config):
+            parts.append(extract.Episodes(config.data, suite, chosen, number))
+    videos = episodes.join(parts)
     held_out = extract.Episodes(config.data, config.suite, names, config.demos, split="valid")
     note = f"{len(videos.length)} videos of {len(videos.tasks)} tasks, {len(videos)} frames"
     return videos, held_out, note

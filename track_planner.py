@@ -2,7 +2,7 @@
 
     python track_planner.py --suite libero_spatial               # makes missing data first
     python track_planner.py --suite libero_spatial --points ee   # MimicPlay: the hand's path alone
-    python track_planner.py --videos libero_spatial,mt10         # another body's videos beside
+    python track_planner.py --videos libero_spatial:2,libero_spatial_ur5e    # another body's beside
     python track_planner.py --suite libero_spatial --show        # predicted beside true tracks
 
 The track transformer sees one picture, the places of some points in it and the task, and says where
@@ -40,7 +40,8 @@ class Config:
     suite: str = flag("libero_spatial", f"{', '.join(sims.SUITES)}, or a Meta-World task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     videos: str = flag("", "suites whose videos it learns from, comma-separated, of other bodies "
-                       "too (ATM, V-B); empty: its own alone")
+                       "too (ATM, V-B), such as libero_spatial:2,libero_spatial_ur5e; empty: its "
+                       "own alone")
     points: str = flag("any", "any: any point's track (ATM); ee: the hand's path (MimicPlay)",
                        choices=["any", "ee"])
     goal: str | None = flag(None, "what says the task: language (ATM) or image, the goal picture "

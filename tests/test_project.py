@@ -17,9 +17,10 @@ import core
 from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
 
 IMPORTS = {     # file -> what of ours it may import; reading order
-    "cameras": set(), "frames": {"cameras"}, "libero_sim": {"cameras", "frames"},
+    "cameras": set(), "frames": {"cameras"}, "libero_suites": {"cameras"},
+    "libero_sim": {"cameras", "frames", "libero_suites"},
     "metaworld_sim": {"cameras", "frames"},
-    "sims": {"cameras", "frames", "libero_sim", "metaworld_sim"}, "grasps": set(),
+    "sims": {"cameras", "frames", "libero_sim", "libero_suites", "metaworld_sim"}, "grasps": set(),
     "fixtures": {"grasps"}, "placing": {"fixtures", "grasps"},
     "experts": {"fixtures", "grasps", "placing"}, "tables": set(), "core": set(),
     "episodes": {"core", "sims"}, "language": {"core"}, "writing": {"episodes", "language", "sims"},
@@ -75,7 +76,7 @@ def test_files_are_the_known_ones():
 @pytest.mark.parametrize("name", IMPORTS)
 def test_imports_go_one_way(name):
     assert set(imported(tree(name))) & set(IMPORTS) <= IMPORTS[name]
-    if name not in ("sims", "libero_sim", "metaworld_sim", "cameras"):
+    if name not in ("sims", "libero_suites", "libero_sim", "metaworld_sim", "cameras"):
         assert not set(imported(tree(name))) & SIMULATORS, "simulators are sims.py's and cameras.py's"
 
 

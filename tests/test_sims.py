@@ -9,6 +9,7 @@ import pytest
 
 import cameras
 import frames
+import libero_sim
 import sims
 from conftest import ROOT, SIZE, SUITE, shapes_of_a_frame
 
@@ -274,6 +275,27 @@ def test_every_suite_has_tasks_with_one_goal_or_more():
 
 class Failed:
     returncode = 1
+
+
+def test_another_arm_does_the_same_task(sim):
+    """The UR5e, 6 joints, on the same table with the Panda's hand: the demonstrator knows no difference."""
+    import experts
+    ur5e = sims.make("libero_spatial_ur5e", 0, SIZE)
+    assert ur5e.suite == sim.suite and ur5e.objects == sim.objects and ur5e.horizon == sim.horizon
+    frame, panda = ur5e.reset(seed=3), sim.reset(seed=3)
+    assert frame["joint_states"].shape == (6,) and panda["joint_states"].shape == (7,)
+    robot = [(f["masks"] == 1) for f in (frame, panda)]
+    assert min(r.sum() for r in robot) > 50 and iou(*robot) < 0.8, "another robot is in the picture"
+    assert all((frame["masks"] == k).sum() > 10 for k in (BOWL, PLATE))
+    first = ur5e.reset(init=0)
+    assert equal_frames(first, ur5e.reset(seed=libero_sim.EVALUATION)), "the bundled states are a Panda's"
+    expert = experts.demonstrator(ur5e)
+    assert any(ur5e.step(expert(ur5e), observe=False)[1] for _ in range(ur5e.patience))
+    ur5e.close()
+
+
+def test_unknown_body(refused):
+    refused(lambda: sims.tasks("libero_spatial_baxter"), "libero_spatial_baxter", "libero_spatial_ur5e")
 
 
 def test_no_opengl_is_one_line(monkeypatch, refused):

@@ -293,6 +293,17 @@ def test_videos_of_two_bodies_are_mixed(two_bodies, tmp_path, task):
     assert 0.3 < (drawn >= 2).mean() < 0.7
 
 
+def test_as_many_videos_of_a_body_as_asked(two_bodies, tmp_path, task, refused):
+    folder = two_bodies(darker)
+    c = config("--videos", f"{SUITE}:1,door-open", "--data", str(folder), "--out", str(tmp_path))
+    path = stage1.run_path(c, "track")
+    assert path.stem == f"track-from-{SUITE}-1+door-open"
+    videos, held_out, note = stage1.prepare(c, path, "track_planner")
+    assert videos.task.tolist() == [0, 1, 1] and note.startswith("3 videos")
+    for bad in (f"{SUITE}:0", f"{SUITE}:many"):
+        refused(lambda: stage1.sources(config("--videos", bad)), bad)
+
+
 @pytest.mark.parametrize("sources", [f"{SUITE}, door-open", "door-open"])
 def test_training_on_another_body(two_bodies, tmp_path, sources):
     folder = two_bodies(darker)
