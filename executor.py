@@ -72,8 +72,10 @@ class Config:
                               choices=["laptop", "paper"])
     width: int | None = flag(None, "width of the transformer", minimum=8)
     depth: int | None = flag(None, "transformer blocks", minimum=1)
-    blocks: tuple[int, ...] | None = flag(None,
-                                          "residual blocks in each stage of its own image encoders")
+    spatial_depth: int | None = flag(None, "transformer blocks over patches and tracks (ATM), for "
+                                     "--plan-form tracks", minimum=1)
+    blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of its own image "
+                                          "encoders; 0: ATM's, for --plan-form tracks")
     channels: int | None = flag(None, "channels of their first stage, doubled at each next one",
                                 minimum=16)
     history: int | None = flag(None, "looks h that the executor remembers", minimum=1)
@@ -102,13 +104,14 @@ class Config:
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
     jitter = 0.0  # of the pictures' colours, for tracks
     PRESETS = {"laptop": dict(demos=20, action_demos=10, steps=3000, width=128, depth=3,
-                              blocks=(1, 1, 1), channels=32, history=1, lr=1e-3),
+                              spatial_depth=2, blocks=(1, 1, 1), channels=32, history=1, lr=1e-3),
                "paper": dict(demos=50, action_demos=10, steps=30000, width=256, depth=4,
-                             blocks=(2, 2, 2, 2), channels=64, history=10, lr=5e-4)}
+                             spatial_depth=7, blocks=(2, 2, 2, 2), channels=64, history=10,
+                             lr=5e-4)}
     # ATM's policy at the paper preset; 100 epochs of ten demonstrations of each of ten tasks are
     # about 2,500 steps.  Four processes with --batch 128 are ATM's four GPUs
-    TABLE_VII = dict(batch=512, steps=2500, lr=5e-4, weight_decay=1e-4, warmup=0, clip=100.0,
-                     jitter=0.3)
+    TABLE_VII = dict(width=128, blocks=(0,), batch=512, steps=2500, lr=5e-4, weight_decay=1e-4,
+                     warmup=0, clip=100.0, jitter=0.3)
 
 
 def plan_name(config):

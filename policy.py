@@ -21,7 +21,7 @@ import sims
 import track_planner
 import video_planner
 from places import Places
-from tracks import PATCH, POINTS, STEPS, Spatial, grid_points, jitter, ways
+from tracks import PATCH, POINTS, STEPS, Spatial, Stem, grid_points, jitter, ways
 
 STATE = ("obs/ee_states", "obs/gripper_states")  # position 3, axis-angle 3, finger positions 2
 JOINTS = "obs/joint_states"  # 7 angles, which with the fingers is ATM's state
@@ -97,8 +97,11 @@ class Executor(nn.Module):
         if not self.planner and self.told == "language":
             self.sentence, W = nn.Linear(extra["E"], D), D
         if c.plan_form == "tracks":
+            if not c.blocks[0]:
+                encoder = lambda: Stem(D)
             self.encoder, self.wrist_encoder = encoder(), encoder()
-            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.track_length, c.early)
+            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.track_length, c.early,
+                                   c.spatial_depth)
         elif self.planner and c.plan_form == "explicit":
             # ours: no pictures beside the numbers: they are more to overfit, 9/10 of the time
             self.places = Places(self.planner.locator.N, self.own_goal, c.blur)

@@ -87,11 +87,27 @@ def ways(tracks):
     return (tracks - points) / torch.tensor(FAR, device=tracks.device)[:, None, None, None]
 
 
+class Stem(nn.Module):
+    """ATM's image encoder (Fig. 11): two convolutions, one token per 16 x 16 pixels, in place of
+    core.ImageEncoder, whose norm it takes."""
+    stride = 16
+    cells = core.ImageEncoder.cells
+
+    def __init__(self, dim):
+        super().__init__()
+        self.net = nn.Sequential(nn.Conv2d(3, 64, 7, 2, 3), nn.GroupNorm(4, 64), nn.ReLU(),
+                                 nn.Conv2d(64, dim, 8, 8), nn.GroupNorm(8, dim))
+
+    def forward(self, images):
+        """(B, H, W, 3) uint8 -> (B, D, h, w) float."""
+        return self.net(images.permute(0, 3, 1, 2) / 127.5 - 1)
+
+
 class Spatial(nn.Module):
     """ATM's spatial encoder (section IV-B, Fig. 11): patches of both pictures and, by early fusion,
     tracks -> one token."""
 
-    def __init__(self, n, D, length, early, depth=2):
+    def __init__(self, n, D, length, early, depth):
         """n  patches per picture; length  S, steps of the tracks"""
         super().__init__()
         self.n, self.early, self.side = n, early, round(n ** 0.5)

@@ -529,6 +529,19 @@ def test_attention_is_that_of_the_cls_token(build):
     torch.testing.assert_close(alone, wanted.mean(1).unflatten(1, (2, n)))
 
 
+def test_atms_image_encoder(build):
+    """Two convolutions, a token per 16 pixels: --blocks 0, as at the paper preset; only for tracks."""
+    stem = tracks.Stem(16)
+    for size, cells in ((128, 8), (96, 6)):
+        images = torch.randint(256, (2, size, size, 3), dtype=torch.uint8)
+        assert stem(images).shape == (2, 16, cells, cells) and stem.cells(size) == cells
+    model, data, _ = build(*PLANS["track"], "--blocks", "0", "--spatial-depth", "3")
+    assert isinstance(model.encoder, tracks.Stem) and len(model.spatial.gpt.blocks) == 3
+    loss, _ = model.train().loss({k: torch.as_tensor(v) for k, v in data(0).items()})
+    loss.backward()
+    assert all(p.grad.abs().sum() > 0 for p in model.wrist_encoder.parameters())
+
+
 def test_the_paper_preset_is_table_vii(data, planner_path):
     """ATM's batch and optimiser, for tracks only, and only where no flag says otherwise."""
     planner = track_planner.load_planner(planner_path.with_stem("track"))
@@ -538,10 +551,11 @@ def test_the_paper_preset_is_table_vii(data, planner_path):
     c = settled(parse())
     assert (c.batch, c.lr, c.weight_decay, c.warmup, c.clip, c.jitter) == (512, 5e-4, 1e-4, 0, 100.0, 0.3)
     assert (c.history, c.track_length, len(tracks.POINTS), c.preset) == (10, 16, 32, "paper")
+    assert (c.width, c.blocks, c.spatial_depth) == (128, (0,), 7)
     c = settled(parse("--batch", "8", "--steps", "7"))
     assert (c.batch, c.steps, c.clip) == (8, 7, 100.0)
     c = settled(parse("--plan-form", "latent"))
-    assert (c.batch, c.weight_decay, c.jitter) == (32, 1e-2, 0.0)
+    assert (c.batch, c.weight_decay, c.jitter, c.width, c.blocks) == (32, 1e-2, 0.0, 256, (2, 2, 2, 2))
 
 
 def moving(*shape):
