@@ -76,7 +76,7 @@ class Config:
                        repeats=1, attention=(8, 16), shrink=4, sample_steps=10, batch=8,
                        lr=1e-3, objective="x0", change=True),
         "paper": dict(demos=50, steps=60000, size=128, channels=128, multiples=(1, 2, 3, 4, 5),
-                      repeats=2, attention=(8, 16), shrink=1, sample_steps=25, batch=16,
+                      repeats=2, attention=(8, 16), shrink=1, sample_steps=20, batch=16,
                       lr=1e-4, objective="v", change=False)}
 
 
