@@ -179,22 +179,26 @@ def plot(rows, path):
     suites = sorted({r["suite"] for r in learned})
     if not suites:
         return
-    figure, axes = plt.subplots(1, len(suites), figsize=(5 * len(suites), 3.6), squeeze=False)
+    figure, axes = plt.subplots(1, len(suites), figsize=(4.5 * len(suites) + 1.5, 3.6),
+                                squeeze=False, layout="constrained")
+    lines, plans = {}, sorted({r["plan"] for r in learned})
     for axis, suite in zip(axes[0], suites):
-        for plan in sorted({r["plan"] for r in learned if r["suite"] == suite}):
+        for k, plan in enumerate(plans):
             line = [r for r in learned if (r["suite"], r["plan"]) == (suite, plan)]
-            x = [r["action_demos"] for r in line]
+            if not line:
+                continue
+            # a little apart, or bars hide each other
+            x = [r["action_demos"] * 1.02 ** (k - len(plans) / 2) for r in line]
             y = [100 * r["success"] / r["episodes"] for r in line]
             low, high = np.array([r["interval"] for r in line]).T * 100
-            axis.errorbar(x, y, [y - low, high - y], marker="o", capsize=3, label=plan,
-                          color=COLOURS.get(plan))
+            lines[plan] = axis.errorbar(x, y, [y - low, high - y], marker="o", capsize=3,
+                                        color=COLOURS.get(plan))
         axis.set(title=suite, xlabel="action demonstrations per task", ylabel="success, %",
                  ylim=(0, 100), xscale="log")
         ticks = sorted({r["action_demos"] for r in learned if r["suite"] == suite})
         axis.set_xticks(ticks, [str(t) for t in ticks])
         axis.minorticks_off()
         axis.grid(alpha=0.3)
-        axis.legend()
-    figure.tight_layout()
+    figure.legend([lines[p] for p in plans], plans, loc="outside right center")
     figure.savefig(path, dpi=110)
     print(f"plot: {path}")
