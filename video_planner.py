@@ -198,16 +198,6 @@ class VideoPlanner(nn.Module):
         return to_bytes(self.unpaint(x, seen[:, :3]))
 
     @torch.no_grad()
-    def as_imagined(self, pictures, now):
-        """True pictures to come (B, F, H, W, 3) uint8 as a cascade shows them that imagines them
-        perfectly from now (B, H, W, 3) uint8: made small, and enlarged."""
-        if not self.enlarge:
-            return pictures
-        now = to_unit(now)
-        x = self.small(self.paint(to_unit(pictures), now))
-        return to_bytes(self.unpaint(self.enlarge(x, now), now))
-
-    @torch.no_grad()
     def plan(self, now, goal):
         """The latent plan: what the denoiser's middle says of a video of pure noise, its mean, of
         what will be painted in each picture, (B, n, F width); its mean over them, (B, n, width)."""

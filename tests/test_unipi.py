@@ -51,9 +51,7 @@ def test_pictures_to_reach_lie_ahead_and_done_means_near(runs, data):
     config = core.parse(executor.Config, "", [*EXECUTOR, "--planner", "none", "--tasks", "0", "--data", str(data),
                                               "--batch", "64", "--out", str(runs.parent)])
     clone, plain, _ = executor.build(config)
-    model, since = unipi.load_policy(runs / "unipi_executor_d2.pt").executor, []
-    real, model.video.as_imagined = model.video.as_imagined, lambda pictures, now: since.append(now) or pictures
-    batches = unipi.SubgoalData(config, model, plain.demos, plain.videos)
+    batches = unipi.SubgoalData(config, clone, plain.demos, plain.videos)
     episode, t, _ = plain.demos.draw(3, 64, 0)
     batch, again = batches(3), batches(3)
     assert batch["goal"].shape == (64, 1, SIZE, SIZE, 3) and np.array_equal(batch["goal"], again["goal"])
@@ -65,12 +63,7 @@ def test_pictures_to_reach_lie_ahead_and_done_means_near(runs, data):
         left = plain.demos.length[episode[b]] - 1 - t[b]
         assert batch["arrived"][b, 0] == (min(which[0], left) <= config.execute)
         near += batch["arrived"][b, 0]
-        seen = plain.demos.gather("obs/agentview_rgb", episode[b], np.arange(t[b] + 1))
-        assert any(np.array_equal(picture, since[0][b]) for picture in seen), "imagined from what was before"
     assert 10 <= near <= 40     # a tenth, and a quarter of the others
-    model.video.as_imagined = real
-    blurred = batches(3)["goal"].astype(float) - batch["goal"]
-    assert blurred.shape == (64, 1, SIZE, SIZE, 3) and 0 < np.abs(blurred).mean() < 60
 
 
 def test_done_goes_on_to_the_next_picture_and_open_loop_imagines_once(runs):
