@@ -89,7 +89,7 @@ class InverseDynamics(nn.Module):
 
     The state too, as a video without actions has none: the clone's own comes from here.
     """
-    kind = "inverse_dynamics"
+    kind = "vpt_inverse_dynamics"
 
     def __init__(self, config, size, mean, std):
         """mean, std (A + S,) of what it says: actions, then states."""
