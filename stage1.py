@@ -35,10 +35,11 @@ def prepare(config, path, program):
     if config.show and not path.exists():
         core.fail(f"no planner {path} to show: "
                   f"train it with python {program}.py --suite {config.suite}")
-    parts = []
-    for suite, number in ({config.suite: config.demos} | sources(config)).items():
-        chosen = extract.choose_tasks(suite, "", config.data)
-        chosen = names if set(names) <= set(chosen) else chosen  # the same tasks, where it has them
+    wanted, parts = {config.suite: config.demos} | sources(config), []
+    known = {suite: extract.choose_tasks(suite, "", config.data) for suite in wanted}
+    for suite, number in wanted.items():
+        # the same tasks, where it has them
+        chosen = names if set(names) <= set(known[suite]) else known[suite]
         extract.ensure(suite, chosen, max(number, config.demos * (suite == config.suite)),
                        config.data, config.size)
         if suite in sources(config):

@@ -371,7 +371,7 @@ def test_draw_takes_every_frame_equally_often(videos):
 
 def test_goal_is_another_episode_of_the_task(videos):
     many = extract.Episodes.__new__(extract.Episodes)
-    many.suite, many.task = SUITE, np.repeat(np.arange(3), 4)
+    many.task, many.own_goal = np.repeat(np.arange(3), 4), np.zeros(12, bool)
     episode = np.tile(np.arange(12), 20)
     goal = many.goal_of(episode, np.random.default_rng(0))
     assert (many.task[goal] == many.task[episode]).all() and (goal != episode).all()
@@ -379,7 +379,7 @@ def test_goal_is_another_episode_of_the_task(videos):
     assert videos.goal_of(np.array([0, 1]), np.random.default_rng(0)).tolist() == [1, 0]
     many.task = np.array([0])
     assert many.goal_of(np.array([0]), np.random.default_rng(0)).tolist() == [0], "the only one there is"
-    many.suite, many.task = "mt10", np.zeros(4)
+    many.task, many.own_goal = np.zeros(4), np.ones(4, bool)
     assert many.goal_of(np.array([2, 0]), np.random.default_rng(0)).tolist() == [2, 0], "its own: goals differ between scenes"
 
 
