@@ -22,7 +22,9 @@ def sources(config):
 
 def run_path(config, name):
     """<out>/<suite>/<name>.pt; what is learned from other videos than the suite's says so."""
-    if sources(config) != {config.suite: config.demos}:
+    if sources(config) == {config.suite: config.demos}:
+        config.videos = ""  # what is meant without it, in other words
+    else:
         name += "-from-" + "+".join(suite + f"-{number}" * (number != config.demos)
                                     for suite, number in sources(config).items())
     return Path(config.out) / config.suite / f"{name}.pt"

@@ -300,6 +300,8 @@ def test_as_many_videos_of_a_body_as_asked(two_bodies, tmp_path, task, refused):
     assert path.stem == f"track-from-{SUITE}-1+door-open"
     videos, held_out, note = stage1.prepare(c, path, "track_planner")
     assert videos.task.tolist() == [0, 1, 1] and note.startswith("3 videos")
+    usual = config("--videos", f"{SUITE}:2")
+    assert stage1.run_path(usual, "track").stem == "track" and usual.videos == ""
     for bad in (f"{SUITE}:0", f"{SUITE}:many"):
         refused(lambda: stage1.sources(config("--videos", bad)), bad)
 
