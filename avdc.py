@@ -7,7 +7,7 @@
 Points of the task's object are followed through the video; where the picture shows them says how
 the object moves, a rigid motion in space, from their depth in the first picture alone.  A hand that
 holds or pushes the object must go there, too.  Needs runs/avdc/flow.pt (`flow.py`) for all but
-oracle, and runs/avdc/video.pt (`video_planner.py --suite avdc`) for generated.
+oracle, and a video planner for generated.
 
 Sizes: P points, K pictures to come, H W pixels.
 """
@@ -25,6 +25,7 @@ import extract
 import flow
 import rollout
 import sims
+import stage1
 import train
 import video_planner
 from core import flag
@@ -41,8 +42,10 @@ class Config:
                      choices=["learned", "dis", "raft"])
     suite: str = flag("avdc", "suite of Meta-World, or a task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
-    views: str = flag("", "cameras, numbers of flow.ANGLES; empty: all three, for generated the "
-                          "one that its video planner has seen, 0")
+    planner: str = flag("", "checkpoint of video_planner.py, for generated; empty: "
+                            "<out>/<suite>/video.pt")
+    views: str = flag("", "cameras, 0, 1 or 2; empty: all three, for generated those that its "
+                          "planner has seen")
     episodes: int = flag(25, "episodes per task and camera", minimum=1)
     scenes: int = flag(2000, "seed of the first scene; videos have small ones", minimum=0)
     horizon: int = flag(500, "steps of an episode", minimum=1)
@@ -266,11 +269,11 @@ def run_task(job):
     if config.future != "oracle":
         between = flow.estimator(config.flow, runs / "flow.pt")
     if config.future == "generated":
-        planner = video_planner.load_planner(runs / "video.pt")
+        planner = video_planner.load_planner(config.planner)
         size = planner.config.size
         text = extract.embed(sims.describe(config.suite, task)[0])
     sim = sims.make(config.suite, task, size)
-    camera, outcomes = flow.views()[view], []
+    camera, outcomes = sims.views()[view], []
     for seed in range(config.scenes, config.scenes + config.episodes):
         sim.reset(seed=seed)
         actor = Actor(sim, config.future, {"seed": seed}, camera, between, planner, text,
@@ -291,24 +294,33 @@ def run_task(job):
     return task, outcomes
 
 
+def choose_views(config):
+    """The cameras to act from; fails where the networks are missing that this needs."""
+    runs, seen = Path(config.out) / config.suite, [0, 1, 2]
+    if config.future != "oracle":
+        if config.flow == "learned":
+            train.load(runs / "flow.pt", made_by=f"python flow.py --suite {config.suite}")
+        else:
+            flow.estimator(config.flow, None)   # its weights may be missing
+    if config.future == "generated":
+        config.planner = config.planner or str(runs / "video.pt")
+        made_by = f"python video_planner.py --suite {config.suite}"
+        about = train.load(config.planner, video_planner.VideoPlanner.kind, made_by)["config"]
+        about = core.from_dict(video_planner.Config, about)
+        seen = [sims.view_of(suite)[1] for suite in stage1.sources(about)]
+    chosen = [int(v) for v in config.views.split(",") if v.strip() in ("0", "1", "2")]
+    if config.views and not chosen:
+        core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
+    return chosen or sorted(seen)
+
+
 def main(argv=None):
     """Command line: episodes of every task from every camera, a JSON as rollout.py's."""
     config = core.parse(Config, "Act from the flow of a video, without action labels.", argv)
     names = sims.choose_tasks(config.suite, config.tasks)
     if not sims.is_metaworld(config.suite):
         core.fail(f"--suite {config.suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
-    views = config.views or ("0" if config.future == "generated" else "0,1,2")
-    chosen = [int(v) for v in views.split(",") if v.strip() in ("0", "1", "2")]
-    if not chosen:
-        core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
-    needed = {"oracle": [], "true": ["flow"], "generated": ["flow", "video"]}[config.future]
-    if config.flow != "learned" and "flow" in needed:
-        flow.estimator(config.flow, None)       # its weights may be missing
-        needed.remove("flow")
-    for name in needed:
-        made_by = {"flow": "flow.py", "video": "video_planner.py"}[name]
-        train.load(Path(config.out) / config.suite / f"{name}.pt",
-                  made_by=f"python {made_by} --suite {config.suite}")
+    chosen = choose_views(config)
     begin, found = time.time(), {name: [] for name in names}
     jobs = [(config, name, view) for name in names for view in chosen]
     with extract.pool(config.workers, run_task) as (workers, queue):
@@ -321,7 +333,8 @@ def main(argv=None):
     other = f"-{config.flow}" * (config.flow != "learned" and config.future != "oracle")
     plan = f"flow-{config.future}{other}" + "-once" * (not config.replans)
     r = result(about, None, config.suite, found, seconds)
-    r |= {"plan": plan, "action_demos": 0, "views": views, "counts": "ever succeeded"}
+    r |= {"plan": plan, "action_demos": 0, "views": ",".join(map(str, chosen)),
+          "counts": "ever succeeded"}
     for task, count in r["tasks"].items():
         print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}")
     # a trial never takes a full result's place

@@ -24,9 +24,6 @@ import video_planner
 from core import flag
 from flownet import FlowNet, dis_flow, pixel_grid, raft_flow, sample_flow
 
-# Three cameras, degrees of turn and height around sims.VIEW's middle; the first is the data's.
-# differs: AVDC's corner, corner2 and corner3 are mounted upside down and see a puck as two pixels
-ANGLES = ((148, -32), (212, -32), (125, -40))
 STRIDE = 2      # pixels between the points where the network's flow is compared with the true one
 
 
@@ -61,11 +58,6 @@ def estimator(name, path):
     return make[name]()
 
 
-def views():
-    """The three cameras, as MuJoCo's free ones."""
-    return [cameras.free(*sims.VIEW[:2], *angles) for angles in ANGLES]
-
-
 # --- training on the simulator's own flow ---------------------------------------------------------
 
 def recorded(config, name, split):
@@ -95,7 +87,7 @@ def make_pairs(config, names, split):
         for states, seed in recorded(config, name, split):
             sim.reset(seed=seed)
             qpos = states[:, 1:1 + sim.model.nq]
-            angles = angles or views()
+            angles = angles or sims.views()
             for k in range(count):
                 times = video_planner.clip_times(rng.integers(len(qpos) - 1, size=1),
                                                  np.array([len(qpos)]))[0]

@@ -1,7 +1,11 @@
-"""Meta-World (Yu et al., 2019), through the package `metaworld`."""
+"""Meta-World (Yu et al., 2019), through the package `metaworld`.
+
+`avdc_view1` is avdc seen by the second of its three cameras; so for each suite and task, with
+`_view1` and `_view2`.
+"""
 import numpy as np
 
-from cameras import Camera
+from cameras import Camera, free
 from frames import axis_angle, check_start, checked, look
 
 # the 50 tasks, the package's names without "-v3"
@@ -26,8 +30,27 @@ BENCHMARKS = {
 EVALUATION = 10_000_000
 # steps that a Meta-World demonstration goes on after its first success, most of which is on an edge
 LINGER = 10
-# Meta-World's third-person camera: looks at, metres away, degrees of turn and height
-VIEW = (-0.02, 0.66, 0.14), 0.98, 148, -32
+# Meta-World's third-person cameras: what they look at, metres away; degrees of turn and height of
+# each, the usual one first.
+# differs: AVDC's corner, corner2 and corner3 are mounted upside down and see a puck as two pixels
+VIEW, ANGLES = ((-0.02, 0.66, 0.14), 0.98), ((148, -32), (212, -32), (125, -40))
+
+
+def view_of(suite):
+    """'avdc_view1' -> ('avdc', 1); without a view: (suite, 0)."""
+    name, _, view = suite.rpartition("_view")
+    return (name, int(view)) if view in ("1", "2") else (suite, 0)
+
+
+def views():
+    """The three cameras, as MuJoCo's free ones."""
+    return [free(*VIEW, *angles) for angles in ANGLES]
+
+
+def tasks(suite):
+    """Names of a suite's tasks; of one of the 50 tasks, itself; None for what is not Meta-World."""
+    name = view_of(suite)[0]
+    return BENCHMARKS[name].split() if name in BENCHMARKS else [name] * (name in METAWORLD) or None
 
 
 def describe(task):
@@ -49,7 +72,6 @@ class MetaWorld:
 
     def __init__(self, suite, task, size, render, observe):
         import warnings
-        import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
         # its policies ask for more than 1, on purpose, and say so
@@ -64,9 +86,7 @@ class MetaWorld:
         self.env.seeded_rand_vec = self.env._set_task_called = True
         self.model, self.data = self.env.model, self.env.data
         # closer than the package's cameras: a puck has 26 pixels at 96 px, in its corner2 4
-        view = mujoco.MjvCamera()
-        view.lookat[:], view.distance, view.azimuth, view.elevation = VIEW
-        self.cameras = view, "gripperPOV"
+        self.cameras = views()[view_of(suite)[1]], "gripperPOV"
         look = render.removesuffix("+goal")
         sites = [1, 1, 1, 0, 0, 0] if render.endswith("+goal") else 0
         self.camera = Camera(self.model, size, look, [1, 1, 1, 0, 0, 0], sites) if observe else None

@@ -21,21 +21,19 @@ from frames import CAMERAS, INITS  # also sims.INITS for other files
 from libero_sim import Libero
 from libero_suites import HORIZONS, ROBOTS, UNSEEN  # also sims.UNSEEN for other files
 from metaworld_sim import BENCHMARKS, METAWORLD, MetaWorld
-from metaworld_sim import EVALUATION, VIEW  # also sims.EVALUATION, sims.VIEW for other files
+from metaworld_sim import EVALUATION, view_of, views  # also sims.EVALUATION for other files
 
 SUITES = (*HORIZONS, *BENCHMARKS)
 
 
 def tasks(suite):
     """Names of a suite's tasks, in its own order.  Unknown suite: fails with the list."""
-    if suite in BENCHMARKS:
-        return BENCHMARKS[suite].split()
-    if suite in METAWORLD:
-        return [suite]
+    if is_metaworld(suite):
+        return metaworld_sim.tasks(suite)
     if libero_suites.body_of(suite)[0] not in HORIZONS:
         fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, a LIBERO suite with "
-             f"another arm ({', '.join(ROBOTS)}) such as libero_spatial_ur5e, or a Meta-World task "
-             "such as door-open")
+             f"another arm ({', '.join(ROBOTS)}) such as libero_spatial_ur5e, a Meta-World task "
+             "such as door-open, or Meta-World by another camera such as avdc_view1")
     return libero_suites.tasks(suite)
 
 
@@ -63,7 +61,7 @@ def is_metaworld(suite):
     """Whether the suite is of Meta-World.  There each scene has a goal of its own (where to push
     the puck to), which a picture shows only once it is reached: the goal picture must be of the
     same scene."""
-    return suite in BENCHMARKS or suite in METAWORLD
+    return metaworld_sim.tasks(suite) is not None
 
 
 def describe(suite, task):

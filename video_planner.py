@@ -2,7 +2,8 @@
 
     python video_planner.py --suite mt10                # makes the data first if there is none
     python video_planner.py --suite mt10 --show         # imagined beside true videos, as a picture
-    python video_planner.py --suite avdc --goal language
+    python video_planner.py --suite avdc                # told by a sentence
+    python video_planner.py --suite avdc --videos avdc,avdc_view1,avdc_view2    # three cameras
 
 A diffusion model sees the present picture and the task and paints the next seven pictures of a clip
 that ends when the task is done.  What to do with the video: `flow.py` turns it into motion (AVDC,
@@ -11,7 +12,6 @@ Mask2Act compares it).  The network and its noise are in `diffusion.py`.
 Sizes: B batch, F pictures to come, H W pixels, n cells of the feature map, E numbers per sentence.
 """
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +35,8 @@ SPREAD = 0.25   # of the change from the present picture, about its standard dev
 class Config:
     suite: str = flag("mt10", "suite: " + ", ".join(sims.SUITES) + ", or a Meta-World task")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+    videos: str = flag("", "suites whose videos it learns from, comma-separated, such as those of "
+                       "AVDC's three cameras, avdc,avdc_view1,avdc_view2; empty: its own alone")
     goal: str | None = flag(None, "what says the task: language (AVDC) or image, the goal picture "
                             "(Mask2Act's comparison); by default image in Meta-World but for avdc",
                             choices=["language", "image"])
@@ -281,7 +283,7 @@ def main(argv=None):
     usual = "image" if pictured else "language"
     config.goal = config.goal or usual
     name = "video" + f"-{config.goal}" * (config.goal != usual)
-    path = Path(config.out) / config.suite / f"{name}.pt"
+    path = stage1.run_path(config, name)
     videos, held_out, note = stage1.prepare(config, path, "video_planner")
     torch.manual_seed(config.seed)
     E = videos.text.shape[1]

@@ -11,6 +11,8 @@ import core
 import flow
 import motion
 import sims
+import train
+import video_planner
 
 VIEW = (np.array([0.1, -0.9, 0.8]), Rotation.from_euler("x", -2.2).as_matrix(), 1.1)    # eye, axes, focal length
 
@@ -173,7 +175,7 @@ def test_exact_flow_is_where_the_points_go(door):
     door.reset(seed=5)
     way = avdc.true_future(door, {"seed": 5})
     assert len(way) > 20
-    view, grid = flow.views()[0], flow.pixel_grid(48).numpy()
+    view, grid = sims.views()[0], flow.pixel_grid(48).numpy()
     row = flow.exact_pair(door, view, way[[0, len(way) - 1]], grid)
     known = np.isfinite(row["flow"]).all(-1)
     moved = np.linalg.norm(np.nan_to_num(row["flow"]), axis=-1) > 0.01
@@ -186,9 +188,28 @@ def test_exact_flow_is_where_the_points_go(door):
 @pytest.mark.parametrize("view", [0, 1])
 def test_exact_correspondence_solves_a_scene(door, view):
     door.reset(seed=7)
-    actor = avdc.Actor(door, "oracle", {"seed": 7}, flow.views()[view])
+    actor = avdc.Actor(door, "oracle", {"seed": 7}, sims.views()[view])
     for _ in range(200):
         _, success = door.step(actor(door), observe=False)
         if success:
             break
     assert success and actor.mode == "push"
+
+
+def test_imagined_videos_are_of_cameras_that_the_planner_has_seen(tmp_path, capsys):
+    made = {}
+    for videos in ("", "avdc,avdc_view2"):
+        config = core.parse(video_planner.Config, "", ["--suite", "avdc", "--goal", "language", "--size", "32", "--channels", "32",
+                                                       "--multiples", "1", "--shrink", "1", "--videos", videos])
+        made[videos] = tmp_path / f"{len(made)}.pt"
+        train.save(made[videos], kind="video_planner", config=core.as_dict(config), model={}, extra={"E": 4}, version=train.VERSION)
+    train.save(tmp_path / "avdc/flow.pt", kind="flow", version=train.VERSION)
+    choose = lambda *words: avdc.choose_views(core.parse(avdc.Config, "", ["--out", str(tmp_path), *words]))
+    assert choose("--future", "oracle") == choose("--future", "true") == [0, 1, 2]
+    assert choose("--planner", str(made[""])) == [0] and choose("--planner", str(made["avdc,avdc_view2"])) == [0, 2]
+    assert choose("--planner", str(made[""]), "--views", "1") == [1]
+    with pytest.raises(SystemExit):
+        choose("--future", "true", "--views", "7")
+    with pytest.raises(SystemExit):
+        choose()
+    assert "video_planner.py --suite avdc" in capsys.readouterr().err

@@ -53,6 +53,19 @@ def test_an_episode_follows_from_seed_and_actions(task):
     assert np.abs(runs[0][1] - runs[0][-1]).max() > 1e-3, "nothing moved"
 
 
+def test_a_view_is_another_picture_of_the_same_episode(push):
+    assert sims.tasks("avdc_view1") == sims.tasks("avdc") and sims.tasks("push_view2") == ["push"]
+    assert sims.is_metaworld("avdc_view2") and not sims.is_metaworld("avdc_view3") and not sims.is_metaworld("libero_spatial_view1")
+    other = sims.make("mt10_view2", "push", SIZE)
+    here, there = push.reset(seed=4), other.reset(seed=4)
+    assert np.array_equal(push.state(), other.state())
+    assert np.array_equal(here["eye_in_hand_rgb"], there["eye_in_hand_rgb"])
+    assert np.abs(here["agentview_rgb"].astype(int) - there["agentview_rgb"]).mean() > 10
+    assert set(np.unique(there["masks"])) == {0, 1, 2}, "masks are of the same camera"
+    assert np.abs(here["hand"].astype(float) - there["hand"]).max() > 0.02
+    other.close()
+
+
 def test_goals_differ_between_seeds(push):
     goals = [push.reset(seed=k) and push.env._target_pos.copy() for k in range(5)]
     assert np.std(goals, axis=0)[:2].min() > 0.01

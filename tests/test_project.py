@@ -48,7 +48,7 @@ IMPORTS = {     # file -> what of ours it may import; reading order
     "rollout": {"core", "executor", "experts", "extract", "mask_planner", "masks", "policy", "results",
                 "sims", "train", "tracks", "unipi", "video_planner"},
     "motion": {"cameras"},
-    "avdc": {"cameras", "core", "extract", "flow", "motion", "results", "rollout", "sims", "train",
+    "avdc": {"cameras", "core", "extract", "flow", "motion", "results", "rollout", "sims", "stage1", "train",
              "video_planner"},
 }
 PROGRAMS = ["extract", "mask_planner", "track_planner", "feature_planner", "video_planner", "flow",
