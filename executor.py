@@ -270,6 +270,11 @@ def settle(config, planner):
     if planner:
         config.suite, config.demos = planner.config.suite, planner.config.demos
         config.tasks = config.tasks or planner.config.tasks
+    taught = getattr(planner and planner.config, "action_demos", 0)
+    if taught > config.action_demos:
+        core.fail(f"--action-demos {config.action_demos}: {config.planner} has learned from {taught}"
+                  f" demonstrations per task itself; train one with python feature_planner.py "
+                  f"--suite {config.suite} --action-demos {config.action_demos} --out runs/few")
     forms = planner.forms if planner else ["latent"]
     config.plan_form = config.plan_form or forms[0]
     if config.plan_form not in forms:

@@ -151,10 +151,10 @@ class TrackPlanner(nn.Module):
             x = torch.where(hide.view(B, -1, 1), self.hidden.to(x.dtype), x)
         return x + self.place, fine  # (B, n, D)
 
-    def tokens(self, images, points, goal, mask_ratio=0.0):
+    def tokens(self, images, points, goal, mask_ratio=0.0, painted=True):
         """images (B, H, W, 3) uint8; points (B, N, 2) in [0, 1], x right, y down; goal (B, E) the
         sentence's numbers or (B, H, W, 3) uint8, the goal picture -> what the transformer says: of
-        tracks (B, P, N, D), of patches (B, n, D)."""
+        tracks (B, P, N, D), of patches (B, n, D), or, if they are not `painted`, (B, 0, D)."""
         B, N, _ = points.shape
         # the future is not known: the present place stands for every step
         still = track_patches(points[:, None].expand(B, STEPS, N, 2))  # (B, P, N, 2 PATCH)
@@ -170,17 +170,18 @@ class TrackPlanner(nn.Module):
             tracks = tracks + self.local(there[..., 0].transpose(1, 2))[:, None]
         task = self.text(goal)[:, None] if self.text else self.see(goal)[0]  # (B, 1 or n, D)
         x = torch.cat([tracks.flatten(1, 2), pixels, task + self.task], 1)
-        x = self.gpt(x)  # (B, P N + n + 1 or n, D)
         L = N * (STEPS // PATCH)
-        return x[:, :L].unflatten(1, (-1, N)), x[:, L:L + self.n]
+        x = self.gpt(x, first=L + self.n * painted)
+        return x[:, :L].unflatten(1, (-1, N)), x[:, L:]
 
     def forward(self, images, points, goal, mask_ratio=0.0):
         """As for `tokens` -> tracks (B, S, N, 2), absolute places; the picture painted
         (B, n, 3 side side), or None if the network was not made to be masked."""
-        tracks, pixels = self.tokens(images, points, goal, mask_ratio)
+        paints = bool(self.config.mask_ratio)
+        tracks, pixels = self.tokens(images, points, goal, mask_ratio, paints)
         # ours: the head says the way from the present place, which is added; the loss is on
         # absolute places, as in ATM
-        painted = self.image_head(pixels).float() if self.config.mask_ratio else None
+        painted = self.image_head(pixels).float() if paints else None
         return points[:, None] + track_from_patches(self.track_head(tracks).float()), painted
 
     @torch.no_grad()

@@ -137,7 +137,7 @@ class Spatial(nn.Module):
     def forward(self, pictures, tracks, moved=None):
         """pictures (B, 2, n, D), third person first; tracks (B, 2, S, N, 2) of the pictures before
         they were `moved` (B, 2, 2), in widths -> (B, D)."""
-        return self.gpt(self.tokens(pictures, tracks, moved))[:, 0]
+        return self.gpt(self.tokens(pictures, tracks, moved), first=1)[:, 0]
 
     @torch.no_grad()
     def attention(self, pictures, tracks):

@@ -7,6 +7,7 @@ A model is an nn.Module with `kind` (a string), `config` (its dataclass) and
 """
 
 import copy
+import ctypes
 import io
 import json
 import math
@@ -145,6 +146,16 @@ def average_gradients(parameters, world):
         p.grad.copy_(grad.view(p.shape))
 
 
+def keep_memory():
+    """Tells glibc to keep what a step frees for the next one, instead of giving it back to the
+    kernel, which clears every page anew: a step of ATM's policy at the paper's sizes takes a tenth
+    less on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt:                 # not outside of Linux
+        mallopt(-4, 0)          # M_MMAP_MAX: no block is mapped on its own
+        mallopt(-1, -1)         # M_TRIM_THRESHOLD: never
+
+
 def say(line):
     tqdm.write(line)        # above the progress bar, not through it
     sys.stdout.flush()
@@ -231,6 +242,7 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
     `extra`: plain values that the checkpoint keeps beside the config, to rebuild the model from.
     """
     path = os.fspath(path)
+    keep_memory()
     rank, world, device = join_processes(config)
     model.to(device).train()
     content = resume(model, config, path)

@@ -119,6 +119,24 @@ def test_block_normalises_q_k_and_v():
     torch.testing.assert_close(block(5 * x + 3) - (5 * x + 3), block(x) - x, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("bf16", [False, True])
+def test_the_first_tokens_alone_are_those_of_all(bf16):
+    model, x, mask = core.Transformer(16, 3, 4).eval(), torch.randn(2, 12, 16), core.block_causal_mask(4, 3)
+    nn.init.normal_(model.blocks[-1].qkv.weight)        # attention that matters
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        for m in (None, mask):
+            for first in (1, 5, 12):
+                torch.testing.assert_close(model(x, m, first), model(x, m)[:, :first])
+
+
+def test_attention_in_bf16_is_about_that_in_fp32():
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    exact = core.attend(q, k, v, core.block_causal_mask(3, 3))
+    rough = core.attend(*(x.bfloat16() for x in (q, k, v)), core.block_causal_mask(3, 3))
+    assert rough.dtype == torch.bfloat16
+    torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)
+
+
 def test_attention_is_the_formula():
     block, x = core.Block(8, 2).eval(), torch.randn(1, 4, 8)
     mask = core.block_causal_mask(2, 2)
