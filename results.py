@@ -39,6 +39,33 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + "+" * changed or None
 
 
+def command():
+    """The command that is running, as in README."""
+    return "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def of_checkpoint(checkpoint, replan=0):
+    """What an executor's checkpoint says of itself: plan, preset, demonstrations, seed, steps; and
+    the seconds that data, planner and executor took."""
+    content = train.load(checkpoint, kind=unipi.KINDS)
+    c = core.from_dict(executor.Config, content["config"])
+    again = "-replan" * bool(replan)            # UniPi only
+    plan = content["extra"].get("plan", executor.plan_name(c)) + again
+    about = {"plan": plan, "preset": c.preset, "videos": c.demos, "action_demos": c.action_demos,
+             "seed": c.seed, "steps": content["step"]}
+    return about, content["extra"]["seconds"] | {"executor": train.last_seconds(checkpoint)}
+
+
+def write_cost(folder, suite, checkpoint, replan, flops, parameters):
+    """results/<suite>_<plan>_<preset>_cost.json: what 600 steps of an executor cost -> its path."""
+    about, _ = of_checkpoint(checkpoint, replan)
+    r = {"cost_of": about["plan"], "suite": suite, "preset": about["preset"],
+         "tflops": flops / 1e12, "parameters": parameters, "command": command(), "commit": commit()}
+    path = Path(folder) / f"{suite}_{about['plan']}_{about['preset']}_cost.json"
+    core.write(path, json.dumps(r, indent=1) + "\n")
+    return path
+
+
 def result(config, checkpoint, suite, outcomes, seconds):
     """The JSON of one evaluation; design and names as in README."""
     tasks = {t: {"success": sum(s for s, _ in o), "episodes": len(o),
@@ -49,13 +76,8 @@ def result(config, checkpoint, suite, outcomes, seconds):
              "seed": None}
     spent = {}
     if checkpoint:
-        content = train.load(checkpoint, kind=unipi.KINDS)
-        c = core.from_dict(executor.Config, content["config"])
-        again = "-replan" * bool(config.replan)         # UniPi only
-        plan = content["extra"].get("plan", executor.plan_name(c)) + again
-        about |= {"plan": plan, "preset": c.preset, "videos": c.demos,
-                  "action_demos": c.action_demos, "seed": c.seed, "steps": content["step"]}
-        spent = content["extra"]["seconds"] | {"executor": train.last_seconds(checkpoint)}
+        said, spent = of_checkpoint(checkpoint, config.replan)
+        about |= said
     # the bundled states do not fit the objects of most unseen variants
     seeded = sims.is_metaworld(suite) or config.unseen not in (None, "background")
     kept = f"seeds from {sims.EVALUATION}" if seeded else "bundled initial states"
@@ -67,8 +89,7 @@ def result(config, checkpoint, suite, outcomes, seconds):
     return about | {
         "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)],
         "tasks": tasks, "unseen": config.unseen,
-        "command": "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "commit": commit(), "versions": sims.versions(),
+        "command": command(), "commit": commit(), "versions": sims.versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
         "seconds": spent | {"rollout": round(seconds)}}
 
@@ -140,6 +161,7 @@ def make_table(folder, readme="README.md"):
     insert(readme, "times", times(folder))
     insert(readme, "experts", tables.experts_table(folder))
     insert(readme, "avdc", tables.flow_table(folder))
+    insert(readme, "costs", tables.cost_table(folder))
     insert(readme, "grade", tables.grade_table(folder))
     plot(rows, Path(folder) / "curve.png")
 

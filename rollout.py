@@ -79,7 +79,7 @@ def film_frame(frame, policy, sim):
         views += [(f"imagined {k}", imagined[k - 1]) for k in (1, 4, FRAMES)]
     elif planner and planner.kind == "track_planner":
         views.append(("plan", draw_plan(policy, frame)))
-    elif planner:
+    elif planner and planner.kind == "mask_planner":    # features are nothing to look at
         now = binary_masks(torch.as_tensor(half(frame["masks"]))[None].long(),
                                         planner.config.objects)  # (1, N, H/2, W/2)
         history = torch.stack(policy.frames, 1)  # (1, h, H, W, 3): what the policy has just seen
@@ -176,7 +176,7 @@ def play(sim, actor, start, film, draw=film_frame):
 
 def cost(checkpoint, replan=0, steps=600):
     """Floating point operations of planner and executor in an episode of that length (ATM, Table
-    IV), by torch's counter."""
+    IV), by torch's counter; parameters of both."""
     from torch.utils.flop_counter import FlopCounterMode
     policy = load_policy(checkpoint, replan=replan)
     side = policy.executor.extra["size"]
@@ -188,7 +188,7 @@ def cost(checkpoint, replan=0, steps=600):
     with FlopCounterMode(display=False) as counter:
         for _ in range(steps):
             policy(frame)
-    return counter.get_total_flops()
+    return counter.get_total_flops(), sum(p.numel() for p in policy.executor.parameters())
 
 
 def write_film(path, pictures):
@@ -287,8 +287,11 @@ def main(argv=None):
         suite, size, render = (extras[0][k] for k in ("suite", "size", "render"))
         if config.cost:
             for checkpoint in checkpoints:
-                print(f"{checkpoint}: {cost(checkpoint, config.replan) / 1e12:.3f} TFLOPs in 600 "
-                      "steps (paper: ATM 1.56, UniPi 39.29)")
+                flops, parameters = cost(checkpoint, config.replan)
+                path = results.write_cost(config.results, suite, checkpoint, config.replan, flops,
+                                          parameters)
+                print(f"{checkpoint}: {flops / 1e12:.3f} TFLOPs in 600 steps (paper: ATM 1.56, "
+                      f"UniPi 39.29) -> {path}")
             return
         if config.show_attention:
             for checkpoint in checkpoints:

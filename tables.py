@@ -1,5 +1,5 @@
 """README's tables by task or annotator, from the JSON files: what the scripted demonstrators solve,
-what acting from flow does, how good annotators are."""
+what acting from flow does, what executors cost, how good annotators are."""
 import json
 from pathlib import Path
 
@@ -50,6 +50,17 @@ def flow_table(folder="results"):
         cells = [f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}" for r in found]
         lines.append(f"| {task} | " + " | ".join(cells) + " |")
     return lines
+
+
+def cost_table(folder="results"):
+    """What 600 steps of each executor cost, from `rollout.py --cost` -> lines."""
+    lines = ["| suite | preset | plan | parameters, planner and executor | TFLOPs of 600 steps |",
+             "|---" * 5 + "|"]
+    for path in sorted(Path(folder).glob("*_cost.json")):
+        r = json.loads(path.read_text())
+        lines.append(f"| {r['suite']} | {r['preset']} | {r['cost_of']} | "
+                     f"{r['parameters'] / 1e6:.1f} million | {r['tflops']:.3f} |")
+    return lines if len(lines) > 2 else []
 
 
 def grade_table(folder="results"):

@@ -14,9 +14,10 @@ import experts
 import extract
 import rollout
 import sims
+import tables
 import train
 from conftest import SIZE, SUITE
-from results import pooled, result_path, wilson
+from results import evaluations, pooled, result_path, wilson
 from policy import Policy
 
 WORKER = ["--workers", "1", "--device", "cpu"]
@@ -335,11 +336,12 @@ def test_bad_input_is_one_line(executor_paths, planner_path, tmp_path, refused):
     assert not os.path.exists(tmp_path / "results")
 
 
-def test_cost_is_that_of_the_looks(executor_paths, capsys):
+def test_cost_is_that_of_the_looks(executor_paths, tmp_path, capsys):
     """The counter sees planner and executor; 4 of 8 actions are executed, so a quarter of the steps look."""
     paths = [str(executor_paths[plan]) for plan in ("mask", "none", "track")]
-    rollout.main([*paths, "--cost", "--device", "cpu"])
+    rollout.main([*paths, "--cost", "--device", "cpu", "--results", str(tmp_path)])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 3 and all(path in line and "TFLOPs" in line for path, line in zip(paths, lines))
-    once, twice = rollout.cost(paths[0], steps=4), rollout.cost(paths[0], steps=5)
-    assert once > 1e6 and twice == 2 * once
+    assert len(tables.cost_table(tmp_path)) == 2 + 3 and not evaluations(tmp_path)
+    (once, size), (twice, _) = rollout.cost(paths[0], steps=4), rollout.cost(paths[0], steps=5)
+    assert once > 1e6 and twice == 2 * once and size > 1e4

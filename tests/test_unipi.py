@@ -103,12 +103,14 @@ def test_unipi_follows_the_picture_and_hears_done(runs):
     assert abs(losses[0] - losses[1]) > 1e-6
 
 
-def test_unipi_is_evaluated_and_counted(runs, tmp_path, capsys):
+def test_unipi_and_features_are_evaluated_and_counted(runs, tmp_path, capsys):
     checkpoint = str(runs / "unipi_executor_d2.pt")
-    rollout.main([checkpoint, "--episodes", "1", "--workers", "1", "--replan", "100", "--results", str(tmp_path)])
+    features = str(runs / "feature_executor_d2.pt")
+    rollout.main([checkpoint, features, "--episodes", "1", "--workers", "1", "--replan", "100", "--results", str(tmp_path)])
+    assert list((runs / "unipi_executor_d2_films").glob("*.mp4")) and list((runs / "feature_executor_d2_films").glob("*.mp4"))
     assert (tmp_path / f"{SUITE}_unipi-replan_laptop_d2_s0_1tasks.json").exists()
-    rollout.main([checkpoint, "--cost"])
-    rollout.main([checkpoint, "--cost", "--replan", "100"])
+    rollout.main([checkpoint, "--cost", "--results", str(tmp_path)])
+    rollout.main([checkpoint, "--cost", "--replan", "100", "--results", str(tmp_path)])
     once, often = (float(line.split(":")[1].split()[0]) for line in capsys.readouterr().out.splitlines()
                    if "TFLOPs" in line)
     assert often > once > 0
