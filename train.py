@@ -13,6 +13,7 @@ import json
 import math
 import os
 import pickle
+import resource
 import sys
 import time
 import zipfile
@@ -175,6 +176,13 @@ def last_seconds(checkpoint):
     return rows[-1]["seconds"] if rows else None
 
 
+def peak_memory():
+    """The most that this process has held so far, of the GPU's memory if it uses one, gigabytes."""
+    if torch.cuda.is_available() and torch.cuda.max_memory_allocated():
+        return round(torch.cuda.max_memory_allocated() / 1e9, 2)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6, 2)   # of kB
+
+
 class Log:
     """The printed lines and <run>.jsonl, the same keys; values are means since the last line."""
 
@@ -192,16 +200,18 @@ class Log:
         self.rows.append(row)
         self.samples += samples
         if done == self.first + 1:      # the first step also pays for kernels and caches
-            self.warm = now
+            self.warm, self.core = now, time.process_time()
         if done == self.first + 11 and left:
             pace = (now - self.warm) / 10
             say(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
         if done % self.config.log_every and left:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
+        per = lambda seconds: round((self.samples - samples) / max(seconds, 1e-9), 2)
         line |= {"lr": learning_rate(done - 1, self.config), "seconds": round(now - self.begin, 2),
-                 "samples_per_second": round((self.samples - samples) / max(now - self.warm, 1e-9),
-                                             1)}
+                 "samples_per_second": per(now - self.warm),
+                 "samples_per_core_second": per(time.process_time() - self.core),
+                 "gigabytes": peak_memory()}
         self.rows = []
         say(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
         write(self.path, json.dumps(line) + "\n", append=True)

@@ -232,7 +232,7 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
     assert len(pictures) == 1 and (tmp_path / "run.png").exists()
     rows = [json.loads(line) for line in open(tmp_path / "run.jsonl")]
     assert [row["step"] for row in rows] == list(range(4, 301, 4))
-    assert {"loss", "lr", "seconds", "samples_per_second"} <= rows[0].keys()
+    assert {"loss", "lr", "seconds", "samples_per_second", "samples_per_core_second", "gigabytes"} <= rows[0].keys()
 
 
 def test_frozen_parts_and_decay(tmp_path):
