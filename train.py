@@ -207,7 +207,7 @@ class Log:
         if done % self.config.log_every and left:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
-        per = lambda seconds: round((self.samples - samples) / max(seconds, 1e-9), 2)
+        per = lambda seconds: float(f"{(self.samples - samples) / max(seconds, 1e-9):.4g}")
         line |= {"lr": learning_rate(done - 1, self.config), "seconds": round(now - self.begin, 2),
                  "samples_per_second": per(now - self.warm),
                  "samples_per_core_second": per(time.process_time() - self.core),
