@@ -79,49 +79,75 @@ class Executor(nn.Module):
         render, A, goals per task, E numbers per sentence, depth of R3M's ResNet if it is one."""
         super().__init__()
         self.config, self.extra = config, extra
-        c, size, D, A = config, extra["size"], config.width, extra["action_dim"]
-        encoder = lambda: (baselines.R3M(D, extra["resnet"]) if extra.get("resnet")
-                           else core.ImageEncoder(D, c.blocks, c.channels))
         # else the goal picture is of another scene
         self.own_goal = sims.is_metaworld(extra["suite"])
+        self.planner = None     # behavioural cloning
         if extra["planner"]:
             self.planner = make_planner(extra["planner"]).requires_grad_(False)
-            W, n = self.planner.width, self.planner.n
-        else:  # behavioural cloning: the same encoder, trained; the goal picture says the task
-            self.planner = None
-            self.encoder = encoder()
-            W, n = 2 * D, self.encoder.cells(size) ** 2
         # "language", or by a picture
-        self.told = getattr(self.planner.config if self.planner else c, "goal", None) or "image"
-        self.places, self.spatial, self.sentence = None, None, None
-        if not self.planner and self.told == "language":
-            self.sentence, W = nn.Linear(extra["E"], D), D
-        if c.plan_form == "tracks":
-            if not c.blocks[0]:
-                encoder = lambda: Stem(D)
-            self.encoder, self.wrist_encoder = encoder(), encoder()
-            self.spatial = Spatial(self.encoder.cells(size) ** 2, D, c.track_length, c.early,
-                                   c.spatial_depth)
-        elif self.planner and c.plan_form == "explicit":
-            # ours: no pictures beside the numbers: they are more to overfit, 9/10 of the time
-            self.places = Places(self.planner.locator.N, self.own_goal, c.blur)
-            M = self.places.M
-            self.explicit = nn.Sequential(nn.Linear(5 * M, D), nn.GELU(), nn.Linear(D, D))
-            self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
+        told = getattr(self.planner.config if self.planner else config, "goal", None)
+        self.told = told or "image"
+        self.places, self.spatial, self.sentence, self.latent = None, None, None, None
+        if config.plan_form == "tracks":
+            self.hear_tracks()
+        elif self.planner and config.plan_form == "explicit":
+            self.hear_numbers()
         else:
-            self.image = MapToken(W, n, D)
-            self.wrist_encoder = encoder()
-            self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
-            # a point's tokens of all times are one
-            if self.planner and self.planner.kind == "track_planner":
-                hand = self.planner.config.points == "ee"
-                W, n = W * (STEPS // PATCH), 1 if hand else n
-            elif self.planner and self.planner.kind == "video_planner":
-                W = W * video_planner.FRAMES    # as are a cell's of all pictures to come
-            self.latent = None
-            if self.planner:
-                one = lambda: nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
-                self.latent = MapToken(W, n, D) if n > 1 else one()
+            self.hear_features()
+        self.speak()
+        size, tasks, goals = extra["size"], len(extra["tasks"]), extra["goals"]
+        self.register_buffer("texts", torch.zeros(tasks, extra["E"]))
+        self.register_buffer("goals", torch.zeros(tasks, goals, size, size, 3, dtype=torch.uint8))
+
+    def new_encoder(self):
+        """An image encoder of its own, for training."""
+        c, resnet = self.config, self.extra.get("resnet")
+        if c.plan_form == "tracks" and not c.blocks[0]:
+            return Stem(c.width)
+        return (baselines.R3M(c.width, resnet) if resnet
+                else core.ImageEncoder(c.width, c.blocks, c.channels))
+
+    def hear_tracks(self):
+        """ATM's policy: pictures through encoders of its own, tracks among their patches."""
+        c = self.config
+        self.encoder, self.wrist_encoder = self.new_encoder(), self.new_encoder()
+        n = self.encoder.cells(self.extra["size"]) ** 2
+        self.spatial = Spatial(n, c.width, c.track_length, c.early, c.spatial_depth)
+
+    def hear_numbers(self):
+        """The explicit plan and no pictures.  ours: beside the numbers they are more to overfit, and
+        9/10 of the time."""
+        D, W = self.config.width, self.planner.width
+        self.places = Places(self.planner.locator.N, self.own_goal, self.config.blur)
+        self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))
+        self.goal = nn.Sequential(nn.LayerNorm(W), nn.Linear(W, D))
+
+    def hear_features(self):
+        """The latent plan beside the frozen planner's features and the wrist picture; for cloning
+        the same encoder, trained, and the task in the plan's place."""
+        D, size, planner = self.config.width, self.extra["size"], self.planner
+        if planner:
+            W, n = planner.width, planner.n
+        else:
+            self.encoder = self.new_encoder()
+            W, n = 2 * D, self.encoder.cells(size) ** 2     # the goal picture says the task
+            if self.told == "language":
+                self.sentence, W = nn.Linear(self.extra["E"], D), D
+        self.image = MapToken(W, n, D)
+        self.wrist_encoder = self.new_encoder()
+        self.wrist = MapToken(D, self.wrist_encoder.cells(size) ** 2, D)
+        if not planner:
+            return
+        if planner.kind == "track_planner":     # a point's tokens of all times are one
+            W, n = W * (STEPS // PATCH), 1 if planner.config.points == "ee" else n
+        elif planner.kind == "video_planner":   # as are a cell's of all pictures to come
+            W = W * video_planner.FRAMES
+        one = lambda: nn.Sequential(nn.Flatten(-2), nn.LayerNorm(W), nn.Linear(W, D))
+        self.latent = MapToken(W, n, D) if n > 1 else one()
+
+    def speak(self):
+        """The robot's state, the transformer over all tokens, and the heads."""
+        c, D = self.config, self.config.width
         # differs: the hand's place, which the waypoint needs, is kept from ATM's transformer only
         self.keys = (*STATE, JOINTS) if self.spatial else STATE
         self.felt = slice(6, 15) if self.spatial else slice(0, 8)  # fingers and joints; else all
@@ -138,14 +164,11 @@ class Executor(nn.Module):
             # waypoint's head hears them too
             self.late = nn.Linear(2 * c.track_length * len(POINTS) * 2, D)
         W = D + D * bool(self.late)
-        self.reach, self.head = mlp(W, 3 + M), mlp(W + 3, c.chunk * A)
+        self.reach, self.head = mlp(W, 3 + M), mlp(W + 3, c.chunk * self.extra["action_dim"])
         mask = core.block_causal_mask(c.history, self.tokens)
         self.register_buffer("mask", mask, persistent=False)
         self.register_buffer("mean", torch.zeros(self.felt.stop))
         self.register_buffer("std", torch.ones(self.felt.stop))
-        tasks, goals = len(extra["tasks"]), extra["goals"]
-        self.register_buffer("texts", torch.zeros(tasks, extra["E"]))
-        self.register_buffer("goals", torch.zeros(tasks, goals, size, size, 3, dtype=torch.uint8))
 
     def train(self, mode=True):
         super().train(mode)
