@@ -162,6 +162,7 @@ def make_table(folder, readme="README.md"):
     insert(readme, "experts", tables.experts_table(folder))
     insert(readme, "avdc", tables.flow_table(folder))
     insert(readme, "costs", tables.cost_table(folder))
+    insert(readme, "paces", tables.pace_table(folder))
     insert(readme, "grade", tables.grade_table(folder))
     plot(rows, Path(folder) / "curve.png")
 

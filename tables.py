@@ -1,5 +1,5 @@
 """README's tables by task or annotator, from the JSON files: what the scripted demonstrators solve,
-what acting from flow does, what executors cost, how good annotators are."""
+what acting from flow does, what executors cost and how fast they train, how good annotators are."""
 import json
 from pathlib import Path
 
@@ -60,6 +60,18 @@ def cost_table(folder="results"):
         r = json.loads(path.read_text())
         lines.append(f"| {r['suite']} | {r['preset']} | {r['cost_of']} | "
                      f"{r['parameters'] / 1e6:.1f} million | {r['tflops']:.3f} |")
+    return lines if len(lines) > 2 else []
+
+
+def pace_table(folder="results"):
+    """How fast the paper preset trains, from the last lines of results/paper_<network>_<precision>
+    .jsonl, which are logs of training -> lines."""
+    lines = ["| network | precision | samples per core-second | peak memory, GB |", "|---" * 4 + "|"]
+    for path in sorted(Path(folder).glob("paper_*.jsonl")):
+        name, _, precision = path.stem.removeprefix("paper_").rpartition("_")
+        last = json.loads(path.read_text().splitlines()[-1])
+        lines.append(f"| {name.replace('_', ' ')} | {precision} | "
+                     f"{last['samples_per_core_second']:.3g} | {last['gigabytes']:.1f} |")
     return lines if len(lines) > 2 else []
 
 
