@@ -228,7 +228,7 @@ def test_readme_names_what_exists():
         fields = dataclasses.fields(importlib.import_module(name).Config)
         flags |= {no + f.name.replace("_", "-") for f in fields for no in ("--", "--no-") if no == "--" or f.type in (bool, bool | None)}
         flags.add("--preset")
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= flags
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= flags
     for module, names in re.findall(r"`(\w+)\.py: ([\w.]+)`", text):
         here = importlib.import_module(module)
         for part in names.split("."):
