@@ -81,8 +81,7 @@ class Block(nn.Module):
         self.drop = nn.Dropout(dropout)
 
     def split(self, x, first=None):
-        """x (B, L, D) -> its queries (B, heads, Q, D/heads), keys and values (B, heads, L, D/heads).
-        """
+        """x (B, L, D) -> queries (B, heads, Q, d), keys and values (B, heads, L, d)."""
         # q, k and v all come from the normalised input: with the norm on q alone, k and v would be
         # the raw residuals, which grow with depth.
         x, D = self.norm1(x), x.shape[-1]

@@ -272,8 +272,8 @@ def settle(config, planner):
         config.tasks = config.tasks or planner.config.tasks
     taught = getattr(planner and planner.config, "action_demos", 0)
     if taught > config.action_demos:
-        core.fail(f"--action-demos {config.action_demos}: {config.planner} has learned from {taught}"
-                  f" demonstrations per task itself; train one with python feature_planner.py "
+        core.fail(f"--action-demos {config.action_demos}: {config.planner} itself has learned from "
+                  f"{taught} demonstrations per task; train one with python feature_planner.py "
                   f"--suite {config.suite} --action-demos {config.action_demos} --out runs/few")
     forms = planner.forms if planner else ["latent"]
     config.plan_form = config.plan_form or forms[0]

@@ -185,8 +185,8 @@ class Expert:
             yield from (placing.insert(self, goal) if within else self.pick_and_place(goal))
 
     def settle(self, goal):
-        """Waits as long as what was put somewhere still moves: a bottle that bounces on its rack does
-        not touch it at every step."""
+        """Waits as long as what was put somewhere still moves: a bottle that bounces on its rack
+        does not touch it at every step."""
         for _ in range(SETTLE if goal[0] in ("on", "in") else 0):
             speed = np.abs(self.sim.data.cvel[self.sim.env.obj_body_id[goal[1]]]).max()
             if self.holds(goal) or speed < 0.02:

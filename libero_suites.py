@@ -26,7 +26,7 @@ TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_",
 
 
 def body_of(suite):
-    """'libero_spatial_ur5e' -> ('libero_spatial', 'UR5e'); LIBERO's own suites: (suite, 'Panda')."""
+    """'libero_spatial_ur5e' -> ('libero_spatial', 'UR5e'); another suite: (suite, 'Panda')."""
     name, _, robot = suite.rpartition("_")
     return (name, ROBOTS[robot]) if robot in ROBOTS else (suite, "Panda")
 

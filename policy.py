@@ -115,8 +115,8 @@ class Executor(nn.Module):
         self.spatial = Spatial(n, c.width, c.track_length, c.early, c.spatial_depth)
 
     def hear_numbers(self):
-        """The explicit plan and no pictures.  ours: beside the numbers they are more to overfit, and
-        9/10 of the time."""
+        """The explicit plan and no pictures.  ours: beside the numbers they are more to overfit,
+        and 9/10 of the time."""
         D, W = self.config.width, self.planner.width
         self.places = Places(self.planner.locator.N, self.own_goal, self.config.blur)
         self.explicit = nn.Sequential(nn.Linear(5 * self.places.M, D), nn.GELU(), nn.Linear(D, D))

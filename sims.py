@@ -66,7 +66,9 @@ def is_metaworld(suite):
 
 def describe(suite, task):
     """-> language instruction, objects (robot first), goal predicates; without a simulator."""
-    return metaworld_sim.describe(task) if is_metaworld(suite) else libero_suites.describe(suite, task)
+    if is_metaworld(suite):
+        return metaworld_sim.describe(task)
+    return libero_suites.describe(suite, task)
 
 
 def tracks(sim, states, K=256, seed=0):

@@ -66,7 +66,8 @@ def cost_table(folder="results"):
 def pace_table(folder="results"):
     """How fast the paper preset trains, from the last lines of results/paper_<network>_<precision>
     .jsonl, which are logs of training -> lines."""
-    lines = ["| network | precision | samples per core-second | peak memory, GB |", "|---" * 4 + "|"]
+    lines = ["| network | precision | samples per core-second | peak memory, GB |",
+             "|---" * 4 + "|"]
     for path in sorted(Path(folder).glob("paper_*.jsonl")):
         name, _, precision = path.stem.removeprefix("paper_").rpartition("_")
         last = json.loads(path.read_text().splitlines()[-1])
