@@ -172,3 +172,9 @@ def test_feature_plan_reaches_the_executor(runs, data):
     config = core.from_dict(executor.Config, content["config"])
     assert executor.plan_name(config) == "feature"
     assert "stay" in (runs / "feature.txt").read_text() and (runs / "feature.png").stat().st_size
+
+
+def test_features_taught_by_more_demonstrations_are_refused(runs, data, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        executor.main([*EXECUTOR, "--planner", str(runs / "feature.pt"), "--action-demos", "1", "--data", str(data), "--out", str(tmp_path)])
+    assert "feature_planner.py" in capsys.readouterr().err and not list(tmp_path.iterdir())
