@@ -193,11 +193,11 @@ def insert(readme, name, lines):
 
 def plot(rows, path):
     """Success against action demonstrations per task, one line per plan and suite, with 95 %
-    intervals."""
+    intervals; of the plans in COLOURS, their variants being in the table."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    learned = [r for r in rows if r["action_demos"] and not r["unseen"]
+    learned = [r for r in rows if r["action_demos"] and r["plan"] in COLOURS and not r["unseen"]
                and r["of"] == len(sims.tasks(r["suite"]))]
     suites = sorted({r["suite"] for r in learned})
     if not suites:

@@ -175,6 +175,7 @@ def tiny(command, data):
     words = shlex.split(command)
     where = ["--data", str(data)]
     added = {"extract.py": [*EXTRACT, *where], "mask_planner.py": [*PLANNER, "--steps", "2", *where],
+             "feature_planner.py": [*PLANNER, "--steps", "2", "--action-demos", "2", *where],
              "track_planner.py": [*COMMON, "--steps", "2", "--width", "32", "--depth", "1", "--batch", "4", *where],
              "executor.py": [*EXECUTOR, "--tasks", "0", "--steps", "2", *where],
              "rollout.py": ["--tasks", "0", "--episodes", "1", "--workers", "1", "--device", "cpu"]}
