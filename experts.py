@@ -94,7 +94,8 @@ class Expert:
         self.sim, self.done, self.opened = sim, False, False
         # ours: in the first two suites, measured without it, the scenes have room for the hand
         self.careful = sim.suite not in ("libero_spatial", "libero_object")
-        self.arm = STRETCHED if self.careful or sim.unseen else np.inf
+        limited = sim.robot == "Panda" and (self.careful or sim.unseen)
+        self.arm = STRETCHED if limited else np.inf
         self.hover = HOVER + np.random.default_rng(seed).uniform(-0.01, 0.01)
         self.plan = self.demonstrate()
 

@@ -253,8 +253,9 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
         gap = np.minimum(gap, distance(sim, hands[:, :len(FINGERS)], own).min(1))
     if last is not None:
         cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
-    stretch = np.linalg.norm(point - sim.data.body("robot0_link2").xpos, axis=1)
-    cost = cost + 50 * np.maximum(stretch - reach, 0)
+    if reach < np.inf:
+        stretch = np.linalg.norm(point - sim.data.body("robot0_link2").xpos, axis=1)
+        cost = cost + 50 * np.maximum(stretch - reach, 0)
     best = np.argmin(cost + np.abs(yaw) + 300 * np.maximum(MARGIN - gap, 0) + 5 * (gap < TOUCH))
     p, R = pose(sim, name)
     return R.T @ (point[best] - p), R.T @ axis[best]

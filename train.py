@@ -6,6 +6,7 @@ A model is an nn.Module with `kind` (a string), `config` (its dataclass) and
 `loss(batch) -> (scalar, dict of floats)`.
 """
 
+import atexit
 import copy
 import ctypes
 import io
@@ -24,7 +25,7 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from core import as_dict, count, default_device, fail, write
+from core import as_dict, count, default_device, fail, fast_products, write
 
 VERSION = 1     # of the checkpoint's layout
 # Fields that may change between a run and its continuation; every other field shapes the weights.
@@ -125,6 +126,7 @@ def join_processes(config):
         torch.cuda.set_device(device)
     if not dist.is_initialized():       # once per process: a second group can race with the first
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)     # else its threads can abort the exit
     return dist.get_rank(), dist.get_world_size(), device
 
 
@@ -253,6 +255,7 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
     """
     path = os.fspath(path)
     keep_memory()
+    fast_products()
     rank, world, device = join_processes(config)
     model.to(device).train()
     content = resume(model, config, path)

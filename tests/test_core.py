@@ -137,6 +137,30 @@ def test_attention_in_bf16_is_about_that_in_fp32():
     torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)
 
 
+def test_fast_products_are_not_rounded():
+    """As exact as fp32 is: bf16 would be a thousand times further off."""
+    a, b = torch.randn(100, 384), torch.randn(384, 200)
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    core.fast_products()
+    try:
+        torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), atol=3e-4, rtol=1e-5)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
+def test_dropout_keeps_the_mean_and_drops_its_share(share):
+    x = torch.ones(101, 999, requires_grad=True)
+    y = core.drop(x, share)
+    y.sum().backward()
+    assert abs((y == 0).float().mean().item() - share) < 0.01 and abs(y.mean().item() - 1) < 0.02
+    assert torch.equal(x.grad, y), "what is dropped learns nothing"
+    torch.manual_seed(5)
+    once = core.drop(x, share)
+    torch.manual_seed(5)
+    assert torch.equal(once, core.drop(x, share))
+
+
 def test_attention_is_the_formula():
     block, x = core.Block(8, 2).eval(), torch.randn(1, 4, 8)
     mask = core.block_causal_mask(2, 2)
