@@ -318,6 +318,7 @@ def parse(Config, description, argv=None):
         fail(f"--device {config.device}: this machine has {default_device()}")
     if "bf16" in fields and config.bf16 is None:
         config.bf16 = default_bf16(config.device)
+    fast_products()     # here, so that what is computed before training is the same after a kill
     for name, field in fields.items():
         value, most = getattr(config, name), field.metadata.get("maximum")
         minimum = field.metadata.get("minimum")
