@@ -244,8 +244,9 @@ def fast_products():
     torch asks oneDNN only if products may be rounded to bf16 first; a CPU without AMX does not
     round (a sum of 384 is 1e-4 off, with MKL 5e-5), one with AMX would, and is left alone.
     """
-    if "avx512f" in cpu_flags() and "amx_bf16" not in cpu_flags():
-        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    products = getattr(torch.backends.mkldnn, "matmul", None)       # of torch 2.9 and later
+    if products and "avx512f" in cpu_flags() and "amx_bf16" not in cpu_flags():
+        products.fp32_precision = "bf16"
 
 
 def flag(default, help, choices=None, minimum=None, maximum=None):
