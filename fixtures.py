@@ -5,6 +5,7 @@ Each function is a part of the expert's plan (`experts.py`): a generator of acti
 the fixture's joint as it is now and gives up when the hand has lost it; the expert tries again.
 """
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from grasps import corners, leaning, pose, solid, turned, yaw_of
 
@@ -19,6 +20,7 @@ IN_FRONT = 0.09  # metres before the handle from which the hand comes
 # metres that the hand's target is ahead of the drawer it moves: slowly, or a handle slips out
 LEAD = 0.03
 SIDE = 0.2  # metres from its hinge at which a door is pushed
+SWUNG = -1.45  # radians of a door's joint: open (LIBERO: beyond -1.3)
 
 
 class Part:
@@ -117,6 +119,30 @@ def close_drawer(expert, target):
         if part.q > 0.004 or still > 30:
             break
     yield from expert.leave(out, R, 1)
+
+
+def open_door(expert, target):
+    """Pinches the upright bar of the microwave's door from above and swings it open, the hand
+    turning with it."""
+    part = Part(expert.sim, target)
+    _, base = pose(expert.sim, part.fixture)
+    front = base @ [np.sin(part.q), -np.cos(part.q), 0]
+    bar = part.geoms[(corners(expert.sim, part.geoms).mean(1) @ front).argmax()]
+
+    def place(ahead=0.0):
+        boxed = corners(expert.sim, [bar])[0]
+        swing = Rotation.from_euler("z", ahead).as_matrix()
+        point = part.anchor + swing @ (boxed.mean(0) - part.anchor)
+        return np.array([*point[:2], boxed[:, 2].max() - 0.02])
+
+    began, start = part.q, yaw_of(np.cross(UP, front))
+    yield from expert.travel(place, turned(start), -1)
+    yield from expert.squeeze(turned(start))
+    for _ in range(150):
+        if part.q < SWUNG or np.linalg.norm(place() - expert.grip) > 0.04:
+            break
+        yield expert.towards(place(-LEAD / SIDE), turned(start + part.q - began), 1)
+    yield from expert.let_go(expert.hand)
 
 
 def close_door(expert, target):

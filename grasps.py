@@ -240,8 +240,10 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
     body = without_handle(boxed)
     width = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min()
     handled = width > TIGHT and not body.all() and not is_hollow(boxed[body])
-    found = (handles(boxed, body, yaws, axes) if handled else pinches(boxed, yaws, axes) if narrow
-             else rims(boxed[body], yaws[1::2], axes[1::2]))
+    found = list(handles(boxed, body, yaws, axes)) if handled else []
+    handled = bool(found)  # of a thing that fell over it may be out of reach
+    found = found or (pinches(boxed, yaws, axes) if narrow
+                      else rims(boxed[body], yaws[1::2], axes[1::2]))
     cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
     hands = np.einsum("nij,kj->nki", np.stack([turned(y) for y in yaw]), HAND)
     hands = point[:, None] + hands  # (N, K, 3)

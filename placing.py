@@ -11,6 +11,7 @@ from grasps import SLIPPED, corners, handle_of, leaning, pose, solid
 
 LEAN = 1.0  # radians by which the hand leans back to reach into a microwave or shelf
 INSIDE = 0.03  # metres before a region's centre at which a thing is put down inside
+BESIDE = 0.09  # metres, each way, between two things on one stove
 SLOPE = 0.9  # radians by which a bottle is laid down on the wine rack
 
 
@@ -42,8 +43,11 @@ def destination(sim, target, name=None):
     if target.startswith("wine_rack"):
         where[0] += 0.045  # beside the rod in its middle
     sharing = [g[1] for g in sim.goal if g[-1] == target and g[0] == "on"]
-    if name in sharing and len(sharing) > 1:  # side by side
-        where[0] += 0.09 * (sharing.index(name) / (len(sharing) - 1) - 0.5)
+    if name in sharing and len(sharing) > 1:
+        # side by side, the last one to where its handle points: the hand stays off the others
+        last, R = handle_of(sim, sharing[-1]), pose(sim, sharing[-1])[1]
+        side = 0 if last is None else np.sign((R @ last)[1])
+        where += BESIDE * (sharing.index(name) / (len(sharing) - 1) - 0.5) * np.array([1, side, 0])
     if region.joints:  # the middle of what is open of the drawer
         part = Part(sim, target)
         boxed, out = corners(sim, part.others), part.outward

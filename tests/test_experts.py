@@ -103,8 +103,9 @@ def test_a_tipped_bowl_is_held_where_its_rim_is_raised(turn):
     sim.close()
 
 
-@pytest.mark.parametrize("suite, task", [("libero_goal", 0), ("libero_goal", 7), ("libero_goal", 9), ("libero_10", 3)],
-                         ids=["open", "turn on", "lay down", "put in and close"])
+@pytest.mark.parametrize("suite, task", [("libero_goal", 0), ("libero_goal", 7), ("libero_goal", 9), ("libero_10", 3),
+                                         ("libero_10", 8), ("libero_90", 35)],
+                         ids=["open", "turn on", "lay down", "put in and close", "two on a stove", "open a door"])
 def test_goals_of_fixtures_outlast_the_release(suite, task):
     sim = sims.make(suite, task, observe=False)
     assert demonstrate(sim, seed=12, noise=0.1)[2]
