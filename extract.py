@@ -333,7 +333,8 @@ def main(argv=None):
                config.render + "+goal" * config.show_goal, config.workers, config.text)
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
-          f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out")
+          f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out; "
+          f"{episodes.seconds / len(episodes.length):.2f} s of one core each")
     if config.grade:
         grade.grade_annotators(config, episodes)
     if config.show:

@@ -112,6 +112,77 @@ def test_goals_of_fixtures_outlast_the_release(suite, task):
     sim.close()
 
 
+def put(sim, name, place=None, turn=None):
+    """Moves an object of a scene to a place (3,), metres, and turns it as it would lie after a fall."""
+    import mujoco
+    from scipy.spatial.transform import Rotation
+    joint = sim.model.joint(sim.env.objects_dict[name].joints[-1]).qposadr[0]
+    if place is not None:
+        sim.data.qpos[joint:joint + 3] = place
+    if turn is not None:
+        sim.data.qpos[joint + 3:joint + 7] = Rotation.from_euler("xyz", turn, degrees=True).as_quat(scalar_first=True)
+    mujoco.mj_forward(sim.model, sim.data)
+
+
+@pytest.fixture(scope="module")
+def pots():
+    sim = sims.make("libero_10", 8, observe=False)  # both moka pots go on the stove
+    yield sim
+    sim.close()
+
+
+@pytest.mark.parametrize("turn", [(90, 0, 0), (0, 90, 0), (0, -90, 40), (180, 0, 0)])
+def test_what_fell_over_can_still_be_held(pots, turn):
+    pots.reset(seed=12)
+    put(pots, "moka_pot_1", turn=turn)
+    point, axis = grasps.choose_grasp(pots, "moka_pot_1")
+    assert np.isfinite(point).all() and np.isclose(np.linalg.norm(axis), 1)
+
+
+def test_what_hangs_from_its_handle_is_moved_gently(pots):
+    pots.reset(seed=12)
+    expert, fastest = experts.demonstrator(pots, seed=12), {"empty": 0.0, "full": 0.0}
+    while not pots.env._eval_predicate(pots.goal[0]):
+        action = expert(pots)
+        hand = "full" if expert.pace < 1 else "empty"
+        fastest[hand] = max(fastest[hand], np.abs(action[:3]).max())
+        pots.step(action, observe=False)
+    assert fastest["full"] == pytest.approx(experts.GENTLE) and fastest["empty"] == 1
+
+
+def test_a_grasp_within_reach_is_preferred(scene):
+    scene.reset(seed=3)
+    name = scene.goal[0][1]
+    p, _ = grasps.pose(scene, name)
+    shoulder = scene.data.body("robot0_link2").xpos
+    put(scene, name, place=[shoulder[0] + 0.72, 0.12, p[2]])
+
+    def stretch(reach):
+        p, R = grasps.pose(scene, name)
+        return np.linalg.norm(p + R @ grasps.choose_grasp(scene, name, reach=reach)[0] - shoulder)
+    assert stretch(0.5) <= stretch(np.inf)
+    if scene.suite == "libero_spatial":  # a bowl, held by its rim: the near side of it
+        assert stretch(0.5) < stretch(np.inf) - 0.02
+
+
+def test_what_still_moves_is_waited_for(scene):
+    scene.reset(seed=3)
+    for _ in range(40):
+        scene.step(STAND_STILL, observe=False)
+    goal, expert = scene.goal[0], experts.demonstrator(scene, seed=3)
+    assert not list(expert.settle(goal))  # at rest, and not where it should be
+    joint = scene.model.joint(scene.env.objects_dict[goal[1]].joints[-1]).dofadr[0]
+    scene.data.qvel[joint + 2] = 1.0  # metres per second, upwards
+    scene.step(STAND_STILL, observe=False)
+    waiting = expert.settle(goal)
+    assert next(waiting)[6] == -1
+    steps = 1
+    for action in waiting:
+        scene.step(action, observe=False)
+        steps += 1
+    assert steps < experts.SETTLE  # until it lies still again
+
+
 def test_what_is_filled_is_shut_last_and_what_carries_comes_first():
     close, put = ["close", "microwave_1"], ["in", "mug_1", "microwave_1_heating_region"]
     assert experts.in_order([close, put]) == [put, close]
