@@ -66,11 +66,17 @@ def write_cost(folder, suite, checkpoint, replan, flops, parameters):
     return path
 
 
+def counted(outcome):
+    """One task's [(success, steps), ...], of a demonstrator with success at any step as the third
+    -> what the JSON says of it."""
+    success, steps, *ever = zip(*outcome)
+    return {"success": sum(success), "episodes": len(outcome),
+            "steps": round(float(np.mean(steps)), 1)} | {"ever": sum(count) for count in ever}
+
+
 def result(config, checkpoint, suite, outcomes, seconds):
     """The JSON of one evaluation; design and names as in README."""
-    tasks = {t: {"success": sum(s for s, _ in o), "episodes": len(o),
-                 "steps": round(float(np.mean([n for _, n in o])), 1)}
-             for t, o in outcomes.items()}
+    tasks = {t: counted(o) for t, o in outcomes.items()}
     k, n = (sum(t[key] for t in tasks.values()) for key in ("success", "episodes"))
     about = {"suite": suite, "plan": "expert", "preset": None, "videos": None, "action_demos": None,
              "seed": None}

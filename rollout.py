@@ -148,10 +148,11 @@ def show_attention(checkpoint, config, tasks=4, columns=3):
 def play(sim, actor, start, film, draw=film_frame):
     """One episode from the frame after reset.  actor: a Policy, or (demonstrator, noise, rng).
 
-    -> success, steps, list of what `draw` makes of each look (empty unless `film`).
+    -> success (of a policy at the first moment, of a demonstrator at the end), steps, list of what
+    `draw` makes of each look (empty unless `film`), whether there was success at any step.
     """
     policy = actor if isinstance(actor, Policy) else None
-    frame, pictures, success = start, [], False
+    frame, pictures, success, ever = start, [], False, False
     # ours: the expert may try again, as when it records; a policy has LIBERO's horizon
     for steps in range(1, (sim.horizon if policy else sim.patience) + 1):
         if policy:
@@ -168,10 +169,10 @@ def play(sim, actor, start, film, draw=film_frame):
                 pictures.append(draw(sim.frame(), None, sim))
             action = action + np.append(rng.normal(0, noise, sim.action_dim - 1), 0)
         _, success = sim.step(action, observe=False)
-        frame = None
+        frame, ever = None, ever or success
         if success if policy else actor[0].done:
             break
-    return success, steps, pictures
+    return success, steps, pictures, ever
 
 
 def cost(checkpoint, replan=0, steps=600):
@@ -227,8 +228,8 @@ def run_task(job):
             frame = sim.reset(**where)
             actor = policy or (experts.demonstrator(sim, seed=scene), config.noise,
                                np.random.default_rng([scene, 1]))
-            success, steps, pictures = play(sim, actor, frame, film)
-            done[checkpoint].append((bool(success), steps))
+            success, steps, pictures, ever = play(sim, actor, frame, film)
+            done[checkpoint].append((bool(success), steps, bool(ever))[:2 if policy else 3])
             if film and success not in filmed:
                 filmed.add(success)
                 folder = Path(str(checkpoint or f"runs/{suite}/expert").removesuffix(".pt")
@@ -240,7 +241,8 @@ def run_task(job):
 
 
 def evaluate(config, checkpoints, suite, names, size, render="fast"):
-    """-> {checkpoint: {task: [(success, steps), ...]}} over config.episodes scenes of each task."""
+    """-> {checkpoint: {task: [(success, steps), ...]}} over config.episodes scenes of each task; of
+    a demonstrator (success at the end, steps, success at any step)."""
     first = config.scenes if config.scenes is not None else 0
     if config.scenes is None and config.episodes > sims.INITS:
         fail(f"--episodes {config.episodes}: there are {sims.INITS} evaluation scenes; or give "

@@ -26,15 +26,16 @@ def unreliable(suite, folder="results", least=0.5):
 def experts_table(folder="results"):
     """Each task of the suites of ten, of LIBERO-90 all and those not always solved, of unseen
     variants all and the worst -> lines of a table."""
-    lines = ["| suite | task | solved | mean steps |", "|---|---|---|---|"]
+    lines = ["| suite | task | solved at the end | solved at any step | mean steps |",
+             "|---|---|---|---|---|"]
+    rate = lambda t, key="success": f"{t[key]}/{t['episodes']}" if key in t else ""
     for name, r in expert_results(folder).items():
         tasks = r["tasks"]
         worst = min(tasks.values(), key=lambda t: t["success"] / t["episodes"])
         if r["unseen"] or len(tasks) > 10:
-            lines.append(f"| {name} | all {len(tasks)} | {r['success']}/{r['episodes']}, worst "
-                         f"task {worst['success']}/{worst['episodes']} | |")
+            lines.append(f"| {name} | all {len(tasks)} | {rate(r)}, worst task {rate(worst)} | | |")
         if not r["unseen"]:
-            lines += [f"| {name} | {task.replace('_', ' ')} | {t['success']}/{t['episodes']} | "
+            lines += [f"| {name} | {task.replace('_', ' ')} | {rate(t)} | {rate(t, 'ever')} | "
                       f"{t['steps']:.0f} |" for task, t in tasks.items()
                       if len(tasks) <= 10 or t["success"] < t["episodes"]]
     return lines

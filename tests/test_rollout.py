@@ -12,6 +12,7 @@ import core
 import executor
 import experts
 import extract
+import results
 import rollout
 import sims
 import tables
@@ -110,6 +111,16 @@ def test_expert_succeeds_if_the_goal_still_holds_when_it_has_let_go():
     assert play(False, False, True, True, False) == (True, 4)
 
 
+@pytest.mark.parametrize("successes, ever", [((False, True, False, False), True), ((False,) * 4, False)])
+def test_success_at_any_step_is_counted_beside_that_at_the_end(successes, ever):
+    actor = (Demonstrator(4), 0.0, np.random.default_rng(0))
+    success, steps, _, any_step = rollout.play(Scripted(*successes), actor, {}, False)
+    assert (success, any_step) == (False, ever)
+    said = results.counted([(success, steps, any_step), (True, 6, True)])
+    assert said == {"success": 1, "episodes": 2, "steps": 5.0, "ever": 1 + ever}
+    assert "ever" not in results.counted([(True, 6)])
+
+
 def test_noise_moves_the_hand_and_not_the_gripper():
     sim = Scripted(*[False] * 50)
     rollout.play(sim, (Demonstrator(50), 0.3, np.random.default_rng(0)), {}, False)
@@ -119,7 +130,7 @@ def test_noise_moves_the_hand_and_not_the_gripper():
 
 def test_expert_succeeds_in_the_simulator(sim):
     frame = sim.reset(seed=2)
-    success, steps, _ = rollout.play(sim, (experts.demonstrator(sim, seed=2), 0.0, np.random.default_rng(0)), frame, False)
+    success, steps, *_ = rollout.play(sim, (experts.demonstrator(sim, seed=2), 0.0, np.random.default_rng(0)), frame, False)
     assert success and steps < sim.horizon
 
 
@@ -183,7 +194,7 @@ def test_film_shows_what_the_policy_saw(alone, executor_paths, sim):
     model = executor.load_executor(executor_paths["mask"])
     policy, frame = Policy(model), sim.reset(seed=2)
     policy.reset(model.goals[0, 0])
-    _, _, pictures = rollout.play(Short(sim, 9), policy, frame, True)
+    _, _, pictures, _ = rollout.play(Short(sim, 9), policy, frame, True)
     assert len(pictures) == 3, "one per look"
     scale = rollout.FILM_SCALE * SIZE
     assert all(p.shape == (scale + 16, 4 * scale, 3) and p.dtype == np.uint8 for p in pictures)
