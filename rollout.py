@@ -305,6 +305,7 @@ def main(argv=None):
             fail(f"{checkpoints[0]} was not trained on {unknown[0]}")
     else:
         checkpoints, names = [None], sims.choose_tasks(suite, config.tasks)
+    sims.check_unseen(suite, config.unseen)
     begin = time.time()
     found = evaluate(config, checkpoints, suite, names, size, render)
     seconds = (time.time() - begin) / len(checkpoints)

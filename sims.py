@@ -85,6 +85,12 @@ def tracks(sim, states, K=256, seed=0):
     return found
 
 
+def check_unseen(suite, unseen):
+    """Fails where a suite has no such variant; None is none."""
+    if unseen and (suite != "libero_spatial" or unseen not in UNSEEN):
+        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(UNSEEN)}")
+
+
 def make(suite, task, size=128, render="fast", observe=True, unseen=None):
     """The simulator of one task.
 
@@ -97,8 +103,7 @@ def make(suite, task, size=128, render="fast", observe=True, unseen=None):
     """
     choose_opengl(needed=observe)  # before anything imports mujoco
     task = choose_tasks(suite, str(task))[0]
-    if not is_metaworld(suite):
-        return Libero(suite, task, size, render, observe, unseen)
-    if unseen:
-        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(UNSEEN)}")
-    return MetaWorld(suite, task, size, render, observe)
+    check_unseen(suite, unseen)
+    if is_metaworld(suite):
+        return MetaWorld(suite, task, size, render, observe)
+    return Libero(suite, task, size, render, observe, unseen)

@@ -17,7 +17,7 @@ import core
 from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
 
 IMPORTS = {     # file -> what of ours it may import; reading order
-    "cameras": set(), "frames": {"cameras"}, "libero_suites": {"cameras"},
+    "cameras": set(), "frames": {"cameras"}, "libero_suites": set(),
     "libero_sim": {"cameras", "frames", "libero_suites"},
     "metaworld_sim": {"cameras", "frames"},
     "sims": {"cameras", "frames", "libero_sim", "libero_suites", "metaworld_sim"}, "grasps": set(),

@@ -121,6 +121,15 @@ def test_success_at_any_step_is_counted_beside_that_at_the_end(successes, ever):
     assert "ever" not in results.counted([(True, 6)])
 
 
+@pytest.mark.parametrize("suite", ["libero_90", "mt10", "libero_spatial_ur5e"])
+def test_a_suite_without_unseen_variants_is_refused_before_anything_starts(suite, capsys, monkeypatch):
+    monkeypatch.setattr(rollout, "evaluate", None)
+    with pytest.raises(SystemExit) as stop:
+        rollout.main(["--policy", "expert", "--suite", suite, "--unseen", "layout", "--device", "cpu"])
+    said = capsys.readouterr().err.strip().splitlines()
+    assert stop.value.code == 2 and len(said) == 1 and "libero_spatial has background" in said[0]
+
+
 def test_noise_moves_the_hand_and_not_the_gripper():
     sim = Scripted(*[False] * 50)
     rollout.play(sim, (Demonstrator(50), 0.3, np.random.default_rng(0)), {}, False)
