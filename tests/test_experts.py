@@ -84,18 +84,25 @@ def test_the_fingers_lie_along_the_axis(angle):
     assert np.isclose(abs(grasps.turned(yaw)[:, 0] @ axis), 1)
 
 
+def put(sim, name, place=None, turn=None):
+    """Moves an object of a scene to a place (3,), metres, and turns it as it would lie after a fall."""
+    import mujoco
+    from scipy.spatial.transform import Rotation
+    joint = sim.model.joint(sim.env.objects_dict[name].joints[-1]).qposadr[0]
+    if place is not None:
+        sim.data.qpos[joint:joint + 3] = place
+    if turn is not None:
+        sim.data.qpos[joint + 3:joint + 7] = Rotation.from_euler("xyz", turn, degrees=True).as_quat(scalar_first=True)
+    mujoco.mj_forward(sim.model, sim.data)
+
+
 @pytest.mark.parametrize("turn", [0, 90, 200])
 def test_a_tipped_bowl_is_held_where_its_rim_is_raised(turn):
     """Tipped over by 50 degrees, whichever way."""
-    import mujoco
-    from scipy.spatial.transform import Rotation
     sim = sims.make("libero_spatial", 5, observe=False)
     sim.reset(seed=1)
     name = sim.goal[0][1]
-    joint = sim.model.joint(sim.env.objects_dict[name].joints[-1]).qposadr[0]
-    tipped = Rotation.from_euler("z", turn, degrees=True) * Rotation.from_euler("x", 50, degrees=True)
-    sim.data.qpos[joint + 3:joint + 7] = tipped.as_quat(scalar_first=True)
-    mujoco.mj_forward(sim.model, sim.data)
+    put(sim, name, turn=(50, 0, turn))
     _, R = grasps.pose(sim, name)
     assert R[2, 2] < np.cos(np.radians(40))
     axis = R @ grasps.choose_grasp(sim, name)[1]  # from the middle to the side that is held
@@ -110,18 +117,6 @@ def test_goals_of_fixtures_outlast_the_release(suite, task):
     sim = sims.make(suite, task, observe=False)
     assert demonstrate(sim, seed=12, noise=0.1)[2]
     sim.close()
-
-
-def put(sim, name, place=None, turn=None):
-    """Moves an object of a scene to a place (3,), metres, and turns it as it would lie after a fall."""
-    import mujoco
-    from scipy.spatial.transform import Rotation
-    joint = sim.model.joint(sim.env.objects_dict[name].joints[-1]).qposadr[0]
-    if place is not None:
-        sim.data.qpos[joint:joint + 3] = place
-    if turn is not None:
-        sim.data.qpos[joint + 3:joint + 7] = Rotation.from_euler("xyz", turn, degrees=True).as_quat(scalar_first=True)
-    mujoco.mj_forward(sim.model, sim.data)
 
 
 @pytest.fixture(scope="module")
