@@ -2,6 +2,8 @@
 
 Sizes: B batch, F pictures to come, H W pixels.
 """
+import time
+
 import numpy as np
 import torch
 import torch.nn as nn
@@ -45,15 +47,20 @@ def validate(planner, samples, silhouette, seed=1):
     """Imagined beside true pictures to come.
 
     samples: some of (clip (B, 1 + F, H, W, 3) uint8, goal, the robot's true masks (B, F, H, W))
-    -> {"imagined" | "stay": {"PSNR" dB, "SSIM", "robot IoU": (F,)}}; stay: the present picture.
+    -> {"imagined" | "stay": {"PSNR" dB, "SSIM", "robot IoU": (F,)}}; stay: the present picture;
+    what one plan costs, in words.
     The robot's outline: what `silhouette` finds in an imagined picture; the true, the simulator's.
     """
     from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-    device, found = next(planner.parameters()).device, {}
+    device, found, seconds, plans = next(planner.parameters()).device, {}, 0.0, 0
     generator = torch.Generator().manual_seed(seed)
+    clock, unit = ((time.perf_counter, "seconds") if device.type == "cuda" else
+                   (time.process_time, "core-seconds"))
     for clip, goal, robot in samples:
         now, goal = (torch.as_tensor(x, device=device) for x in (clip[:, 0], goal))
+        begin = clock()
         imagined = planner.eval().imagine(now, goal, generator).cpu()
+        seconds, plans = seconds + clock() - begin, plans + len(clip)
         stay = torch.as_tensor(clip[:, :1]).expand_as(imagined)
         for name, guess in (("imagined", imagined), ("stay", stay)):
             outline = (silhouette(guess.flatten(0, 1)) > 0).numpy().reshape(robot.shape)
@@ -66,7 +73,8 @@ def validate(planner, samples, silhouette, seed=1):
                 rows["PSNR"].append(psnr)
                 rows["SSIM"].append([structural_similarity(*p, channel_axis=2) for p in pairs])
                 rows["robot IoU"].append(iou[b])
-    return {name: {k: np.mean(v, 0) for k, v in rows.items()} for name, rows in found.items()}
+    means = {name: {k: np.mean(v, 0) for k, v in rows.items()} for name, rows in found.items()}
+    return means, f"{seconds / plans:.3g} {unit}"
 
 
 def table(scores):

@@ -29,7 +29,7 @@ from core import as_dict, count, default_device, fail, fast_products, write
 
 VERSION = 1     # of the checkpoint's layout
 # Fields that may change between a run and its continuation; every other field shapes the weights.
-FREE_FIELDS = {"device", "save_every", "log_every", "data", "out", "preset"}
+FREE_FIELDS = {"device", "save_every", "log_every", "data", "out", "preset", "clips"}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------

@@ -62,6 +62,7 @@ class Config:
     drop: float = flag(0.1, "share of samples whose task is not told, for guidance",
                        minimum=0, maximum=1)
     batch: int | None = flag(None, "clips per step", minimum=1)
+    clips: int = flag(60, "held-out clips that it imagines to be scored by", minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     data: str = flag("data", "folder of the data files")
@@ -231,10 +232,10 @@ def make_batch(episodes, episode, t, rng, config):
     return {"clip": episodes.gather("obs/agentview_rgb", episode[:, None], times), "goal": goal}
 
 
-def held_out_samples(episodes, config, count=60, seed=1):
-    """Clips from random frames, twenty at a time, as scores.validate wants them."""
-    for step in range(count // 20):
-        episode, t, rng = episodes.draw(step, 20, seed)
+def held_out_samples(episodes, config, seed=1, most=20):
+    """Clips from random frames, at most twenty at a time, as scores.validate wants them."""
+    for step, first in enumerate(range(0, config.clips, most)):
+        episode, t, rng = episodes.draw(step, min(most, config.clips - first), seed)
         batch = make_batch(episodes, episode, t, rng, config)
         times = clip_times(t, episodes.length[episode])[:, 1:]
         yield batch["clip"], batch["goal"], episodes.gather("masks", episode[:, None], times) == 1
@@ -292,7 +293,7 @@ def main(argv=None):
         return make_batch(videos, *videos.draw(step, config.batch, config.seed), config)
 
     def picture(planner):
-        sheet, film = show(planner, held_out)
+        sheet, film = show(planner, held_out, min(4, config.clips))
         write_film(path.with_suffix(".mp4"), film)
         return sheet
 
@@ -304,8 +305,9 @@ def main(argv=None):
         planner = train.fit(VideoPlanner(config, E), batches, config, path, picture,
                             f"{note}, told by {config.goal}", {"E": E})
     silhouette = scores.train_silhouette(videos)
-    found = scores.validate(planner, held_out_samples(held_out, planner.config), silhouette)
-    stage1.report(config, path, scores.table(found), lambda: picture(planner))
+    found, cost = scores.validate(planner, held_out_samples(held_out, config), silhouette)
+    text = f"{scores.table(found)}\none plan, {config.sample_steps} steps: {cost}"
+    stage1.report(config, path, text, lambda: picture(planner))
 
 
 if __name__ == "__main__":

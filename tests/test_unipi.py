@@ -17,7 +17,7 @@ import video_planner
 from conftest import COMMON, EXECUTOR, PLANNER, SIZE, SUITE, equal, run_and_kill
 
 VIDEO = [*COMMON, *"--steps 2 --channels 32 --multiples 1 2 --attention 8 --batch 2 --device cpu --no-bf16 "
-                   "--sample-steps 2".split()]
+                   "--sample-steps 2 --clips 3".split()]
 
 
 @pytest.fixture(scope="module")
@@ -27,9 +27,8 @@ def runs(data, tmp_path_factory):
     folder = out / SUITE
     where = ["--data", str(data), "--out", str(out)]
     quick = pytest.MonkeyPatch()
-    silhouette, samples = scores.train_silhouette, video_planner.held_out_samples
+    silhouette = scores.train_silhouette
     quick.setattr(scores, "train_silhouette", lambda e: silhouette(e, steps=5))
-    quick.setattr(video_planner, "held_out_samples", lambda e, c: samples(e, c, 20))
     video_planner.main([*VIDEO, *where])
     quick.undo()
     unipi.main([*EXECUTOR, "--planner", str(folder / "video.pt"), *where])

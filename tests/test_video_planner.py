@@ -210,16 +210,15 @@ def test_clips_end_with_the_episode():
 
 
 def test_command_resumes_after_a_kill(data, tmp_path, monkeypatch):
-    command = [*COMMAND, "--data", str(data), "--sample-steps", "2"]
-    silhouette, samples = scores.train_silhouette, video_planner.held_out_samples
+    command = [*COMMAND, "--data", str(data), *"--sample-steps 2 --clips 3".split()]
+    silhouette = scores.train_silhouette
     monkeypatch.setattr(scores, "train_silhouette", lambda e: silhouette(e, steps=5))
-    monkeypatch.setattr(video_planner, "held_out_samples", lambda e, c: samples(e, c, 20))
     video_planner.main([*command, "--out", str(tmp_path / "whole")])
     run_and_kill("video_planner", "step", [*command, "--out", str(tmp_path / "killed")])
     video_planner.main([*command, "--out", str(tmp_path / "killed")])
     whole, killed = (train.load(tmp_path / k / "libero_spatial" / "video.pt") for k in ("whole", "killed"))
     assert equal(whole["ema"], killed["ema"]) and equal(whole["model"], killed["model"])
     folder = tmp_path / "whole" / "libero_spatial"
-    assert "robot IoU" in (folder / "video.txt").read_text()
+    assert "robot IoU" in (text := (folder / "video.txt").read_text()) and "one plan, 2 steps: " in text
     assert (folder / "video.png").stat().st_size and (folder / "video.mp4").stat().st_size
     assert json.loads((folder / "video.jsonl").read_text().splitlines()[-1])["step"] == 5
