@@ -22,7 +22,7 @@ import sims
 import train
 import video_planner
 from core import flag
-from flownet import FlowNet, dis_flow, pixel_grid, raft_flow, sample_flow
+from flownet import FlowNet, degrade, dis_flow, pixel_grid, raft_flow, sample_flow
 
 STRIDE = 2      # pixels between the points where the network's flow is compared with the true one
 
@@ -139,9 +139,9 @@ def end_point_error(net, pairs, config):
             for name, far in off.items()}
 
 
-def table(errors):
-    """The errors of `end_point_error` as lines of text."""
-    lines = ["held-out end-point error, pixels" + "".join(f"{w:>15s}" for w in errors["none"])]
+def table(errors, what):
+    """The errors of `end_point_error` as lines of text; what: of which pictures, in a few words."""
+    lines = [f"{what + ', pixels off':32s}" + "".join(f"{w:>15s}" for w in errors["none"])]
     return "\n".join(lines + [f"  {name:30s}" + "".join(f"{x:15.2f}" for x in row.values())
                               for name, row in errors.items()])
 
@@ -201,7 +201,11 @@ def main(argv=None):
     path = Path(config.out) / config.suite / "flow.pt"
     net = train.fit(FlowNet(config), batches, config, path, lambda n: show(n, pairs["valid"]),
                    f"{len(pairs['train']['a'])} pairs of pictures")
-    errors = table(end_point_error(net, pairs["valid"], config))
+    held_out, found = pairs["valid"], []
+    rough = {k: degrade(torch.as_tensor(held_out[k]), 1.0).numpy() for k in ("a", "b")}
+    for what, chosen in (("held out", held_out), ("blurred and noisy", held_out | rough)):
+        found += [table(end_point_error(net, chosen, config), what)]
+    errors = "\n".join(found)
     print(errors)
     core.write(path.with_suffix(".txt"), errors + "\n")
     print(f"picture: {path.with_suffix('.png')}   "

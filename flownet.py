@@ -140,12 +140,12 @@ class FlowNet(nn.Module):
         return self(*pair)[-1][0].permute(1, 2, 0).cpu().numpy()
 
 
-def degrade(images):
-    """Half of the pictures (B, H, W, 3) uint8 at half the resolution and back, with noise."""
+def degrade(images, share=0.5):
+    """A share of the pictures (B, H, W, 3) uint8 at half the resolution and back, with noise."""
     x = images.permute(0, 3, 1, 2).float()
     blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     blurred = blurred + 6 * torch.randn_like(blurred)
-    chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < 0.5
+    chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < share
     return torch.where(chosen, blurred, x).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 

@@ -146,6 +146,16 @@ def test_network_learns_a_shift():
     assert abs(model.flow(a[0].numpy(), b[0].numpy())[6:10, 3:8] * 32 - [6, -2]).mean() < 1
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_degraded_pictures_are_blurred_and_noisy(share):
+    """Stripes of one pixel, black and white, become grey; a mean stays."""
+    stripes = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    rough = flow.degrade(stripes, share)
+    assert rough.dtype == torch.uint8 and abs(rough.float().mean() - 127.5) < 1
+    assert (rough.float().std((1, 2, 3)) < 10).float().mean() == share
+
+
 def test_raft_needs_its_weights_and_then_runs(tmp_path, monkeypatch, capsys):
     """With random weights of the same network, in the place of the published ones."""
     from torchvision.models.optical_flow import Raft_Large_Weights, raft_large
