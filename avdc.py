@@ -308,10 +308,10 @@ def choose_views(config):
         about = train.load(config.planner, video_planner.VideoPlanner.kind, made_by)["config"]
         about = core.from_dict(video_planner.Config, about)
         seen = [sims.view_of(suite)[1] for suite in stage1.sources(about)]
-    chosen = [int(v) for v in config.views.split(",") if v.strip() in ("0", "1", "2")]
-    if config.views and not chosen:
+    asked = {v.strip() for v in config.views.split(",") if v.strip()}
+    if asked - {"0", "1", "2"}:
         core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
-    return chosen or sorted(seen)
+    return sorted(map(int, asked)) or sorted(seen)
 
 
 def main(argv=None):
@@ -332,6 +332,7 @@ def main(argv=None):
     about = rollout.Config(scenes=config.scenes, policy="expert", device="cpu")
     other = f"-{config.flow}" * (config.flow != "learned" and config.future != "oracle")
     plan = f"flow-{config.future}{other}" + "-once" * (not config.replans)
+    plan += f"-view{''.join(map(str, chosen))}" * (len(chosen) < 3)
     r = result(about, None, config.suite, found, seconds)
     r |= {"plan": plan, "action_demos": 0, "views": ",".join(map(str, chosen)),
           "counts": "ever succeeded"}

@@ -219,7 +219,7 @@ def test_imagined_videos_are_of_cameras_that_the_planner_has_seen(tmp_path, caps
     assert choose("--planner", str(made[""])) == [0] and choose("--planner", str(made["avdc,avdc_view2"])) == [0, 2]
     assert choose("--planner", str(made[""]), "--views", "1") == [1]
     with pytest.raises(SystemExit):
-        choose("--future", "true", "--views", "7")
+        choose("--future", "true", "--views", "0,7")
     with pytest.raises(SystemExit):
         choose()
     assert "video_planner.py --suite avdc" in capsys.readouterr().err
