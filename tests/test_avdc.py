@@ -9,6 +9,7 @@ import avdc
 import cameras
 import core
 import flow
+import flownet
 import motion
 import sims
 import train
@@ -126,6 +127,24 @@ def test_every_parameter_of_the_network_gets_a_gradient():
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_local_products_are_those_of_shifted_pictures():
+    a, b = torch.randn(2, 2, 5, 6, 6)
+    near = flownet.local_products(a, b, 2).view(2, 5, 5, 6, 6)
+    for i, j in ((0, 0), (2, 2), (4, 1)):
+        there = torch.nn.functional.pad(b, (2,) * 4)[:, :, i:i + 6, j:j + 6]
+        assert torch.allclose(near[:, i, j], (a * there).sum(1), atol=1e-5)
+
+
+def test_flow_of_mirror_images_is_mirrored():
+    model = net().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    a, b = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
+    said, mirrored = model.flow(a, b), model.flow(a[:, ::-1], b[:, ::-1])
+    assert said.shape == (16, 16, 2) and abs(said).max() > 1e-3
+    assert np.allclose(mirrored[:, ::-1] * [-1, 1], said, atol=1e-5)
+
+
 def test_network_learns_a_shift():
     """Noise moved by (6, -2) pixels of 32; the first guess is that nothing moves."""
     model, generator = net(), torch.Generator().manual_seed(0)
@@ -143,7 +162,8 @@ def test_network_learns_a_shift():
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0] / 5
-    assert abs(model.flow(a[0].numpy(), b[0].numpy())[6:10, 3:8] * 32 - [6, -2]).mean() < 1
+    said = model(a, b)[-1].detach()[0, :, 6:10, 3:8] * 32
+    assert abs(said - torch.tensor([6, -2]).view(2, 1, 1)).mean() < 1
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])
