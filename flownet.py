@@ -147,7 +147,7 @@ class FlowNet(nn.Module):
     def flow(self, a, b):
         """a, b (H, W, 3) uint8 -> (H/2, W/2, 2) in pictures.
 
-        ours: the mean of what is said of them and of their mirror images, on the object a sixth
+        ours: the mean of what is said of them and of their mirror images, on the object a tenth
         less off.
         """
         pair = torch.as_tensor(np.stack([a, b]), device=next(self.parameters()).device)
