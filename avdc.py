@@ -296,6 +296,9 @@ def run_task(job):
 
 def choose_views(config):
     """The cameras to act from; fails where the networks are missing that this needs."""
+    asked = {v.strip() for v in config.views.split(",") if v.strip()}
+    if asked - {"0", "1", "2"}:
+        core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
     runs, seen = Path(config.out) / config.suite, [0, 1, 2]
     if config.future != "oracle":
         if config.flow == "learned":
@@ -308,9 +311,6 @@ def choose_views(config):
         about = train.load(config.planner, video_planner.VideoPlanner.kind, made_by)["config"]
         about = core.from_dict(video_planner.Config, about)
         seen = [sims.view_of(suite)[1] for suite in stage1.sources(about)]
-    asked = {v.strip() for v in config.views.split(",") if v.strip()}
-    if asked - {"0", "1", "2"}:
-        core.fail(f"--views {config.views}: choose among 0, 1 and 2, comma-separated")
     return sorted(map(int, asked)) or sorted(seen)
 
 
