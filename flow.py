@@ -36,7 +36,7 @@ class Config:
     width: int = flag(96, "of the features that are matched", minimum=16)
     depth: int = flag(3, "transformer blocks over both pictures", minimum=1)
     pairs: int = flag(27, "pairs of pictures per video, of each camera a third", minimum=1)
-    # on the object 1.13 pixels off after 3,000 steps; after 8,000 (85 minutes of one core) 0.8
+    # on the object 1.13 pixels off after 3,000 steps; after 8,000 0.8 (0.64 s of a core each)
     steps: int = flag(8000, "gradient steps", minimum=1)
     batch: int = flag(8, "pairs per step", minimum=1)
     lr: float = flag(1e-3, "peak learning rate", minimum=0)
