@@ -27,38 +27,295 @@ are stored uncompressed and contiguous, so that training maps them into memory i
 them.  `writing.py` writes these files, `episodes.py` reads them; `films.py` is about `--video`,
 `official.py` about `--source official`.
 """
-import errno
-import gc
-import os
-import sys
+
 import time
-from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import TimeoutError, active_children, get_context, parent_process
 from pathlib import Path
-from threading import Thread
 
-import h5py
 import numpy as np
-from tqdm import tqdm
 
-import annotate
-import cameras
-import core
-import experts
-import grade
-import official
 import sims
-from core import fail, flag
-from episodes import COLOURS, caption, draw_heat, draw_masks, draw_tracks  # also extract.NAME
-from episodes import HELD_OUT, Episodes, open_data, sheet, source_of
-from films import annotate_video, choose_tasks
-from language import TEXTS, embed, text_model  # also extract.NAME for other files
-from writing import assemble, split_assembled, write_episode
+from core.draw import caption, sheet
+from core.episodes import Episodes, HELD_OUT, write_videos
+from core.files import fail
+from core.flags import flag, parse
+from demos import official, record
+from demos.films import PIECES, SHORTEST, episodes_of, read_video
+from demos.language import TEXTS
+from sims import libero, metaworld
 
-NOISE = 0.1  # on the executed motion, see `record`
-# episode i is sampled with seed i; if the expert fails there, with i + RETRY, and so on
-RETRY = 100_000
+DETECTOR, SEGMENTER, FOLLOWER = ("IDEA-Research/grounding-dino-tiny", "facebook/sam-vit-base",
+                                 "facebook/sam2.1-hiera-tiny")
+TRACKER, TRACKER_FILE = "facebookresearch/co-tracker", "scaled_offline.pth"
+CANDIDATES = 8  # frames in which the objects are looked for
+BOX, TEXT = 0.35, 0.25  # thresholds on box and words, Grounding DINO's own
+WORK = 384  # pixels: annotators see at least this; masks and tracks are then brought to --size
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+def pretrained(kind, processor, name, weights, download, device):
+    """A transformers model and its processor: from `weights`/<last part of name>, cache, or hub."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    local = Path(weights or "") / name.split("/")[-1]
+    where = str(local) if weights and local.is_dir() else name
+    try:
+        ready = [getattr(transformers, k).from_pretrained(where, local_files_only=not download)
+                 for k in (kind, processor)]
+    except OSError:
+        fail(f"no weights of {name} in {local if weights else 'the cache'}: give --download, or "
+             f"fetch them with hf download {name} --local-dir DIR/{name.split('/')[-1]} "
+             "and give --weights DIR")
+    return ready[0].to(device).eval(), ready[1]
+
+
+def cotracker(weights, download, device):
+    """CoTracker 3 from `weights`/co-tracker, torch.hub's cache, or the net."""
+    import torch
+    local, hub = Path(weights or "") / "co-tracker", Path(torch.hub.get_dir())
+    cached = hub / (TRACKER.replace("/", "_") + "_main")
+    if weights and (local / "hubconf.py").exists():
+        name, source, file = str(local), "local", local / TRACKER_FILE
+    else:
+        name, source, file = str(cached), "local", hub / "checkpoints" / TRACKER_FILE
+        if download:
+            name, source = TRACKER, "github"
+    if source == "local" and not (Path(name, "hubconf.py").exists() and file.exists()):
+        fail(f"no CoTracker ({TRACKER} and {TRACKER_FILE}) in {local if weights else hub}: give "
+             "--download, or put a clone and "
+             f"https://huggingface.co/facebook/cotracker3/resolve/main/{TRACKER_FILE} in "
+             "DIR/co-tracker and give --weights DIR; or --tracks flow, which needs no weights")
+    if source == "github":
+        return torch.hub.load(name, "cotracker3_offline").to(device)
+    tracker = torch.hub.load(name, "cotracker3_offline", source="local", pretrained=False)
+    tracker.model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    return tracker.to(device)
+
+
+# --- masks ----------------------------------------------------------------------------------------
+
+
+def find_boxes(frames, objects, weights, download, device, threshold=BOX):
+    """Grounding DINO on some frames -> the frame where all are found most surely, and boxes (N, 4)
+    x0 y0 x1 y1."""
+    import torch
+    model, processor = pretrained("GroundingDinoForObjectDetection", "GroundingDinoProcessor",
+                                  DETECTOR, weights, download, device)
+    best, missing = (-1.0, None, None), objects
+    for t in np.unique(np.linspace(0, len(frames) - 1, CANDIDATES).astype(int)):
+        found = []
+        for name in objects:  # one by one, so that a box belongs to one name, not to words of two
+            asked = processor(images=frames[t], text=name + ".", return_tensors="pt").to(device)
+            with torch.no_grad():
+                said = model(**asked)
+            seen = processor.post_process_grounded_object_detection(
+                said, asked["input_ids"], threshold=threshold, text_threshold=min(TEXT, threshold),
+                target_sizes=[frames[t].shape[:2]])[0]
+            if len(seen["scores"]):
+                k = int(seen["scores"].argmax())
+                found.append((name, float(seen["scores"][k]), seen["boxes"][k].cpu().numpy()))
+        absent = [n for n in objects if n not in [f[0] for f in found]]
+        missing = absent if len(absent) < len(missing) else missing
+        if not absent and min(f[1] for f in found) > best[0]:
+            best = min(f[1] for f in found), int(t), np.stack([f[2] for f in found])
+    if best[1] is None:
+        fail(f"not found in any of {CANDIDATES} frames with a score above {threshold:g}: "
+             f"{', '.join(missing)}; name them otherwise in --objects, or lower --threshold")
+    return best[1], best[2]
+
+
+def box_masks(frame, boxes, weights, download, device):
+    """Segment Anything: frame (H, W, 3), boxes (N, 4) pixels -> (N, H, W) bool."""
+    import torch
+    model, processor = pretrained("SamModel", "SamProcessor", SEGMENTER, weights, download, device)
+    asked = processor(images=frame, input_boxes=[boxes.tolist()], return_tensors="pt")
+    sizes = asked["original_sizes"], asked["reshaped_input_sizes"]
+    given = {k: asked[k].to(device).float() for k in ("pixel_values", "input_boxes")}
+    with torch.no_grad():
+        said = model(**given, multimask_output=False)
+    masks = processor.image_processor.post_process_masks(said.pred_masks.cpu(), *sizes)
+    return masks[0][:, 0].numpy()
+
+
+def follow_masks(frames, t, masks, weights, download, device):
+    """SAM 2: masks (N, H, W) bool of frame t carried through all -> (T, H, W) uint8, 0 none, 1..N.
+
+    Where two objects claim a pixel, the surer has it; an object out of the picture has no pixels.
+    """
+    import torch
+    import torch.nn.functional as F
+    model, processor = pretrained("Sam2VideoModel", "Sam2VideoProcessor", FOLLOWER, weights,
+                                  download, device)
+    session = processor.init_video_session(video=frames, inference_device=device)
+    names = list(range(1, len(masks) + 1))
+    processor.add_inputs_to_inference_session(session, frame_idx=t, obj_ids=names,
+                                              input_masks=list(masks))
+    labels = np.zeros(frames.shape[:3], np.uint8)
+    with torch.no_grad():
+        for reverse in (False, True):
+            for said in model.propagate_in_video_iterator(session, start_frame_idx=t,
+                                                          reverse=reverse):
+                score = said.pred_masks.float()  # (N, 1, H', W')
+                score = F.interpolate(score, frames.shape[1:3], mode="bilinear")[:, 0]  # (N, H, W)
+                top, which = score.max(0)
+                order = np.array(said.object_ids, np.uint8)[which.cpu().numpy()]  # (H, W)
+                labels[said.frame_idx] = np.where((top > 0).cpu().numpy(), order, 0)
+    return labels
+
+
+def video_masks(frames, objects, weights=None, download=False, device="cpu", threshold=BOX):
+    """The whole path.  objects: names, the robot first -> (T, H, W) uint8, 0 background, 1.. in
+    their order."""
+    t, boxes = find_boxes(frames, objects, weights, download, device, threshold)
+    first = box_masks(frames[t], boxes, weights, download, device)
+    empty = [name for name, mask in zip(objects, first) if not mask.any()]
+    if empty:
+        fail(f"Segment Anything sees nothing in the box of {', '.join(empty)}: "
+             "name it otherwise in --objects")
+    return follow_masks(frames, t, first, weights, download, device)
+
+
+# --- tracks ---------------------------------------------------------------------------------------
+
+
+def carry(place, there, back):
+    """One step of points through dense flow.
+
+    place (K, 2) pixels; flows (H, W, 2) to the next frame and back -> new places (K, 2), and
+    whether each was kept (K,): it stays in the picture and the way back returns to it.
+    """
+    import cv2
+    H, W = there.shape[:2]
+
+    def sample(flow, p):
+        x, y = (p[None, :, k].astype(np.float32) for k in (0, 1))  # each (1, K)
+        return cv2.remap(flow, x, y, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]  # (K, 2)
+    ahead = sample(there, place)
+    new = place + ahead
+    home = sample(back, new)
+    error, length = ((ahead + home) ** 2).sum(1), (ahead ** 2).sum(1) + (home ** 2).sum(1)
+    inside = ((new >= 0) & (new <= [W - 1, H - 1])).all(1)
+    return new, inside & (error < 0.01 * length + 0.5)  # Sundaram et al., eq. 5
+
+
+def flow_tracks(frames, when, where):
+    """Points seen at frames `when` (K,), places `where` (K, 2) in [0, 1], followed both ways by DIS
+    optical flow -> tracks (T, K, 2) in [0, 1], visible (T, K) bool.
+
+    ours: a point once lost stays where it was, hidden: what hides it would drag it along.
+    """
+    import cv2
+    T, H, W = frames.shape[:3]
+    grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    pixel = np.asarray(where, np.float64) * [W, H] - 0.5  # the middle of the first pixel is at 0
+    tracks, visible = np.tile(pixel, (T, 1, 1)), np.zeros((T, len(pixel)), bool)
+    visible[when, np.arange(len(pixel))] = True
+    for order in (range(T - 1), range(T - 1, 0, -1)):  # after the query, then before it
+        step = order.step
+        for t in order:
+            run = when <= t if step > 0 else when >= t
+            if run.any():
+                there = dis.calc(grey[t], grey[t + step], None)  # (H, W, 2)
+                back = dis.calc(grey[t + step], grey[t], None)
+                new, kept = carry(tracks[t, run], there, back)
+                kept &= visible[t, run]
+                tracks[t + step, run] = np.where(kept[:, None], new, tracks[t, run])
+                visible[t + step, run] = kept
+    return (tracks + 0.5) / [W, H], visible
+
+
+def cotracker_tracks(frames, when, where, weights=None, download=False, device="cpu"):
+    """The same by CoTracker 3."""
+    import torch
+    tracker, (T, H, W) = cotracker(weights, download, device), frames.shape[:3]
+    pixel = np.asarray(where) * [W, H] - 0.5
+    asked = np.concatenate([when[:, None], pixel], 1)  # (K, 3)
+    asked = torch.tensor(asked, dtype=torch.float32, device=device)
+    film = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]  # (1, T, 3, H, W) 0..255
+    film = film.float().to(device)
+    with torch.no_grad():
+        tracks, visible = tracker(film, queries=asked[None], backward_tracking=True)
+    seen = visible[0].cpu().numpy().astype(bool).reshape(T, -1)
+    return (tracks[0].cpu().numpy() + 0.5) / [W, H], seen
+
+
+def video_tracks(frames, how, K=256, seed=0, weights=None, download=False, device="cpu"):
+    """K points where something moves (ATM IV-A), and everywhere if nothing does -> tracks, visible
+    as above.
+
+    ours: four times as many points are tried by flow, and those kept whose places vary most, but
+    for a quarter.
+    """
+    rng = np.random.default_rng(seed)
+    when, where = rng.integers(len(frames), size=4 * K), rng.random((4 * K, 2))
+    spread = flow_tracks(frames, when, where)[0].var(0).sum(1)  # (4 K,)
+    kept = np.concatenate([np.arange(K // 4), K // 4 + np.argsort(-spread[K // 4:])[:K - K // 4]])
+    if how == "flow":
+        return flow_tracks(frames, when[kept], where[kept])
+    return cotracker_tracks(frames, when[kept], where[kept], weights, download, device)
+
+
+def annotate_video(config):
+    """--video: all is computed first, then the file is written: nothing is left of a failed run.
+
+    config  of `extract.py`
+    """
+    objects = [word.strip() for word in config.objects.split(".") if word.strip()]
+    path = target(config, objects)
+    films, made = episodes_of(config.video), []
+    for film in films:
+        begin, frames = time.time(), read_video(film, max(config.size, WORK))
+        if len(films) == 1 and len(frames) < (HELD_OUT + 1) * SHORTEST:
+            fail(f"{film} has {len(frames)} frames, which make no {HELD_OUT + 1} episodes of "
+                 f"{SHORTEST}: give a longer one")
+        rest = config.weights, config.download, config.device
+        masks = video_masks(frames, objects, *rest, config.threshold)  # (T, H, W)
+        tracks, visible = video_tracks(frames, config.tracks, 256, 0, *rest)
+        episode = reduced(frames, masks, tracks, visible, config.size)
+        pieces = min(PIECES, len(frames) // SHORTEST) if len(films) == 1 else 1
+        seconds = (time.time() - begin) / pieces
+        for rows in np.array_split(np.arange(len(frames)), pieces):
+            made.append({k: v[rows] for k, v in episode.items()} | {"seconds": seconds})
+        print(f"{film}: {len(frames)} frames, " + ", ".join(
+            f"{name} in {(masks == k).any((1, 2)).mean():.0%}"
+            for k, name in enumerate(objects, 1)))
+    write_videos(path, made, config.size, objects, config.masks, config.tracks, config.text)
+    print(f"videos: {len(made)} episodes -> {path}   "
+          f"next: python mask_planner.py --suite {config.suite}")
+
+
+def target(config, objects):
+    """The file to be made; fails on flags that make none."""
+    if not objects:
+        fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
+    if "sim" in (config.masks, config.tracks):
+        fail("a video has no simulator: --masks sam, --tracks cotracker or flow")
+    if config.suite in sims.SUITES or config.suite in metaworld.METAWORLD:
+        fail(f"--suite {config.suite} is a simulator's: give the videos a name of their own, "
+             "such as --suite my_videos")
+    name = Path(config.video).stem.replace(" ", "_")
+    path = Path(config.data) / config.suite / f"{name}.hdf5"
+    if path.exists():
+        fail(f"{path} exists: delete it, or choose another --suite or --data folder")
+    return path
+
+
+def reduced(frames, masks, tracks, visible, size):
+    """Frames (T, H, W, 3) and what annotates them -> arrays of an episode, pictures at `size`."""
+    import cv2
+    small = lambda pictures, how: np.stack(
+        [cv2.resize(p, (size, size), interpolation=how) for p in pictures])
+    # differs: the middle of the robot's mask, as nothing says where its hand is
+    hand = np.stack([np.argwhere(m == 1).mean(0)[::-1] / len(m) if (m == 1).any() else [-9, -9]
+                     for m in masks])
+    return {"obs/agentview_rgb": small(frames, cv2.INTER_AREA),
+            "masks": small(masks, cv2.INTER_NEAREST),
+            "tracks/agentview": tracks.clip(-9, 9).astype(np.float16),
+            "visible/agentview": visible, "hand": hand.astype(np.float16)}
 
 
 @dataclass
@@ -71,7 +328,7 @@ class Config:
     preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
                               choices=["laptop", "paper"])
     size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
-    noise: float = flag(NOISE, "standard deviation of the noise on the executed action (of 1); the "
+    noise: float = flag(record.NOISE, "standard deviation of the noise on the executed action (of 1); the "
                         "clean one is recorded", minimum=0)
     render: str = flag("fast", "fast, or faithful: the simulators' own look, ten times slower",
                        choices=["fast", "faithful"])
@@ -88,214 +345,23 @@ class Config:
                       "SAM 2; sim is the simulator's truth", choices=["sam", "sim"])
     tracks: str = flag("cotracker", "of --video and --grade: flow needs no weights; sim is the "
                        "simulator's truth", choices=["cotracker", "flow", "sim"])
-    threshold: float = flag(annotate.BOX, "with --video: least score of a found object", minimum=0)
+    threshold: float = flag(BOX, "with --video: least score of a found object", minimum=0)
     weights: str = flag("", "with --video: folder of the models, before the usual caches")
     download: bool = flag(False, "fetch what is missing: --video's weights, the official files")
-    grade: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; "
+    annotators: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; "
                        "writes results/<suite>_grade.json")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
     unseen: str | None = flag(None, "with --show: data/<suite>_unseen.png instead, scenes of "
                               "libero_spatial as in training and with this new",
-                              choices=[*sims.UNSEEN, "all"])
+                              choices=[*libero.UNSEEN, "all"])
     device: str | None = flag(None, "of the models that --video needs")
     # as the planner's
     PRESETS = {"laptop": {"demos": 20, "size": 96}, "paper": {"demos": 50, "size": 128}}
 
 
-def record(sim, seed, noise):
-    """Plays one scripted episode.  Returns its arrays, or None if the goal did not hold at the end.
-
-    noise  standard deviation of what is added to the motion numbers of the executed action (after
-           DART, Laskey et al. 2017): the states stray as a learner's will, the recorded actions say
-           how to come back
-    """
-    rng = np.random.default_rng(seed)
-    frame, expert = sim.reset(seed=seed), experts.demonstrator(sim, seed)
-    rows = []
-    while not expert.done and len(rows) < sim.patience:
-        action = expert(sim)  # (7,)
-        row = frame | {"actions": action, "states": sim.state()}
-        strayed = action + np.append(rng.normal(0, noise, sim.action_dim - 1), 0)
-        frame, success = sim.step(strayed)
-        rows.append(row | {"rewards": float(success)})
-    if not sim.success():
-        return None
-    episode = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # each (T, ...)
-    return episode | sims.tracks(sim, episode["states"], seed=seed)
-
-
-def extract_chunk(job):
-    """Worker: makes some episodes of one task.  The simulator is kept for the task's next chunk."""
-    suite, task, indices, folder, size, noise, render = job
-    key = suite, task, size, render
-    if getattr(extract_chunk, "key", None) != key:
-        if hasattr(extract_chunk, "sim"):
-            # a simulator with its textures takes over a gigabyte: never two at a time
-            extract_chunk.sim.close()
-            del extract_chunk.sim
-            gc.collect()
-        extract_chunk.sim, extract_chunk.key = sims.make(suite, task, size, render), key
-    for i in indices:
-        begin = time.time()
-        for seed in range(i, i + 20 * RETRY, RETRY):
-            episode = record(extract_chunk.sim, seed, noise)
-            if episode:
-                break
-        else:
-            raise RuntimeError(f"{task}: the expert failed 20 scenes in a row")
-        write_episode(Path(folder) / f"demo_{i}.hdf5", episode, seed=seed, noise=noise,
-                      render=render, seconds=time.time() - begin)
-        extract_chunk.progress.put(1)
-
-
-def start_worker(function, queue):
-    """Pool initialiser: where `function`'s worker reports; it ends when its parent is killed."""
-    function.progress = queue
-    Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
-
-
-def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers=2, text="minilm"):
-    """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
-
-    Episode i depends on (task, i) alone, so neither interruptions nor the number of processes
-    change the data.
-    noise, render  None: those of the episodes that are there, else 0.1 and fast
-    """
-    jobs, open_tasks = [], []
-    for task in tasks:
-        path = Path(data) / suite / f"{task}.hdf5"
-        parts = path.with_suffix("")
-        there, look = NOISE if noise is None else noise, render or "fast"
-        if source_of(path) in ("video", "official"):
-            with open_data(path) as f:
-                found = f["data"].attrs["size"]
-            if found != size:
-                fail(f"{path} holds {found} px pictures, not {size} px: give --size {found}")
-            continue
-        if path.exists():
-            with open_data(path) as f:
-                have, attrs = len(f["data"]), dict(f["data"].attrs)
-                there = float(f["data/demo_0"].attrs["noise"])
-            if noise not in (None, there):
-                fail(f"{path} was made with --noise {there:g}, not {noise:g}: "
-                     "choose another --data folder or delete it")
-            if attrs["size"] != size or render not in (None, attrs["render"]):
-                fail(f"{path} holds {attrs['size']} px {attrs['render']} pictures, not {size} px "
-                     f"{render or ''}: choose another --data folder or delete it")
-            look = attrs["render"]
-            if have >= demos + HELD_OUT:
-                continue
-            split_assembled(path, parts)
-        parts.mkdir(parents=True, exist_ok=True)
-        there, look = unfinished(parts, size, noise, render) or (there, look)
-        open_tasks.append((task, look))
-        missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
-        # few tasks: split each among the processes
-        pieces = workers if len(tasks) < 2 * workers else 1
-        jobs += [(suite, task, missing[k::pieces], str(parts), size, there, look)
-                 for k in range(pieces) if missing[k::pieces]]
-    if open_tasks:
-        count = sum(len(job[2]) for job in jobs)
-        print(f"data: {count} scripted episodes of {len(open_tasks)} tasks of {suite}, "
-              f"{workers} processes -> {data}/")
-        try:
-            with pool(workers, extract_chunk) as (processes, queue):
-                made = processes.imap_unordered(extract_chunk, jobs)
-                for _ in watch(made, queue, len(jobs), count, "extract"):
-                    pass
-            for task, look in open_tasks:
-                path = Path(data) / suite / f"{task}.hdf5"
-                assemble(path, path.with_suffix(""), suite, task, size, look, text)
-        except OSError as error:
-            stop_if_full(error, data)
-
-
-def unfinished(parts, size, noise, render):
-    """Noise and rendering of the episodes of an interrupted run, None if there are none; fails if
-    it had other flags."""
-    for part in sorted(parts.glob("demo_*.hdf5"))[:1]:
-        with h5py.File(part) as one:
-            if "noise" not in one.attrs:
-                fail(f"{parts}/ holds an interrupted import: finish it with --source official, "
-                     "choose another --data folder or delete it")
-            found, look = one["masks"].shape[1], one.attrs["render"]
-            there = float(one.attrs["noise"])
-        if found != size or noise not in (None, there) or render not in (None, look):
-            fail(f"{parts}/ holds an interrupted extraction of {found} px, {look} and noise "
-                 f"{there:g}, not {size} px, {render or look} and {noise or there:g}: "
-                 "choose another --data folder or delete it")
-        return there, look
-
-
-def import_official(config, tasks):
-    """Makes whatever data files are missing of the tasks from LIBERO's published ones."""
-    jobs = official.plan(config.data, config.suite, tasks, config.demos, config.download)
-    if not jobs:
-        return
-    print(f"data: official demonstrations of {len(jobs)} tasks of {config.suite}, "
-          f"{config.workers} processes -> {config.data}/")
-    try:
-        with pool(config.workers, official.import_task) as (processes, queue):
-            made = processes.imap_unordered(official.import_task, jobs)
-            total = sum(wanted for *_, wanted in jobs)
-            for task, size, exhausted in watch(made, queue, len(jobs), total, "import"):
-                path = Path(config.data) / config.suite / f"{task}.hdf5"
-                assemble(path, path.with_suffix(""), config.suite, task, size, "faithful",
-                         config.text, "official", exhausted)
-    except OSError as error:
-        stop_if_full(error, config.data)
-
-
-def stop_if_full(error, folder):
-    """A full disk is the user's to solve; any other error is ours to show."""
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        fail(f"the disk of {folder} is full: free some space or choose another --data folder; "
-             "what is done is kept")
-    raise error
-
-
-@contextmanager
-def pool(workers, function, opengl=True):
-    """Processes of one thread each for `function`, and the queue on which they report episodes."""
-    cameras.choose_opengl(needed=opengl)
-    # inherited by the children
-    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
-    before = {k: os.environ.get(k) for k in one}
-    os.environ.update(one)
-    context = get_context("spawn")  # a fork would share OpenGL and torch's threads
-    queue = context.SimpleQueue()
-    try:
-        with context.Pool(workers, start_worker, (function, queue)) as processes:
-            yield processes, queue
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-def watch(results, queue, jobs, total, what):
-    """Yields the results of `jobs` jobs as they come, with a progress bar over `total` episodes."""
-    workers = active_children()
-    often = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=total, unit="episode", desc=what, mininterval=often) as bar:
-        while jobs:
-            try:
-                yield results.next(timeout=0.3)  # an exception of the worker is raised here
-                jobs -= 1
-            except TimeoutError:
-                # the pool itself would wait for ever
-                dead = [w.exitcode for w in workers if w.exitcode]
-                if 2 in dead:
-                    raise SystemExit(2)  # it has said why
-                if dead:
-                    fail(f"a worker process was killed (exit code {dead[0]}), perhaps for lack of "
-                         "memory: run again with fewer --workers; finished episodes are kept")
-            while not queue.empty():
-                bar.update(queue.get())
-
-
 def unseen_sheet(config, names):
     """One row per task: the same scene as in training and in unseen variants -> (., ., 3) uint8."""
-    variants = sims.UNSEEN if config.unseen == "all" else [config.unseen]
+    variants = libero.UNSEEN if config.unseen == "all" else [config.unseen]
     rows = []
     for name in names:
         cells = []
@@ -319,24 +385,25 @@ def show(config, picture):
 def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     about = "Scripted demonstrations with exact masks, as HDF5 in the robomimic layout."
-    config = core.parse(Config, about, argv)
+    config = parse(Config, about, argv)
     if config.video:
         annotate_video(config)
     if config.unseen:
         return show(config, unseen_sheet(config, sims.choose_tasks(config.suite, config.tasks)))
     if config.source == "official":
         names = official.choose_tasks(config.suite, config.tasks)
-        import_official(config, names)
+        official.import_official(config, names)
     else:
-        names = choose_tasks(config.suite, config.tasks, config.data)
-        ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
+        names = record.choose_tasks(config.suite, config.tasks, config.data)
+        record.ensure(config.suite, names, config.demos, config.data, config.size, config.noise,
                config.render + "+goal" * config.show_goal, config.workers, config.text)
     episodes = Episodes(config.data, config.suite, names, config.demos)
     print(f"{config.data}/{config.suite}: {len(names)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out; "
           f"{episodes.seconds / len(episodes.length):.2f} s of one core each")
     if config.grade:
-        grade.grade_annotators(config, episodes)
+        from results import annotators
+        annotators.grade_annotators(config, episodes)
     if config.show:
         show(config, sheet(episodes))
 

@@ -11,6 +11,7 @@ time.
 Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask
 pixels.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,15 +19,75 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import core
-import extract
 import sims
-import stage1
-import train
-from core import flag
-from masks import (binary_masks, bootstrapped_cross_entropy, dice, double, half, hardest_fraction,
-                   iou, soft_aggregate)
-from places import LOCATIONS, Locator, locate
+from baselines import explicit
+from core import networks, training
+from core.draw import caption, draw_masks
+from core.flags import flag, from_dict, parse
+from demos import record
+
+
+def soft_aggregate(prob):
+    """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
+
+    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is proportional to the odds p
+    / (1 - p).
+    """
+    background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
+    p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
+    return torch.log(p / (1 - p))
+
+
+def bootstrapped_cross_entropy(logits, target, hardest):
+    """Cross-entropy of the hardest pixels of each mask (XMem). The curve rises while `hardest`
+    falls: by design.
+
+    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1]: the fraction of pixels kept
+    -> scalar.
+    """
+    loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
+    kept = max(1, int(hardest * loss.shape[1]))
+    return loss.topk(kept, 1).values.mean()
+
+
+def dice(prob, target):
+    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).
+
+    prob (B, N, H, W), target (B, N, H, W) of 0 and 1 -> (B, N).
+    """
+    m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
+    return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
+
+
+def hardest_fraction(progress):
+    """XMem's schedule as fractions of the training: all pixels until 20 %, then falling to 15 % of
+    them at 70 %."""
+    return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
+
+
+# --- geometry -------------------------------------------------------------------------------------
+
+def binary_masks(masks, N):
+    """masks (..., H, W) of 0..N integers -> (..., N, H, W) float of 0 and 1; one map per object."""
+    return (masks.unsqueeze(-3) == torch.arange(1, N + 1,
+                                                device=masks.device)[:, None, None]).float()
+
+
+def iou(m, g):
+    """Intersection over union of boolean masks (..., H, W) -> (...); nan where both are empty."""
+    union = (m | g).sum((-1, -2)).float()
+    return torch.where(union > 0, (m & g).sum((-1, -2)) / union, torch.nan)
+
+
+def half(masks):
+    """Masks (..., H, W) at half the resolution: every second pixel."""
+    return masks[..., ::2, ::2]
+
+
+def double(masks, shape):
+    """The inverse, for drawing: masks (h, w) at full resolution, shape (H, W)."""
+    return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
+
 
 # Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of
 # delta t; an episode takes about 110 steps, so the longest horizon reaches across one phase of it
@@ -119,14 +180,14 @@ class Planner(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.encoder = core.ImageEncoder(config.width, config.blocks, config.channels)
+        self.encoder = networks.ImageEncoder(config.width, config.blocks, config.channels)
         self.side = self.encoder.cells(config.size)  # the feature map is side x side
         self.n, self.width = self.side ** 2, config.width
         self.place = nn.Parameter(torch.randn(self.n, config.width) * 0.02)
         # goal first
         self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)
-        self.gpt = core.Transformer(config.width, config.depth, max(4, config.width // 64))
-        self.register_buffer("mask", core.block_causal_mask(1 + config.history, self.n),
+        self.gpt = networks.Transformer(config.width, config.depth, max(4, config.width // 64))
+        self.register_buffer("mask", networks.block_causal_mask(1 + config.history, self.n),
                              persistent=False)
 
     def encode(self, images, fine=False):
@@ -168,7 +229,7 @@ class MaskPlanner(Planner):
     def __init__(self, config):
         super().__init__(config)
         self.decoder = Decoder(config.width, len(HORIZONS))
-        self.locator = Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
+        self.locator = explicit.Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
         # share of the training done, for the bootstrapping
         self.register_buffer("progress", torch.zeros(()))
 
@@ -205,11 +266,11 @@ class MaskPlanner(Planner):
         # (B, N + 1, 1 + K, 2 h', 2 w')
         share = torch.cat([1 - share.sum(2, keepdim=True), share], 2).transpose(1, 2)
         draw = -(share * drawn.log_softmax(1)).sum(1).mean()
-        where, present = locate(m)  # (B, 1 + K, N, 5), (B, 1 + K, N)
+        where, present = explicit.locate(m)  # (B, 1 + K, N, 5), (B, 1 + K, N)
         error = F.smooth_l1_loss(self.locator.read(drawn), where.transpose(1, 2), reduction="none",
                                  beta=0.02)
         shown = present.transpose(1, 2)[..., None].float()  # (B, N, 1 + K, 1)
-        located = (error * shown).sum() / shown.sum().clamp(min=1) / LOCATIONS
+        located = (error * shown).sum() / shown.sum().clamp(min=1) / explicit.LOCATIONS
         if self.training:
             self.progress += 1 / self.config.steps
         loss = ce + d + 5 * draw + 10 * located
@@ -299,41 +360,41 @@ def show(planner, episodes, columns=4, seed=3):
         # (K, H, W, 3)
         future = episodes.gather("obs/agentview_rgb", episode[b], t[b] + np.array(HORIZONS))
         cells = [batch["goal"][b],
-                 extract.draw_masks(batch["frames"][b, -1], full(batch["masks"][b, 0]))]
+                 draw_masks(batch["frames"][b, -1], full(batch["masks"][b, 0]))]
         for k in range(len(HORIZONS)):
-            cells += [extract.draw_masks(batch["frames"][b, -1], full(label[b, k])),
-                      extract.draw_masks(future[k], full(batch["masks"][b, 1 + k]))]
+            cells += [draw_masks(batch["frames"][b, -1], full(label[b, k])),
+                      draw_masks(future[k], full(batch["masks"][b, 1 + k]))]
         rows.append(np.concatenate(cells, 1))
     titles = ["goal", "now"] + [f"{w} +{k}" for k in HORIZONS for w in ("plan", "true")]
-    head = np.concatenate([extract.caption(np.full((1, config.size, 3), 255, np.uint8), w)
+    head = np.concatenate([caption(np.full((1, config.size, 3), 255, np.uint8), w)
                            for w in titles], 1)
     return np.concatenate([head, *rows])
 
 
 def load_planner(path, device="cpu"):
     """A trained MaskPlanner, frozen."""
-    content = train.load(path, kind=MaskPlanner.kind,
+    content = training.load(path, kind=MaskPlanner.kind,
                          made_by="python mask_planner.py --suite libero_spatial")
-    planner = MaskPlanner(core.from_dict(Config, content["config"]))
+    planner = MaskPlanner(from_dict(Config, content["config"]))
     planner.load_state_dict(content["model"])
     return planner.to(device).eval().requires_grad_(False)
 
 
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
-    config = core.parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.",
+    config = parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.",
                         argv)
-    path = stage1.run_path(config, "mask")
-    videos, held_out, note = stage1.prepare(config, path, "mask_planner")
+    path = record.run_path(config, "mask")
+    videos, held_out, note = record.prepare(config, path, "mask_planner")
     config.objects = min(config.objects, len(videos.objects))
     torch.manual_seed(config.seed)
     batches = lambda step: make_batch(videos, *draw_frames(videos, step, config), config)
     if config.show:
         planner = load_planner(path, config.device)
     else:
-        planner = train.fit(MaskPlanner(config), batches, config, path,
+        planner = training.fit(MaskPlanner(config), batches, config, path,
                             lambda p: show(p, held_out), note)
-    stage1.report(config, path, table(validate(planner, held_out)),
+    record.report(config, path, table(validate(planner, held_out)),
                   lambda: show(planner, held_out, columns=8))
 
 

@@ -9,7 +9,11 @@ itself counts; for the expert, which lets go and retreats, they must still hold 
 bundled initial states are never trained on. A crash ends the evaluation: it is an error, not a
 failed episode.
 """
+
 import json
+import os
+import platform
+import subprocess
 import sys
 import time
 from dataclasses import dataclass
@@ -18,21 +22,114 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import core
-import experts
-import extract
-import results
+import executor
+import mask_planner
 import sims
-import train
-from core import fail, flag
-from mask_planner import HORIZONS
-from masks import binary_masks, double, half, soft_aggregate
-from policy import Policy
-from tracks import grid_points
-from unipi import KINDS, UniPi, load_policy
-from video_planner import FRAMES
+import video_planner
+from core import networks, training
+from core.draw import FILM_SCALE, caption, draw_heat, draw_masks, draw_tracks, write_film
+from core.files import fail, write
+from core.flags import flag, from_dict, parse
+from demos import record
+from demos.libero import demonstrator
+from sims import libero, metaworld
+from sims.camera import INITS
+from video_control import unipi
 
-FILM_SCALE = 3  # films are enlarged by this factor
+
+def wilson(k, n, z=1.96):
+    """95 % Wilson interval of k successes in n episodes -> (low, high)."""
+    p, zz = k / n, z * z / n
+    middle, half = (p + zz / 2) / (1 + zz), z * np.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
+    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
+
+
+def commit():
+    """The source's git commit, '+' if the code was changed since; None outside a repository."""
+    git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True,
+                                        cwd=Path(__file__).parent).stdout.strip()
+    changed = bool(git("status", "--porcelain", "-uno", "*.py"))
+    return git("rev-parse", "--short", "HEAD") + "+" * changed or None
+
+
+def command():
+    """The command that is running, as in README."""
+    return "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+
+
+def of_checkpoint(checkpoint, replan=0):
+    """What an executor's checkpoint says of itself: plan, preset, demonstrations, seed, steps; and
+    the seconds that data, planner and executor took."""
+    content = training.load(checkpoint, kind=unipi.KINDS)
+    c = from_dict(executor.Config, content["config"])
+    again = "-replan" * bool(replan)            # UniPi only
+    plan = content["extra"].get("plan", executor.plan_name(c)) + again
+    about = {"plan": plan, "preset": c.preset, "videos": c.demos, "action_demos": c.action_demos,
+             "seed": c.seed, "steps": content["step"]}
+    return about, content["extra"]["seconds"] | {"executor": training.last_seconds(checkpoint)}
+
+
+def write_cost(folder, suite, checkpoint, replan, flops, parameters):
+    """results/<suite>_<plan>_<preset>_cost.json: what 600 steps of an executor cost -> its path."""
+    about, _ = of_checkpoint(checkpoint, replan)
+    r = {"cost_of": about["plan"], "suite": suite, "preset": about["preset"],
+         "tflops": flops / 1e12, "parameters": parameters, "command": command(), "commit": commit()}
+    path = Path(folder) / f"{suite}_{about['plan']}_{about['preset']}_cost.json"
+    write(path, json.dumps(r, indent=1) + "\n")
+    return path
+
+
+def counted(outcome):
+    """One task's [(success, steps), ...], of a demonstrator with success at any step as the third
+    -> what the JSON says of it."""
+    success, steps, *ever = zip(*outcome)
+    return {"success": sum(success), "episodes": len(outcome),
+            "steps": round(float(np.mean(steps)), 1)} | {"ever": sum(count) for count in ever}
+
+
+def result(config, checkpoint, suite, outcomes, seconds):
+    """The JSON of one evaluation; design and names as in README."""
+    tasks = {t: counted(o) for t, o in outcomes.items()}
+    k, n = (sum(t[key] for t in tasks.values()) for key in ("success", "episodes"))
+    about = {"suite": suite, "plan": "expert", "preset": None, "videos": None, "action_demos": None,
+             "seed": None}
+    spent = {}
+    if checkpoint:
+        said, spent = of_checkpoint(checkpoint, config.replan)
+        about |= said
+    # the bundled states do not fit the objects of most unseen variants
+    seeded = sims.is_metaworld(suite) or config.unseen not in (None, "background")
+    kept = f"seeds from {metaworld.EVALUATION}" if seeded else "bundled initial states"
+    about["scenes"] = kept if config.scenes is None else f"seeds from {config.scenes}"
+    ever = sims.is_metaworld(suite) or checkpoint
+    about["counts"] = "ever succeeded" if ever else "success at the end"
+    if config.noise:
+        about["noise"] = config.noise
+    return about | {
+        "success": k, "episodes": n, "interval": [round(x, 4) for x in wilson(k, n)],
+        "tasks": tasks, "unseen": config.unseen,
+        "command": command(), "commit": commit(), "versions": sims.versions(),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
+        "seconds": spent | {"rollout": round(seconds)}}
+
+
+def result_path(folder, r):
+    """results/<suite>_<plan>_<preset>_d<action demos>_s<seed>.json; the expert's has neither demos
+    nor seed.
+
+    What is not all tasks on the bundled states says so in its name, and never takes a full result's
+    place.
+    """
+    name = f"{r['suite']}_{r['plan']}"
+    if r["plan"] != "expert":
+        name += f"_{r['preset']}_d{r['action_demos']}_s{r['seed']}"
+    if len(r["tasks"]) < len(sims.tasks(r["suite"])):
+        name += f"_{len(r['tasks'])}tasks"
+    if "bundled" not in r["scenes"] and str(metaworld.EVALUATION) not in r["scenes"]:
+        name += "_" + r["scenes"].replace(" ", "_")
+    if r["unseen"]:
+        name += f"_unseen_{r['unseen']}"
+    return Path(folder) / f"{name}.json"
 
 
 @dataclass
@@ -50,14 +147,13 @@ class Config:
                         minimum=0)
     films: bool = flag(True, "write an mp4 of each task's first success and first failure")
     unseen: str | None = flag(None, "what is new in the scenes of libero_spatial",
-                              choices=list(sims.UNSEEN))
+                              choices=list(libero.UNSEEN))
     render: str | None = flag(None, "fast or faithful, as for extract.py; by default what the "
                                     "executor was trained on", choices=["fast", "faithful"])
     replan: int = flag(0, "UniPi: steps after which a new video is imagined; 0: never", minimum=0)
     workers: int = flag(2, "processes", minimum=1)
     results: str = flag("results", "folder of the results")
     device: str | None = flag(None, "cpu or cuda")
-    table: bool = flag(False, "only make README's table and the plot from the results")
     show_attention: bool = flag(False, "only draw what ATM's policy attends to, with and without "
                                        "tracks (ATM, Fig. 10)")
     cost: bool = flag(False, "only count the floating point operations of 600 steps of each "
@@ -71,27 +167,27 @@ def film_frame(frame, policy, sim):
     the wrist view."""
     planner = policy.executor.planner if policy else None
     views = [("now", frame["agentview_rgb"])]
-    if isinstance(policy, UniPi):
+    if isinstance(policy, unipi.UniPi):
         views += [("to reach", policy.video[0].cpu().numpy()),
                   ("the last", policy.video[-1].cpu().numpy())]
     elif planner and planner.kind == "video_planner":
         imagined = planner.imagine(policy.frames[-1], policy.goal[None])[0].cpu().numpy()
-        views += [(f"imagined {k}", imagined[k - 1]) for k in (1, 4, FRAMES)]
+        views += [(f"imagined {k}", imagined[k - 1]) for k in (1, 4, video_planner.FRAMES)]
     elif planner and planner.kind == "track_planner":
         views.append(("plan", draw_plan(policy, frame)))
     elif planner and planner.kind == "mask_planner":    # features are nothing to look at
-        now = binary_masks(torch.as_tensor(half(frame["masks"]))[None].long(),
+        now = mask_planner.binary_masks(torch.as_tensor(mask_planner.half(frame["masks"]))[None].long(),
                                         planner.config.objects)  # (1, N, H/2, W/2)
         history = torch.stack(policy.frames, 1)  # (1, h, H, W, 3): what the policy has just seen
         with torch.no_grad():
             prob = planner.predict(history, policy.goal[None], now.to(policy.device))
-        label = soft_aggregate(prob).argmax(1)[0].cpu().numpy()  # (K, H/2, W/2)
+        label = mask_planner.soft_aggregate(prob).argmax(1)[0].cpu().numpy()  # (K, H/2, W/2)
         for k in (1, 3):
-            views.append((f"plan +{HORIZONS[k]}", extract.draw_masks(
-                frame["agentview_rgb"], double(label[k], frame["masks"].shape))))
+            views.append((f"plan +{mask_planner.HORIZONS[k]}", draw_masks(
+                frame["agentview_rgb"], mask_planner.double(label[k], frame["masks"].shape))))
     views.append(("wrist", frame["eye_in_hand_rgb"]))
     large = [np.kron(v, np.ones((FILM_SCALE, FILM_SCALE, 1), np.uint8)) for _, v in views]
-    return np.concatenate([extract.caption(v, name, 16) for (name, _), v in zip(views, large)], 1)
+    return np.concatenate([caption(v, name, 16) for (name, _), v in zip(views, large)], 1)
 
 
 def draw_plan(policy, frame, side=8):
@@ -99,12 +195,12 @@ def draw_plan(policy, frame, side=8):
     hand, will go."""
     planner = policy.executor.planner
     hand = torch.tensor(frame["hand"].astype(np.float32))[None]
-    grid = grid_points(side) if planner.config.points == "any" else hand
+    grid = networks.grid_points(side) if planner.config.points == "any" else hand
     image, grid = policy.frames[-1], grid.to(policy.device)[None]  # (1, H, W, 3), (1, N, 2)
     with torch.no_grad():
         tracks = torch.cat([grid[:, None], planner(image, grid, policy.goal[None])[0]], 1)
     tracks = tracks[0].cpu().numpy()  # (1 + S, N, 2)
-    return extract.draw_tracks(frame["agentview_rgb"], tracks, np.ones(tracks.shape[:2], bool))
+    return draw_tracks(frame["agentview_rgb"], tracks, np.ones(tracks.shape[:2], bool))
 
 
 def attended(frame, policy, sim):
@@ -116,14 +212,14 @@ def attended(frame, policy, sim):
                 ((executor.encoder, "picture"), (executor.wrist_encoder, "wrist"))]
         for name, tracks in (("with tracks", look["tracks"]), ("without", None)):
             heat = executor.spatial.attention(torch.stack(both, 1), tracks)[0, 0].cpu().numpy()
-            views.append((name, extract.draw_heat(views[0][1], heat)))
-    return np.concatenate([extract.caption(v, name) for name, v in views], 1)
+            views.append((name, draw_heat(views[0][1], heat)))
+    return np.concatenate([caption(v, name) for name, v in views], 1)
 
 
 def show_attention(checkpoint, config, tasks=4, columns=3):
     """Plays the first bundled state of some tasks -> a picture of `attended` over time, a row per
     task (ATM, Fig. 10); its path."""
-    policy, rows = load_policy(checkpoint, config.device), []
+    policy, rows = unipi.load_policy(checkpoint, config.device), []
     extra = policy.executor.extra
     if not (policy.executor.spatial and policy.executor.config.early):
         fail(f"{checkpoint} does not hear tracks beside patches: --show-attention is for python "
@@ -137,7 +233,7 @@ def show_attention(checkpoint, config, tasks=4, columns=3):
         sim.close()
         # up to about the grasp
         chosen = np.linspace(0, len(pictures) // 2, columns).astype(int)
-        rows.append(extract.caption(np.concatenate([pictures[i] for i in chosen], 1),
+        rows.append(caption(np.concatenate([pictures[i] for i in chosen], 1),
                                     name.replace("_", " ")))
     import imageio.v3 as iio
     path = Path(checkpoint).with_name(Path(checkpoint).stem + "_attention.png")
@@ -151,7 +247,7 @@ def play(sim, actor, start, film, draw=film_frame):
     -> success (of a policy at the first moment, of a demonstrator at the end), steps, list of what
     `draw` makes of each look (empty unless `film`), whether there was success at any step.
     """
-    policy = actor if isinstance(actor, Policy) else None
+    policy = actor if isinstance(actor, executor.Policy) else None
     frame, pictures, success, ever = start, [], False, False
     # ours: the expert may try again, as when it records; a policy has LIBERO's horizon
     for steps in range(1, (sim.horizon if policy else sim.patience) + 1):
@@ -179,7 +275,7 @@ def cost(checkpoint, replan=0, steps=600):
     """Floating point operations of planner and executor in an episode of that length (ATM, Table
     IV), by torch's counter; parameters of both."""
     from torch.utils.flop_counter import FlopCounterMode
-    policy = load_policy(checkpoint, replan=replan)
+    policy = unipi.load_policy(checkpoint, replan=replan)
     side = policy.executor.extra["size"]
     black = np.zeros((side, side, 3), np.uint8)
     numbers = {"ee_states": 6, "gripper_states": 2, "joint_states": 7}
@@ -192,20 +288,6 @@ def cost(checkpoint, replan=0, steps=600):
     return counter.get_total_flops(), sum(p.numel() for p in policy.executor.parameters())
 
 
-def write_film(path, pictures):
-    """Pictures (list of (H, W, 3) uint8) -> mp4 at 5 per second, real time for looks 4 steps apart;
-    and a still, .png."""
-    import imageio.v2 as iio
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # the codec wants even numbers
-    height, width = pictures[0].shape[0] // 2 * 2, pictures[0].shape[1] // 2 * 2
-    with iio.get_writer(path, fps=5, macro_block_size=2, quality=7) as film:
-        for picture in pictures:
-            film.append_data(picture[:height, :width])
-    chosen = np.linspace(0, len(pictures) - 1, min(4, len(pictures))).astype(int)
-    iio.imwrite(path.with_suffix(".png"), np.concatenate([pictures[k] for k in chosen]))
-
-
 def run_task(job):
     """Worker: all checkpoints on some scenes of one task -> {checkpoint: [success, ...]}, in the
     scenes' order."""
@@ -215,7 +297,7 @@ def run_task(job):
     sim = sims.make(suite, task, size, config.render or render, observe, config.unseen)
     done = {}
     for checkpoint in checkpoints:
-        policy = load_policy(checkpoint, config.device, config.replan) if checkpoint else None
+        policy = unipi.load_policy(checkpoint, config.device, config.replan) if checkpoint else None
         done[checkpoint], filmed = [], set()
         for scene in scenes:
             where = {"seed": scene} if config.scenes is not None else {"init": scene}
@@ -226,7 +308,7 @@ def run_task(job):
                 policy.reset(sim.goal_image(**where) if policy.executor.own_goal
                              else carried[scene % len(carried)], k)
             frame = sim.reset(**where)
-            actor = policy or (experts.demonstrator(sim, seed=scene), config.noise,
+            actor = policy or (demonstrator(sim, seed=scene), config.noise,
                                np.random.default_rng([scene, 1]))
             success, steps, pictures, ever = play(sim, actor, frame, film)
             done[checkpoint].append((bool(success), steps, bool(ever))[:2 if policy else 3])
@@ -244,8 +326,8 @@ def evaluate(config, checkpoints, suite, names, size, render="fast"):
     """-> {checkpoint: {task: [(success, steps), ...]}} over config.episodes scenes of each task; of
     a demonstrator (success at the end, steps, success at any step)."""
     first = config.scenes if config.scenes is not None else 0
-    if config.scenes is None and config.episodes > sims.INITS:
-        fail(f"--episodes {config.episodes}: there are {sims.INITS} evaluation scenes; or give "
+    if config.scenes is None and config.episodes > INITS:
+        fail(f"--episodes {config.episodes}: there are {INITS} evaluation scenes; or give "
              f"--scenes 1000")
     scenes = list(range(first, first + config.episodes))
     # few tasks: split each among the processes
@@ -255,9 +337,9 @@ def evaluate(config, checkpoints, suite, names, size, render="fast"):
     total = len(names) * len(scenes) * len(checkpoints)
     found = {c: {name: [] for name in names} for c in checkpoints}
     observe = config.policy == "executor" or config.films
-    with extract.pool(config.workers, run_task, observe) as (workers, queue):
+    with record.pool(config.workers, run_task, observe) as (workers, queue):
         finished = workers.imap_unordered(run_task, jobs)
-        for task, done in extract.watch(finished, queue, len(jobs), total, "rollout"):
+        for task, done in record.watch(finished, queue, len(jobs), total, "rollout"):
             for checkpoint, outcome in done.items():
                 found[checkpoint][task] += outcome
     return found
@@ -271,18 +353,16 @@ def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     first_flag = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     checkpoints, rest = argv[:first_flag], argv[first_flag:]
-    config = core.parse(Config,
+    config = parse(Config,
                         "rollout.py CHECKPOINT [CHECKPOINT ...]: success rates in the simulator.",
                         rest)
-    if config.table:
-        return results.make_table(config.results)
     size, suite, render = 128, config.suite, "fast"
     if config.policy == "executor":
         if not checkpoints:
             fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or --policy "
                  "expert")
         made_by = "python executor.py --planner runs/<suite>/mask.pt"
-        extras = [train.load(c, KINDS, made_by)["extra"] for c in checkpoints]
+        extras = [training.load(c, unipi.KINDS, made_by)["extra"] for c in checkpoints]
         if any(e[k] != extras[0][k] for e in extras for k in ("suite", "tasks", "size", "render")):
             fail("these checkpoints are of different suites, tasks, sizes or rendering: evaluate "
                  "them one by one")
@@ -290,7 +370,7 @@ def main(argv=None):
         if config.cost:
             for checkpoint in checkpoints:
                 flops, parameters = cost(checkpoint, config.replan)
-                path = results.write_cost(config.results, suite, checkpoint, config.replan, flops,
+                path = write_cost(config.results, suite, checkpoint, config.replan, flops,
                                           parameters)
                 print(f"{checkpoint}: {flops / 1e12:.3f} TFLOPs in 600 steps (paper: ATM 1.56, "
                       f"UniPi 39.29) -> {path}")
@@ -310,13 +390,13 @@ def main(argv=None):
     found = evaluate(config, checkpoints, suite, names, size, render)
     seconds = (time.time() - begin) / len(checkpoints)
     for checkpoint in checkpoints:
-        r = results.result(config, checkpoint, suite, found[checkpoint], seconds)
+        r = result(config, checkpoint, suite, found[checkpoint], seconds)
         for task, count in r["tasks"].items():
             print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   "
                   f"({count['steps']:.0f} steps)")
-        path = results.result_path(config.results, r)
+        path = result_path(config.results, r)
         path.parent.mkdir(parents=True, exist_ok=True)
-        core.write(path, json.dumps(r, indent=1) + "\n")
+        write(path, json.dumps(r, indent=1) + "\n")
         low, high = r["interval"]
         print(f"{suite} {r['plan']}: {r['success']}/{r['episodes']} = "
               f"{100 * r['success'] / r['episodes']:.1f} % "

@@ -14,6 +14,7 @@ Measured at the laptop preset on libero_spatial: 5.7 minutes on two cores; error
 
 Sizes: B batch, S steps of a track, N points, P patches of a track, n of the picture, D width.
 """
+
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,13 +22,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import core
-import extract
 import sims
-import stage1
-import train
-from core import flag
-from tracks import PATCH, STEPS, augment, image_patches, sincos, track_from_patches, track_patches
+from core import networks, training
+from core.draw import caption, draw_tracks
+from core.files import fail
+from core.flags import flag, from_dict, parse
+from demos import record
+from sims.camera import CAMERAS
 
 AHEAD = (4, 8, 16)  # steps at which tracks are judged
 MARGIN = 0.75  # from the picture's middle, in pictures
@@ -103,27 +104,27 @@ class TrackPlanner(nn.Module):
         # what an executor can hear
         self.forms = ["tracks", "latent"] if config.points == "any" else ["latent"]
         if config.size % self.side:
-            core.fail(f"--size {config.size} is not divisible by {self.side}, the side of a "
+            fail(f"--size {config.size} is not divisible by {self.side}, the side of a "
                       "patch: choose a multiple")
         self.cells = config.size // self.side
         self.n, self.width = self.cells ** 2, D
         self.track = nn.Linear(2 * PATCH, D)
         # differs: at the laptop preset a small ResNet of the same stride, which learns sooner
         self.deep = bool(config.blocks[0])
-        encoder = lambda: core.ImageEncoder(D, config.blocks, config.channels)
+        encoder = lambda: networks.ImageEncoder(D, config.blocks, config.channels)
         self.image = encoder() if self.deep else nn.Linear(3 * self.side ** 2, D)
         self.local = nn.Linear(self.image.fine, D) if self.deep else None
         if self.deep and self.image.stride != self.side:
-            core.fail(f"--blocks {config.blocks} has stride {self.image.stride}, patches have "
+            fail(f"--blocks {config.blocks} has stride {self.image.stride}, patches have "
                       f"{self.side} pixels: give 3 stages")
         self.text = nn.Linear(E, D) if config.goal == "language" else None
         self.task = nn.Parameter(torch.randn(D) * 0.02)  # tells the task's tokens from the others
         # (P, 1, D)
-        self.time = nn.Parameter(sincos(torch.arange(STEPS // PATCH)[:, None].float(), D)[:, None])
+        self.time = nn.Parameter(networks.sincos(torch.arange(STEPS // PATCH)[:, None].float(), D)[:, None])
         cell = torch.stack(torch.meshgrid(torch.arange(self.cells), torch.arange(self.cells),
                                           indexing="ij"), -1).float()
-        self.register_buffer("place", sincos(cell.view(-1, 2), D), persistent=False)  # (n, D)
-        self.gpt = core.Transformer(D, config.depth, 8 if D >= 256 else 4, config.dropout)
+        self.register_buffer("place", networks.sincos(cell.view(-1, 2), D), persistent=False)  # (n, D)
+        self.gpt = networks.Transformer(D, config.depth, 8 if D >= 256 else 4, config.dropout)
         self.track_head = nn.Linear(D, 2 * PATCH)
         if config.mask_ratio:
             self.hidden = nn.Parameter(torch.randn(D) * 0.02)  # takes the place of a masked patch
@@ -160,7 +161,7 @@ class TrackPlanner(nn.Module):
         still = track_patches(points[:, None].expand(B, STEPS, N, 2))  # (B, P, N, 2 PATCH)
         # differs: a point's place is said as the patches' places are, too: from two bare numbers
         # attention finds its patch late
-        where = sincos(points.float().flip(-1) * self.cells - 0.5, self.config.width)  # (B, N, D)
+        where = networks.sincos(points.float().flip(-1) * self.cells - 0.5, self.config.width)  # (B, N, D)
         tracks = self.track(still) + self.time + where[:, None].to(still.dtype)  # (B, P, N, D)
         pixels, fine = self.see(images, mask_ratio)
         # differs: what the encoder sees at the point itself; attention alone finds it late
@@ -239,7 +240,7 @@ def make_batch(episodes, camera, episode, t, rng, config, number=None):
 def cameras_of(config, episodes):
     """Those that the data has.  Any point is followed in both cameras, by one network; the hand by
     the third person."""
-    there = [c for c in sims.CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
+    there = [c for c in CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
     return there if config.points == "any" else there[:1]
 
 
@@ -314,41 +315,83 @@ def show(planner, episodes, columns=4, seed=3):
                                   tensors["goal"])[0][0].cpu().numpy()
             for tracks, name in ((np.concatenate([batch["tracks"][0, :1], said]), "plan"),
                                  (batch["tracks"][0], "true")):
-                drawn = extract.draw_tracks(batch["image"][0], tracks, batch["seen"][0], 2)
-                cells.append(extract.caption(drawn, f"{name}, {camera}"))
+                drawn = draw_tracks(batch["image"][0], tracks, batch["seen"][0], 2)
+                cells.append(caption(drawn, f"{name}, {camera}"))
         rows.append(np.concatenate(cells, 1))
     return np.concatenate(rows)
 
 
 def load_planner(path, device="cpu"):
     """A trained TrackPlanner, frozen."""
-    content = train.load(path, kind=TrackPlanner.kind,
+    content = training.load(path, kind=TrackPlanner.kind,
                          made_by="python track_planner.py --suite libero_spatial")
-    planner = TrackPlanner(core.from_dict(Config, content["config"]), content["extra"]["E"])
+    planner = TrackPlanner(from_dict(Config, content["config"]), content["extra"]["E"])
     planner.load_state_dict(content["model"])
     return planner.to(device).eval().requires_grad_(False)
 
 
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
-    config = core.parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
+    config = parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
     any_point = config.points == "any"
     usual = "language" if any_point and not sims.is_metaworld(config.suite) else "image"
     config.goal = config.goal or usual
     name = ("track" if any_point else "ee") + f"-{config.goal}" * (config.goal != usual)
-    path = stage1.run_path(config, name)
-    videos, held_out, note = stage1.prepare(config, path, "track_planner")
+    path = record.run_path(config, name)
+    videos, held_out, note = record.prepare(config, path, "track_planner")
     torch.manual_seed(config.seed)
     E = videos.text.shape[1]
     if config.show:
         planner = load_planner(path, config.device)
     else:
-        planner = train.fit(TrackPlanner(config, E),
+        planner = training.fit(TrackPlanner(config, E),
                             lambda step: training_batch(videos, step, config), config, path,
                             lambda p: show(p, held_out), f"{note}, told by {config.goal}", {"E": E})
-    stage1.report(config, path, table(validate(planner, held_out)),
+    record.report(config, path, table(validate(planner, held_out)),
                   lambda: show(planner, held_out, columns=8))
 
 
 if __name__ == "__main__":
     main()
+
+
+# differs: the 16 steps are those to come; ATM's first is the present one, which is known
+STEPS, PATCH = 16, 4
+
+
+def track_patches(tracks):
+    """(B, S, N, 2) -> (B, P, N, 2 PATCH): each point's places in pieces of PATCH steps."""
+    B, S, N, _ = tracks.shape
+    return tracks.view(B, S // PATCH, PATCH, N, 2).transpose(2, 3).flatten(3)
+
+
+def track_from_patches(patches):
+    """The inverse: (B, P, N, 2 PATCH) -> (B, S, N, 2)."""
+    return patches.unflatten(3, (PATCH, 2)).transpose(2, 3).flatten(1, 2)
+
+
+def image_patches(images, side):
+    """(B, 3, H, W) -> (B, n, 3 side side), row by row."""
+    B, C, H, W = images.shape
+    x = images.view(B, C, H // side, side, W // side, side)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * side * side)
+
+
+def jitter(images, strength, often=0.9):
+    """images (B, H, W, 3) uint8 in other colours. ours: one draw for an eighth of the batch."""
+    from torchvision.transforms import v2
+    colours = v2.RandomApply([v2.ColorJitter(*[strength] * 4)], often)
+    parts = images.permute(0, 3, 1, 2).chunk(8)
+    return torch.cat([colours(part) for part in parts]).permute(0, 2, 3, 1)
+
+
+def augment(images, tracks, strength):
+    """ATM's: jitter of colours, then each picture shifted by up to 4 pixels, the tracks with it.
+
+    images (B, H, W, 3) uint8, tracks (B, T, N, 2) -> the same.
+    """
+    if strength:
+        images = jitter(images, strength)
+    images, move = networks.random_shift(images)  # (B, 2) pixels x, y
+    size = torch.tensor([images.shape[2], images.shape[1]], device=move.device)
+    return images, tracks + (move / size)[:, None, None]

@@ -18,6 +18,13 @@ sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 
+import executor
+import extract
+import mask_planner
+import sims
+import track_planner
+from core.episodes import Episodes
+
 torch.set_num_threads(1)
 
 SUITE, SIZE = "libero_spatial", 96
@@ -78,7 +85,6 @@ def equal(a, b):
 @pytest.fixture(scope="session")
 def sim():
     """Task 0 of libero_spatial; every test starts with its own reset."""
-    import sims
     sim = sims.make(SUITE, 0, SIZE)
     yield sim
     sim.close()
@@ -87,7 +93,6 @@ def sim():
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
     """Folder of real data: task 0, demo_0 and demo_1 held out, demo_2 and demo_3 the videos.  Read only."""
-    import extract
     folder = tmp_path_factory.mktemp("shared") / "data"
     extract.main([*EXTRACT, "--data", str(folder)])
     return folder
@@ -95,7 +100,6 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def task():
-    import sims
     return sims.tasks(SUITE)[0]
 
 
@@ -106,15 +110,12 @@ def data_file(data, task):
 
 @pytest.fixture(scope="session")
 def videos(data, task):
-    import extract
-    return extract.Episodes(data, SUITE, [task], 2)
+    return Episodes(data, SUITE, [task], 2)
 
 
 @pytest.fixture(scope="session")
 def planner_path(data):
     """Checkpoint of a mask planner trained for 5 steps; track.pt and ee.pt beside it."""
-    import mask_planner
-    import track_planner
     out = data.parent / "runs"
     mask_planner.main([*PLANNER, "--data", str(data), "--out", str(out)])
     for points in ("any", "ee"):
@@ -130,7 +131,6 @@ def with_planners(flags, planner_path):
 @pytest.fixture(scope="session")
 def executor_paths(data, planner_path):
     """Checkpoints of executors trained for 5 steps: {plan: path}."""
-    import executor
     out, paths = data.parent / "runs", {}
     for plan, flags in PLANS.items():
         executor.main([*EXECUTOR, "--planner", str(planner_path), *with_planners(flags, planner_path), "--data", str(data), "--out", str(out)])

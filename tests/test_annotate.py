@@ -7,9 +7,10 @@ import h5py
 import numpy as np
 import pytest
 
-import annotate
-import extract
 from conftest import ROOT
+
+import extract
+from demos.films import read_video
 
 ASKED = ["--objects", "robot arm. black bowl.", "--suite", "my_videos", "--tracks", "flow", "--threshold", "0",
          "--preset", "laptop", "--device", "cpu", "--size", "64"]
@@ -46,13 +47,13 @@ def weights(tmp_path_factory):
         backbone_config=swin, text_config=hf.BertConfig(**words), d_model=32, encoder_layers=1, decoder_layers=2,
         num_queries=20, encoder_attention_heads=2, decoder_attention_heads=2, disable_custom_kernels=True))
     side = {"shortest_edge": 128, "longest_edge": 128}
-    parts = [(annotate.DETECTOR, dino, hf.GroundingDinoProcessor(hf.GroundingDinoImageProcessor(size=side), tokenizer))]
+    parts = [(extract.DETECTOR, dino, hf.GroundingDinoProcessor(hf.GroundingDinoImageProcessor(size=side), tokenizer))]
     sam = hf.SamModel(hf.SamConfig(
         vision_config=dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=128, mlp_dim=32,
                            output_channels=32, global_attn_indexes=[0], window_size=4, num_pos_feats=16),
         prompt_encoder_config=dict(hidden_size=32, image_size=128, image_embedding_size=8, mask_input_channels=4),
         mask_decoder_config=dict(hidden_size=32, mlp_dim=32, iou_head_hidden_dim=32, num_attention_heads=2)))
-    parts.append((annotate.SEGMENTER, sam, hf.SamProcessor(hf.SamImageProcessor(
+    parts.append((extract.SEGMENTER, sam, hf.SamProcessor(hf.SamImageProcessor(
         size={"longest_edge": 128}, pad_size={"height": 128, "width": 128}, mask_size={"longest_edge": 32},
         mask_pad_size={"height": 32, "width": 32}))))
     S = 128
@@ -69,7 +70,7 @@ def weights(tmp_path_factory):
         memory_attention_rope_feat_sizes=[S // 16] * 2, mask_downsampler_embed_dim=128, memory_fuser_embed_dim=128,
         memory_fuser_intermediate_dim=64))
     size = {"height": S, "width": S}
-    parts.append((annotate.FOLLOWER, follow, hf.Sam2VideoProcessor(hf.Sam2ImageProcessor(size=size),
+    parts.append((extract.FOLLOWER, follow, hf.Sam2VideoProcessor(hf.Sam2ImageProcessor(size=size),
                                                                    hf.Sam2VideoVideoProcessor(size=size))))
     for name, model, processor in parts:
         for part in (model, processor):
@@ -97,7 +98,7 @@ def test_the_command_writes_the_usual_layout(annotated, film):
         masks = np.concatenate([demos[f"demo_{i}"]["masks"] for i in range(len(demos))])
         assert masks.any() and masks.max() <= 2
         seen = demos["demo_0/obs/agentview_rgb"][0].astype(int)
-        assert np.abs(seen - annotate.read_video(film, 64)[0]).mean() < 6, "upright, in colour, the middle"
+        assert np.abs(seen - read_video(film, 64)[0]).mean() < 6, "upright, in colour, the middle"
     assert sorted(os.listdir(annotated)) == ["my_videos", "my_videos.png"]
     assert os.listdir(annotated / "my_videos") == ["bikes.hdf5"]
 
@@ -115,13 +116,13 @@ def test_planners_train_on_it(annotated, tmp_path, planner):
 
 
 def test_flow_finds_a_known_shift_and_hides_what_leaves(film):
-    still = annotate.read_video(film, 128)[0]
+    still = read_video(film, 128)[0]
     frames = np.stack([np.roll(still, 2 * t, 1) for t in range(30)])  # 2 pixels right each
     where = np.random.default_rng(0).uniform(0.35, 0.5, (60, 2))
-    tracks, visible = annotate.flow_tracks(frames, np.full(60, 10), where)
+    tracks, visible = extract.flow_tracks(frames, np.full(60, 10), where)
     off = np.linalg.norm((tracks[5:16] - where - np.array([[2 * (t - 10) / 128, 0] for t in range(5, 16)])[:, None]) * 128, axis=-1)
     assert np.array_equal(visible[10], np.ones(60)) and np.median(off) < 0.5
-    edge = annotate.flow_tracks(frames, np.zeros(5, int), np.full((5, 2), [0.9, 0.5]))
+    edge = extract.flow_tracks(frames, np.zeros(5, int), np.full((5, 2), [0.9, 0.5]))
     assert edge[1][0].all() and not edge[1][12:].any(), "out of the picture after seven frames"
 
 
@@ -137,9 +138,9 @@ def test_an_object_that_leaves_the_picture(monkeypatch, weights, film):
             yield said
 
     monkeypatch.setattr(transformers.Sam2VideoModel, "propagate_in_video_iterator", gone)
-    frames, box = annotate.read_video(film, 96)[:6], np.zeros((1, 96, 96), bool)
+    frames, box = read_video(film, 96)[:6], np.zeros((1, 96, 96), bool)
     box[0, 20:60, 20:60] = True
-    labels = annotate.follow_masks(frames, 0, box, weights, False, "cpu")
+    labels = extract.follow_masks(frames, 0, box, weights, False, "cpu")
     assert labels.shape == (6, 96, 96) and not labels[4:].any() and set(np.unique(labels)) <= {0, 1}
 
 
@@ -165,9 +166,9 @@ def test_cotrackers_calls(tmp_path, film):
     import torch
     (tmp_path / "co-tracker").mkdir()
     (tmp_path / "co-tracker" / "hubconf.py").write_text(STUB)
-    torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / "co-tracker" / annotate.TRACKER_FILE)
-    frames, where = annotate.read_video(film, 96)[:6], np.random.default_rng(0).random((20, 2))
-    tracks, visible = annotate.cotracker_tracks(frames, np.arange(20) % 6, where, tmp_path)
+    torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / "co-tracker" / extract.TRACKER_FILE)
+    frames, where = read_video(film, 96)[:6], np.random.default_rng(0).random((20, 2))
+    tracks, visible = extract.cotracker_tracks(frames, np.arange(20) % 6, where, tmp_path)
     assert np.abs(tracks - where).max() < 1e-5 and visible.shape == (6, 20) and visible.dtype == bool
 
 
@@ -201,9 +202,9 @@ def test_truncated_with_its_index_in_front(tmp_path, film, refused):
     fast, cut = tmp_path / "fast.mp4", tmp_path / "cut.mp4"
     subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(film), "-c", "copy", "-movflags",
                     "+faststart", str(fast)], check=True)
-    assert len(annotate.read_video(fast, 32)) == 40
+    assert len(read_video(fast, 32)) == 40
     cut.write_bytes(fast.read_bytes()[:fast.stat().st_size // 2])
-    refused(lambda: annotate.read_video(cut, 32), "cut short", "of 40 frames")
+    refused(lambda: read_video(cut, 32), "cut short", "of 40 frames")
     run = subprocess.run([sys.executable, "-c", f"import annotate; annotate.read_video({str(cut)!r}, 32)"], text=True,
                          capture_output=True, env={k: v for k, v in os.environ.items() if "FFMPEG" not in k} | {"PYTHONPATH": ROOT})
     assert run.returncode == 2 and len(run.stderr.splitlines()) == 1, "the decoder is silent"
@@ -212,14 +213,14 @@ def test_truncated_with_its_index_in_front(tmp_path, film, refused):
 def test_nothing_found_and_no_weights(tmp_path, film, weights, refused):
     go = lambda *more: extract.main(["--video", str(film), *ASKED, "--data", str(tmp_path / "data"), *more])
     refused(lambda: go("--weights", str(weights), "--threshold", "1"), "robot arm", "black bowl", "--threshold")
-    refused(lambda: go("--weights", str(tmp_path)), annotate.DETECTOR, tmp_path, "hf download", "--download")
-    refused(lambda: annotate.cotracker(str(tmp_path), False, "cpu"), annotate.TRACKER_FILE, tmp_path, "--tracks flow")
+    refused(lambda: go("--weights", str(tmp_path)), extract.DETECTOR, tmp_path, "hf download", "--download")
+    refused(lambda: extract.cotracker(str(tmp_path), False, "cpu"), extract.TRACKER_FILE, tmp_path, "--tracks flow")
     assert not (tmp_path / "data").exists()
 
 
 def test_pictures_are_frames(tmp_path, film):
     import cv2
-    frames = annotate.read_video(film, 64)[:5]
+    frames = read_video(film, 64)[:5]
     for i, frame in enumerate(frames):
         cv2.imwrite(str(tmp_path / f"{i:03d}.png"), frame[..., ::-1])
-    assert np.array_equal(annotate.read_video(tmp_path, 64), frames)
+    assert np.array_equal(read_video(tmp_path, 64), frames)

@@ -5,15 +5,16 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-import avdc
-import cameras
-import core
-import flow
-import flownet
-import motion
 import sims
-import train
 import video_planner
+from core import training
+from core.flags import as_dict, parse
+from sims import metaworld
+from sims.camera import project
+from video_control import avdc, flow
+from video_control.motion import (camera_motion, fit_motion, grasp_point, infer_motions, subgoals,
+                                  unproject)
+
 
 VIEW = (np.array([0.1, -0.9, 0.8]), Rotation.from_euler("x", -2.2).as_matrix(), 1.1)    # eye, axes, focal length
 
@@ -22,7 +23,7 @@ def scene(spread=0.25, P=1500, seed=0):
     """Points (P, 3) about a metre before the camera, and where it shows them."""
     rng = np.random.default_rng(seed)
     points = VIEW[0] + VIEW[1][2] + rng.uniform(-spread, spread, (P, 3))
-    return points, cameras.project(points, *VIEW)[0], rng
+    return points, project(points, *VIEW)[0], rng
 
 
 def moves():
@@ -31,15 +32,15 @@ def moves():
 
 def test_unproject_is_the_inverse_of_project():
     points, places, _ = scene()
-    depth = cameras.project(points, *VIEW)[1]
-    assert np.allclose(motion.unproject(places, depth, VIEW), points)
+    depth = project(points, *VIEW)[1]
+    assert np.allclose(unproject(places, depth, VIEW), points)
 
 
 def test_motion_is_recovered():
     points, _, _ = scene()
     R, t = moves()
-    targets = cameras.project(points @ R.T + t, *VIEW)[0]
-    found_R, found_t, good = motion.fit_motion(points, targets, VIEW, 1e-4)
+    targets = project(points @ R.T + t, *VIEW)[0]
+    found_R, found_t, good = fit_motion(points, targets, VIEW, 1e-4)
     assert np.allclose(found_R, R, atol=1e-3) and np.allclose(found_t, t, atol=1e-3) and good.all()
 
 
@@ -47,10 +48,10 @@ def test_motion_is_recovered_from_noise_and_outliers():
     """Half a pixel of noise (of 480) and 30 % outliers: turn and way to 1e-3."""
     points, _, rng = scene(P=20000)
     R, t = moves()
-    targets = cameras.project(points @ R.T + t, *VIEW)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
+    targets = project(points @ R.T + t, *VIEW)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
     wrong = rng.random(len(points)) < 0.3
     targets[wrong] = rng.random((wrong.sum(), 2))
-    found_R, found_t, good = motion.fit_motion(points, targets, VIEW, 0.5 / 480)
+    found_R, found_t, good = fit_motion(points, targets, VIEW, 0.5 / 480)
     middle = points.mean(0)
     assert Rotation.from_matrix(found_R @ R.T).magnitude() < 1e-3
     assert np.linalg.norm(found_R @ middle + found_t - R @ middle - t) < 1e-3
@@ -62,10 +63,10 @@ def test_camera_motion_is_recovered():
     R, t = moves()
     eye, axes, focal = VIEW
     moved = (R @ eye + t, axes @ R.T, focal)        # the camera after its own rigid motion
-    targets = cameras.project(points, *moved)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
+    targets = project(points, *moved)[0] + rng.normal(0, 0.5 / 480, (len(points), 2))
     wrong = rng.random(len(points)) < 0.3
     targets[wrong] = rng.random((wrong.sum(), 2))
-    found_R, found_t, _ = motion.camera_motion(points, targets, VIEW, 0.5 / 480)
+    found_R, found_t, _ = camera_motion(points, targets, VIEW, 0.5 / 480)
     assert Rotation.from_matrix(found_R @ R.T).magnitude() < 1e-3
     assert np.linalg.norm(found_R @ eye + found_t - moved[0]) < 2e-3
 
@@ -73,7 +74,7 @@ def test_camera_motion_is_recovered():
 def test_a_small_object_does_not_fly_off():
     """Fifty points within 2 cm and a pixel of noise of 96: the prior holds depth within 10 cm."""
     points, places, rng = scene(spread=0.01, P=50)
-    R, t, _ = motion.fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
+    R, t, _ = fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
     assert np.linalg.norm(points @ R.T + t - points, axis=1).max() < 0.1
 
 
@@ -83,22 +84,22 @@ def test_integration_follows_the_object_and_loses_covered_points():
     world = [points]
     for R, t in steps:
         world.append(world[-1] @ R.T + t)
-    exact = [cameras.project(w, *VIEW)[0] for w in world]
+    exact = [project(w, *VIEW)[0] for w in world]
 
     def correspond(k, here, kept):
         there = exact[k + 1][kept].copy()
         there[kept < 60 * (k == 1)] = 0.5         # a hand covers some in the second step
         return there
 
-    found = motion.infer_motions(places, points, correspond, VIEW, 3, 1e-4)
-    way = motion.subgoals(motion.grasp_point(points), found)
-    true = motion.subgoals(motion.grasp_point(points), steps)
+    found = infer_motions(places, points, correspond, VIEW, 3, 1e-4)
+    way = subgoals(grasp_point(points), found)
+    true = subgoals(grasp_point(points), steps)
     assert way.shape == (4, 3) and np.allclose(way, true, atol=1e-3)
 
 
 def test_grasp_point_is_the_medoid():
     points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]], float)
-    assert motion.grasp_point(points).tolist() == [0.2, 0.2, 0]
+    assert grasp_point(points).tolist() == [0.2, 0.2, 0]
 
 
 def test_sample_flow_reads_between_pixels():
@@ -113,7 +114,7 @@ def test_sample_flow_reads_between_pixels():
 
 def net(*flags):
     torch.manual_seed(0)
-    return flow.FlowNet(core.parse(flow.Config, "", ["--size", "32", "--width", "32", "--depth", "1", *flags]))
+    return flow.FlowNet(parse(flow.Config, "", ["--size", "32", "--width", "32", "--depth", "1", *flags]))
 
 
 def test_every_parameter_of_the_network_gets_a_gradient():
@@ -129,7 +130,7 @@ def test_every_parameter_of_the_network_gets_a_gradient():
 
 def test_local_products_are_those_of_shifted_pictures():
     a, b = torch.randn(2, 2, 5, 6, 6)
-    near = flownet.local_products(a, b, 2).view(2, 5, 5, 6, 6)
+    near = flow.local_products(a, b, 2).view(2, 5, 5, 6, 6)
     for i, j in ((0, 0), (2, 2), (4, 1)):
         there = torch.nn.functional.pad(b, (2,) * 4)[:, :, i:i + 6, j:j + 6]
         assert torch.allclose(near[:, i, j], (a * there).sum(1), atol=1e-5)
@@ -205,7 +206,7 @@ def test_exact_flow_is_where_the_points_go(door):
     door.reset(seed=5)
     way = avdc.true_future(door, {"seed": 5})
     assert len(way) > 20
-    view, grid = sims.views()[0], flow.pixel_grid(48).numpy()
+    view, grid = metaworld.views()[0], flow.pixel_grid(48).numpy()
     row = flow.exact_pair(door, view, way[[0, len(way) - 1]], grid)
     known = np.isfinite(row["flow"]).all(-1)
     moved = np.linalg.norm(np.nan_to_num(row["flow"]), axis=-1) > 0.01
@@ -218,7 +219,7 @@ def test_exact_flow_is_where_the_points_go(door):
 @pytest.mark.parametrize("view", [0, 1])
 def test_exact_correspondence_solves_a_scene(door, view):
     door.reset(seed=7)
-    actor = avdc.Actor(door, "oracle", {"seed": 7}, sims.views()[view])
+    actor = avdc.Actor(door, "oracle", {"seed": 7}, metaworld.views()[view])
     for _ in range(200):
         _, success = door.step(actor(door), observe=False)
         if success:
@@ -229,12 +230,12 @@ def test_exact_correspondence_solves_a_scene(door, view):
 def test_imagined_videos_are_of_cameras_that_the_planner_has_seen(tmp_path, capsys):
     made = {}
     for videos in ("", "avdc,avdc_view2"):
-        config = core.parse(video_planner.Config, "", ["--suite", "avdc", "--goal", "language", "--size", "32", "--channels", "32",
+        config = parse(video_planner.Config, "", ["--suite", "avdc", "--goal", "language", "--size", "32", "--channels", "32",
                                                        "--multiples", "1", "--shrink", "1", "--videos", videos])
         made[videos] = tmp_path / f"{len(made)}.pt"
-        train.save(made[videos], kind="video_planner", config=core.as_dict(config), model={}, extra={"E": 4}, version=train.VERSION)
-    train.save(tmp_path / "avdc/flow.pt", kind="flow", version=train.VERSION)
-    choose = lambda *words: avdc.choose_views(core.parse(avdc.Config, "", ["--out", str(tmp_path), *words]))
+        training.save(made[videos], kind="video_planner", config=as_dict(config), model={}, extra={"E": 4}, version=training.VERSION)
+    training.save(tmp_path / "avdc/flow.pt", kind="flow", version=training.VERSION)
+    choose = lambda *words: avdc.choose_views(parse(avdc.Config, "", ["--out", str(tmp_path), *words]))
     assert choose("--future", "oracle") == choose("--future", "true") == [0, 1, 2]
     assert choose("--planner", str(made[""])) == [0] and choose("--planner", str(made["avdc,avdc_view2"])) == [0, 2]
     assert choose("--planner", str(made[""]), "--views", "1") == [1]

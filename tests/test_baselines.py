@@ -5,13 +5,13 @@ import pytest
 import torch
 import torchvision
 
-import baselines
-import core
-import executor
-import train
 from conftest import EXECUTOR, SIZE
-from policy import STATE, Policy
 from test_executor import frame_of, tensors
+
+import executor
+from baselines import cloning, vpt
+from core import training
+from core.flags import parse
 
 CLONE = ["--planner", "none", "--tasks", "0"]
 
@@ -22,7 +22,7 @@ def build(data, tmp_path):
 
     def build(*flags):
         argv = [*EXECUTOR, *CLONE, "--data", str(data), "--out", str(tmp_path), *flags]
-        return executor.build(core.parse(executor.Config, "", argv))
+        return executor.build(parse(executor.Config, "", argv))
 
     return build
 
@@ -64,7 +64,7 @@ def test_the_encoders_are_the_published_ones(build, tmp_path):
 def test_the_checkpoint_needs_no_weights_file(build, tmp_path):
     path, _ = published(tmp_path / "r3m.pt")
     model, actions, made = build("--encoder", "r3m", "--weights", str(path), "--steps", "2")
-    model = train.fit(model, actions, model.config, made, extra=model.extra)
+    model = training.fit(model, actions, model.config, made, extra=model.extra)
     path.unlink()
     again, batch = executor.load_executor(made), tensors(actions(0))
     with torch.no_grad():
@@ -73,9 +73,9 @@ def test_the_checkpoint_needs_no_weights_file(build, tmp_path):
 
 @pytest.mark.parametrize("depth", [34, 50])
 def test_the_depth_is_read_off_the_file(tmp_path, depth):
-    weights, found = baselines.read_r3m(published(tmp_path / "r3m.pt", depth)[0])
+    weights, found = cloning.read_r3m(published(tmp_path / "r3m.pt", depth)[0])
     assert found == depth
-    baselines.R3M(8, depth).convnet.load_state_dict(weights)
+    cloning.R3M(8, depth).convnet.load_state_dict(weights)
 
 
 def test_a_wrong_file_is_one_line(build, tmp_path, refused):
@@ -97,9 +97,9 @@ def test_a_wrong_file_is_one_line(build, tmp_path, refused):
 
 def test_labels_are_close_to_the_true_actions(videos, data, tmp_path):
     """On what the inverse dynamics model was trained on; what it is not asked for stays."""
-    c = core.parse(executor.Config, "", [*EXECUTOR, *CLONE, "--steps", "200", "--batch", "16", "--lr", "3e-3"])
-    labelled = baselines.vpt(videos, videos, c, tmp_path / "inverse.pt", STATE)
-    for name in ("actions", *STATE):
+    c = parse(executor.Config, "", [*EXECUTOR, *CLONE, "--steps", "200", "--batch", "16", "--lr", "3e-3"])
+    labelled = vpt.vpt(videos, videos, c, tmp_path / "inverse.pt", executor.STATE)
+    for name in ("actions", *executor.STATE):
         said, true = (np.concatenate(e.arrays[name]) for e in (labelled, videos))
         assert said.shape == true.shape and not np.array_equal(said, true)
         error, spread = np.square(said - true).mean(), np.square(true - true.mean(0)).mean()
@@ -108,9 +108,9 @@ def test_labels_are_close_to_the_true_actions(videos, data, tmp_path):
 
 
 def test_it_looks_ahead_and_not_beyond_the_end(videos):
-    c = core.parse(executor.Config, "", [*EXECUTOR, *CLONE])
-    model = baselines.InverseDynamics(c, SIZE, np.zeros(15, np.float32), np.ones(15, np.float32)).eval()
-    views = [videos.arrays[k][0][:20] for k in baselines.PICTURES]
+    c = parse(executor.Config, "", [*EXECUTOR, *CLONE])
+    model = vpt.InverseDynamics(c, SIZE, np.zeros(15, np.float32), np.ones(15, np.float32)).eval()
+    views = [videos.arrays[k][0][:20] for k in vpt.PICTURES]
     said = model.label(views)
     assert said.shape == (20, 15)
     last = [np.concatenate([v, np.repeat(v[-1:], 8, 0)]) for v in views]
@@ -128,7 +128,7 @@ def test_the_clone_learns_from_the_labels_alone(build, videos, monkeypatch):
     assert len(actions.demos.length) == 2, "both videos, not the one demonstration"
     said = np.concatenate(actions.demos.arrays["actions"])
     assert not np.allclose(said, np.concatenate(videos.arrays["actions"]), atol=1e-3)
-    state = np.concatenate([np.concatenate(actions.demos.arrays[k]) for k in STATE], 1)
+    state = np.concatenate([np.concatenate(actions.demos.arrays[k]) for k in executor.STATE], 1)
     np.testing.assert_allclose(model.mean, state.mean(0), atol=1e-4)
     episode, row = actions(0)["state"], {tuple(np.round(s, 4)) for s in state}
     assert all(tuple(np.round(s, 4)) in row for s in episode[:, 0])
@@ -146,7 +146,7 @@ def test_a_clone_told_by_language(build, videos):
         said = model.eval()(batch)[0]
         other = model(batch | {"goal": -batch["goal"]})[0]
     assert not torch.allclose(said, other)
-    policy = Policy(model)
+    policy = executor.Policy(model)
     policy.reset(model.goals[0, 0])
     first = policy(frame_of(videos, 0, 0))
     policy.reset(255 - model.goals[0, 0])

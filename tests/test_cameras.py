@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-import cameras
-import experts
-import sims
 from conftest import SIZE
+
+import sims
+from demos.libero import demonstrator
+from sims.camera import CAMERAS, Camera, MOVES, project, track
 
 K = 256
 
@@ -16,7 +17,7 @@ def played(request):
     """A simulator and the states of an episode in it."""
     sim = sims.make(*request.param, SIZE)
     sim.reset(seed=2)
-    expert, states = experts.demonstrator(sim, 2), [sim.state()]
+    expert, states = demonstrator(sim, 2), [sim.state()]
     while not expert.done and len(states) < 120:
         sim.step(expert(sim), observe=False)
         states.append(sim.state())
@@ -32,19 +33,19 @@ def put(sim, state):
 
 
 def follow(sim, states, camera, moving=True, seed=0):
-    view = sim.cameras[sims.CAMERAS.index(camera)]
+    view = sim.cameras[CAMERAS.index(camera)]
     qpos = states[:, 1:1 + sim.model.nq]
-    return cameras.track(sim.camera, view, sim.model, qpos, K, np.random.default_rng(seed), moving)
+    return track(sim.camera, view, sim.model, qpos, K, np.random.default_rng(seed), moving)
 
 
-@pytest.mark.parametrize("camera", sims.CAMERAS)
+@pytest.mark.parametrize("camera", CAMERAS)
 def test_a_point_is_where_the_renderer_draws_it(played, camera):
     """Balls are added to the scene, some 4 px across; their centroids lie within 0.1 px of the projected centres."""
     import mujoco
     sim, states = played
     put(sim, states[10])
-    large = cameras.Camera(sim.model, 512, "fast", [0] * 6)
-    view = sim.cameras[sims.CAMERAS.index(camera)]
+    large = Camera(sim.model, 512, "fast", [0] * 6)
+    view = sim.cameras[CAMERAS.index(camera)]
     eye, axes, focal = large.pose(sim.data, view)
     rng, errors = np.random.default_rng(0), []
     for _ in range(12):
@@ -62,12 +63,12 @@ def test_a_point_is_where_the_renderer_draws_it(played, camera):
         large.renderer.disable_segmentation_rendering()
         assert len(x) > 10
         seen = (np.array([x.mean(), y.mean()]) + 0.5) / 512
-        errors.append(np.abs(seen - cameras.project(point, eye, axes, focal)[0]).max() * 128)
+        errors.append(np.abs(seen - project(point, eye, axes, focal)[0]).max() * 128)
     large.close()
     assert max(errors) < 0.1, errors
 
 
-@pytest.mark.parametrize("camera", sims.CAMERAS)
+@pytest.mark.parametrize("camera", CAMERAS)
 @pytest.mark.parametrize("moving", [True, False])
 def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera, moving):
     """Where a point is said to be visible, the picture shows its body; where hidden, another."""
@@ -77,7 +78,7 @@ def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera,
     assert visible.any(0).all(), "each was seen once"
     inside = (np.abs(place - 0.5) < 0.5).all(-1)
     assert not (visible & ~inside).any()
-    view, body_of = sim.cameras[sims.CAMERAS.index(camera)], sim.model.geom_bodyid.astype(np.uint8) + 1
+    view, body_of = sim.cameras[CAMERAS.index(camera)], sim.model.geom_bodyid.astype(np.uint8) + 1
     shown, near = [], []
     for t in range(0, len(states), 10):
         put(sim, states[t])
@@ -97,14 +98,14 @@ def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera,
 
 def test_points_are_where_something_moves(played):
     sim, states = played
-    spread = lambda moving: (follow(sim, states, "agentview", moving)[0].var(0).sum(-1) > cameras.MOVES).mean()
+    spread = lambda moving: (follow(sim, states, "agentview", moving)[0].var(0).sum(-1) > MOVES).mean()
     assert spread(True) > 0.4 > spread(False)
 
 
 def test_tracks_follow_from_the_seed(played):
     sim, states = played
     one, two, other = (sims.tracks(sim, states, seed=s) for s in (3, 3, 4))
-    assert one.keys() == {f"{w}/{c}" for w in ("tracks", "visible") for c in sims.CAMERAS}
+    assert one.keys() == {f"{w}/{c}" for w in ("tracks", "visible") for c in CAMERAS}
     assert all(np.array_equal(one[k], two[k]) for k in one)
     assert not np.array_equal(one["tracks/agentview"], other["tracks/agentview"])
     assert one["tracks/agentview"].dtype == np.float16 and one["visible/agentview"].dtype == bool

@@ -14,8 +14,9 @@ import pytest
 import torch
 import torch.nn as nn
 
-import core
-import train
+from core import networks, training
+from core.flags import as_dict, fast_products, flag, from_dict, parse
+
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -23,20 +24,20 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 @dataclasses.dataclass
 class Config:
     PRESETS: ClassVar = {"laptop": {"width": 8}, "paper": {"width": 512}}
-    steps: int = core.flag(12, "gradient steps", minimum=1)
-    lr: float = core.flag(3e-3, "peak learning rate", minimum=0)
-    weight_decay: float = core.flag(0.01, "of matrices, 5 % at most")
-    warmup: int = core.flag(2, "steps")
-    clip: float = core.flag(1.0, "largest gradient norm, 0 = off")
-    ema: float = core.flag(0.9, "decay per step, 0 = off")
-    seed: int = core.flag(0, "random seed")
-    save_every: int = core.flag(4, "steps")
-    log_every: int = core.flag(4, "steps")
-    mode: str = core.flag("plain", "what goes wrong", choices=["plain", "nan", "steep", "slow"])
-    width: int | None = core.flag(None, "width in channels")
-    device: str | None = core.flag("cpu", "cpu or cuda")
-    bf16: bool | None = core.flag(False, "bf16 autocast")
-    sizes: tuple[int, ...] = core.flag((1, 2), "a list")
+    steps: int = flag(12, "gradient steps", minimum=1)
+    lr: float = flag(3e-3, "peak learning rate", minimum=0)
+    weight_decay: float = flag(0.01, "of matrices, 5 % at most")
+    warmup: int = flag(2, "steps")
+    clip: float = flag(1.0, "largest gradient norm, 0 = off")
+    ema: float = flag(0.9, "decay per step, 0 = off")
+    seed: int = flag(0, "random seed")
+    save_every: int = flag(4, "steps")
+    log_every: int = flag(4, "steps")
+    mode: str = flag("plain", "what goes wrong", choices=["plain", "nan", "steep", "slow"])
+    width: int | None = flag(None, "width in channels")
+    device: str | None = flag("cpu", "cpu or cuda")
+    bf16: bool | None = flag(False, "bf16 autocast")
+    sizes: tuple[int, ...] = flag((1, 2), "a list")
 
 
 class Toy(nn.Module):
@@ -48,7 +49,7 @@ class Toy(nn.Module):
         super().__init__()
         self.config = config
         torch.manual_seed(config.seed)
-        self.body = core.Transformer(8, 1, 2, dropout=0.1)
+        self.body = networks.Transformer(8, 1, 2, dropout=0.1)
         self.frozen = nn.Linear(8, 8).requires_grad_(False)
         self.register_buffer("mean", torch.ones(8))
         self.calls = 0
@@ -73,7 +74,7 @@ def batches(step):
 
 def trained(path, **changes):
     config = Config(**changes)
-    return train.fit(Toy(config), batches, config, str(path))
+    return training.fit(Toy(config), batches, config, str(path))
 
 
 def child(path, processes=0, **changes):
@@ -106,14 +107,14 @@ def refused(capsys, *words):
 
 
 def test_block_without_mask_does_not_know_the_order():
-    block, x = core.Block(16, 4).eval(), torch.randn(2, 6, 16)
+    block, x = networks.Block(16, 4).eval(), torch.randn(2, 6, 16)
     order = torch.randperm(6)
     torch.testing.assert_close(block(x)[:, order], block(x[:, order]), atol=1e-5, rtol=1e-5)
 
 
 def test_block_normalises_q_k_and_v():
     # Scale and offset of the input must not reach the attention branch through any of the three.
-    block, x = core.Block(16, 4).eval(), torch.randn(2, 6, 16)
+    block, x = networks.Block(16, 4).eval(), torch.randn(2, 6, 16)
     nn.init.zeros_(block.down.weight)
     nn.init.zeros_(block.down.bias)
     torch.testing.assert_close(block(5 * x + 3) - (5 * x + 3), block(x) - x, atol=1e-4, rtol=1e-4)
@@ -121,7 +122,7 @@ def test_block_normalises_q_k_and_v():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_first_tokens_alone_are_those_of_all(bf16):
-    model, x, mask = core.Transformer(16, 3, 4).eval(), torch.randn(2, 12, 16), core.block_causal_mask(4, 3)
+    model, x, mask = networks.Transformer(16, 3, 4).eval(), torch.randn(2, 12, 16), networks.block_causal_mask(4, 3)
     nn.init.normal_(model.blocks[-1].qkv.weight)        # attention that matters
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for m in (None, mask):
@@ -131,8 +132,8 @@ def test_the_first_tokens_alone_are_those_of_all(bf16):
 
 def test_attention_in_bf16_is_about_that_in_fp32():
     q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
-    exact = core.attend(q, k, v, core.block_causal_mask(3, 3))
-    rough = core.attend(*(x.bfloat16() for x in (q, k, v)), core.block_causal_mask(3, 3))
+    exact = networks.attend(q, k, v, networks.block_causal_mask(3, 3))
+    rough = networks.attend(*(x.bfloat16() for x in (q, k, v)), networks.block_causal_mask(3, 3))
     assert rough.dtype == torch.bfloat16
     torch.testing.assert_close(rough.float(), exact, atol=0.05, rtol=0.05)
 
@@ -143,7 +144,7 @@ def test_fast_products_are_not_rounded():
     if not hasattr(torch.backends.mkldnn, "matmul"):
         pytest.skip("this torch has no such choice")
     before = torch.backends.mkldnn.matmul.fp32_precision
-    core.fast_products()
+    fast_products()
     try:
         torch.testing.assert_close(a @ b, (a.double() @ b.double()).float(), atol=3e-4, rtol=1e-5)
     finally:
@@ -153,19 +154,19 @@ def test_fast_products_are_not_rounded():
 @pytest.mark.parametrize("share", [0.0, 0.2, 0.5])
 def test_dropout_keeps_the_mean_and_drops_its_share(share):
     x = torch.ones(101, 999, requires_grad=True)
-    y = core.drop(x, share)
+    y = networks.drop(x, share)
     y.sum().backward()
     assert abs((y == 0).float().mean().item() - share) < 0.01 and abs(y.mean().item() - 1) < 0.02
     assert torch.equal(x.grad, y), "what is dropped learns nothing"
     torch.manual_seed(5)
-    once = core.drop(x, share)
+    once = networks.drop(x, share)
     torch.manual_seed(5)
-    assert torch.equal(once, core.drop(x, share))
+    assert torch.equal(once, networks.drop(x, share))
 
 
 def test_attention_is_the_formula():
-    block, x = core.Block(8, 2).eval(), torch.randn(1, 4, 8)
-    mask = core.block_causal_mask(2, 2)
+    block, x = networks.Block(8, 2).eval(), torch.randn(1, 4, 8)
+    mask = networks.block_causal_mask(2, 2)
     q, k, v = block.qkv(block.norm1(x))[0].split(8, dim=-1)
     heads = []
     for h in range(2):
@@ -178,10 +179,10 @@ def test_attention_is_the_formula():
 
 
 def test_block_causal_mask_hides_later_steps():
-    mask = core.block_causal_mask(3, 2)
+    mask = networks.block_causal_mask(3, 2)
     assert mask.shape == (6, 6) and mask.dtype == torch.bool
     assert all(mask[i, j] == (i // 2 >= j // 2) for i in range(6) for j in range(6))
-    model, x = core.Transformer(16, 2, 4).eval(), torch.randn(2, 6, 16)
+    model, x = networks.Transformer(16, 2, 4).eval(), torch.randn(2, 6, 16)
     changed = x.clone()
     changed[:, 4:] += 100
     assert torch.equal(model(x, mask)[:, :4], model(changed, mask)[:, :4])
@@ -189,14 +190,14 @@ def test_block_causal_mask_hides_later_steps():
 
 
 def test_transformer_trains_every_parameter():
-    model = core.Transformer(16, 2, 4)
+    model = networks.Transformer(16, 2, 4)
     model(torch.randn(2, 5, 16)).square().mul(torch.randn(16)).sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in model.parameters())
 
 
 @pytest.mark.parametrize("blocks, stride", [((1, 1, 1), 16), ((2, 2, 2, 2), 32)])
 def test_encoder(blocks, stride):
-    encoder = core.ImageEncoder(12, blocks)
+    encoder = networks.ImageEncoder(12, blocks)
     images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
     features = encoder.train()(images)
     assert features.shape == (2, 12, 64 // stride, 96 // stride)
@@ -214,7 +215,7 @@ def test_encoder(blocks, stride):
 
 def test_encoder_refuses_a_hole_in_the_stages(capsys):
     with pytest.raises(SystemExit):
-        core.ImageEncoder(12, (2, 0, 2, 2))
+        networks.ImageEncoder(12, (2, 0, 2, 2))
     refused(capsys, "(2, 0, 2, 2)")
 
 
@@ -228,7 +229,7 @@ class Regression(nn.Module):
         super().__init__()
         torch.manual_seed(config.seed)
         self.config = config
-        self.body = nn.Sequential(core.Transformer(16, 1, 2), nn.Linear(16, 16))
+        self.body = nn.Sequential(networks.Transformer(16, 1, 2), nn.Linear(16, 16))
 
     def loss(self, batch):
         return (self.body(batch["x"]) - batch["y"]).square().mean(), {}
@@ -248,10 +249,10 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
     path = tmp_path / "run.pt"
     extra = {"objects": ["robot", "bowl"]}
     batch = {"x": x, "y": y}
-    model = train.fit(model, lambda step: batch, config, path, picture, "9 episodes", extra)
-    assert train.load(path, kind="regression")["extra"] == extra
+    model = training.fit(model, lambda step: batch, config, path, picture, "9 episodes", extra)
+    assert training.load(path, kind="regression")["extra"] == extra
     lines = capsys.readouterr().out.splitlines()
-    for word in ("cpu", f"{core.count(model):,} trainable", "300 steps", "9 episodes", str(path)):
+    for word in ("cpu", f"{networks.count(model):,} trainable", "300 steps", "9 episodes", str(path)):
         assert word in lines[0]
     assert any("minutes to go" in line for line in lines[:5])
     assert not model.training and model.loss({"x": x, "y": y})[0] < 0.01
@@ -266,14 +267,14 @@ def test_frozen_parts_and_decay(tmp_path):
     model = trained(tmp_path / "run.pt")
     assert torch.equal(model.frozen.weight, before.frozen.weight)
     assert not torch.equal(model.body.blocks[0].up.weight, before.body.blocks[0].up.weight)
-    decayed, plain = train.load(tmp_path / "run.pt")["optimizer"]["param_groups"]
+    decayed, plain = training.load(tmp_path / "run.pt")["optimizer"]["param_groups"]
     assert decayed["weight_decay"] == 0.01 and plain["weight_decay"] == 0
     assert len(decayed["params"]) == 4 and len(plain["params"]) == 10
 
 
 def test_learning_rate():
     config = Config(steps=100, warmup=10, lr=2.0)
-    rates = [train.learning_rate(done, config) for done in range(100)]
+    rates = [training.learning_rate(done, config) for done in range(100)]
     assert rates[0] == pytest.approx(0.2) and rates[9] == rates[10] == 2.0
     assert rates[55] == pytest.approx(1.0) and 0 < rates[99] < 0.01
 
@@ -288,8 +289,8 @@ def test_average_of_the_weights(tmp_path):
         return plain_loss(batch)
 
     model.loss = loss
-    train.fit(model, batches, config, tmp_path / "run.pt")
-    content = train.load(tmp_path / "run.pt")
+    training.fit(model, batches, config, tmp_path / "run.pt")
+    content = training.load(tmp_path / "run.pt")
     average = seen[0]
     for done, weight in enumerate([*seen[1:], content["model"]["body.norm.weight"]]):
         decay = min(0.9, (done + 1) / (done + 10))
@@ -309,14 +310,14 @@ def test_killed_run_continues_exactly(tmp_path):
     time.sleep(0.5)                                 # into the steps that will be made again
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    step = train.load(broken)["step"]
+    step = training.load(broken)["step"]
     assert 0 < step < 12
     with open(tmp_path / "broken.jsonl", "a") as file:
         file.write('{"step": 11, "lo')              # a line that the kill cut
     out, err = child(broken, mode="slow", log_every=1).communicate()
     assert f"at step {step}: continuing" in out, err
     assert err == ""                                # no terminal, no progress bar
-    one, other = train.load(whole), train.load(broken)
+    one, other = training.load(whole), training.load(broken)
     assert other["step"] == 12
     for key in ("model", "ema", "optimizer"):
         assert equal(one[key], other[key]), key
@@ -352,7 +353,7 @@ def test_non_finite_loss_or_gradient_stops_the_run(tmp_path, capsys, mode):
         trained(tmp_path / "run.pt", mode=mode, save_every=2)
     assert stop.value.code == 2
     refused(capsys, "step 6", "--lr")
-    content = train.load(tmp_path / "run.pt")
+    content = training.load(tmp_path / "run.pt")
     assert content["step"] == 4
     assert all(v.isfinite().all() for v in content["model"].values())
 
@@ -371,8 +372,8 @@ def test_two_processes_share_one_model(tmp_path):
         parts = [batches(2 * step), batches(2 * step + 1)]
         return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
-    train.fit(Linear(config), both, config, tmp_path / "one.pt")
-    one, two = train.load(tmp_path / "one.pt"), train.load(tmp_path / "two.pt.linear")
+    training.fit(Linear(config), both, config, tmp_path / "one.pt")
+    one, two = training.load(tmp_path / "one.pt"), training.load(tmp_path / "two.pt.linear")
     torch.testing.assert_close(one["model"], two["model"], atol=1e-5, rtol=1e-5)
 
 
@@ -401,8 +402,8 @@ class Intruder:
 
 def test_load_refuses_what_it_should(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    train.save("deep/er/good.pt", kind="toy", model={"w": torch.ones(1000)}, step=3)
-    assert train.load("deep/er/good.pt", kind="toy")["step"] == 3
+    training.save("deep/er/good.pt", kind="toy", model={"w": torch.ones(1000)}, step=3)
+    assert training.load("deep/er/good.pt", kind="toy")["step"] == 3
     assert os.listdir("deep/er") == ["good.pt"]
     whole = (tmp_path / "deep/er/good.pt").read_bytes()
     torch.save({"kind": "toy", "model": Intruder()}, "evil.pt")
@@ -410,12 +411,12 @@ def test_load_refuses_what_it_should(tmp_path, capsys, monkeypatch):
         (tmp_path / f"{name}.pt").write_bytes(content)
     for name in ("missing", "empty", "text", "cut", "evil"):
         with pytest.raises(SystemExit) as stop:
-            train.load(f"{name}.pt", kind="toy", made_by="python toy.py --suite x")
+            training.load(f"{name}.pt", kind="toy", made_by="python toy.py --suite x")
         assert stop.value.code == 2
         refused(capsys, f"{name}.pt", "python toy.py --suite x")
     assert not os.path.exists("intruded")
     with pytest.raises(SystemExit):
-        train.load("deep/er/good.pt", kind="video_planner")
+        training.load("deep/er/good.pt", kind="video_planner")
     refused(capsys, "toy", "video_planner")
 
 
@@ -423,13 +424,13 @@ def test_load_refuses_what_it_should(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize("size", [10, 3_000_000])
 def test_full_disk_leaves_the_old_file(tmp_path, capsys, size):
     path = tmp_path / "run.pt"
-    train.save(path, step=1)
+    training.save(path, step=1)
     os.symlink("/dev/full", f"{path}.tmp")
     with pytest.raises(SystemExit) as stop:
-        train.save(path, step=2, model=torch.zeros(size))
+        training.save(path, step=2, model=torch.zeros(size))
     assert stop.value.code == 2
     refused(capsys, "disk full", "run.pt")
-    assert train.load(path)["step"] == 1 and os.listdir(tmp_path) == ["run.pt"]
+    assert training.load(path)["step"] == 1 and os.listdir(tmp_path) == ["run.pt"]
 
 
 # --- command line ---------------------------------------------------------------------------------
@@ -437,14 +438,14 @@ def test_full_disk_leaves_the_old_file(tmp_path, capsys, size):
 
 def test_preset_fills_what_is_not_given(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert core.parse(Config, "", []).width == 8
+    assert parse(Config, "", []).width == 8
     assert capsys.readouterr().out.splitlines() == [
         "preset laptop (no CUDA device; --preset paper for the paper's sizes)"]
-    assert core.parse(Config, "", ["--preset", "paper"]).width == 512
+    assert parse(Config, "", ["--preset", "paper"]).width == 512
     assert capsys.readouterr().out.splitlines() == ["preset paper (asked for)"]
-    config = core.parse(Config, "", ["--width", "3", "--bf16", "--sizes", "4", "5", "--lr", "0.5"])
+    config = parse(Config, "", ["--width", "3", "--bf16", "--sizes", "4", "5", "--lr", "0.5"])
     assert (config.width, config.bf16, config.sizes, config.lr) == (3, True, (4, 5), 0.5)
-    assert core.parse(Config, "", ["--no-bf16", "--save-every", "9"]).save_every == 9
+    assert parse(Config, "", ["--no-bf16", "--save-every", "9"]).save_every == 9
 
 
 @pytest.mark.parametrize("argv, words", [
@@ -458,14 +459,14 @@ def test_preset_fills_what_is_not_given(capsys, monkeypatch):
 ])
 def test_bad_flags_are_one_line(capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
-        core.parse(Config, "", argv)
+        parse(Config, "", argv)
     assert stop.value.code == 2
     refused(capsys, *words)
 
 
 def test_help_tells_every_field(capsys):
     with pytest.raises(SystemExit) as stop:
-        core.parse(Config, "what it does", ["--help"])
+        parse(Config, "what it does", ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
     for field in dataclasses.fields(Config):
@@ -476,9 +477,9 @@ def test_help_tells_every_field(capsys):
 
 def test_config_to_dict_and_back(capsys):
     config = Config(lr=0.1, sizes=(3,))
-    assert core.from_dict(Config, core.as_dict(config)) == config
+    assert from_dict(Config, as_dict(config)) == config
     with pytest.raises(SystemExit):
-        core.from_dict(Config, {"lr": 0.1, "horizon": 5})
+        from_dict(Config, {"lr": 0.1, "horizon": 5})
     refused(capsys, "horizon")
 
 
@@ -489,4 +490,4 @@ if __name__ == "__main__":      # a child process of the tests above: path, chan
     if "RANK" in os.environ:
         torch.save(dict(result.state_dict()), f"{out}.rank{os.environ['RANK']}")
         linear = Config(seed=3, ema=0.0, steps=3)
-        train.fit(Linear(linear), batches, linear, f"{out}.linear")
+        training.fit(Linear(linear), batches, linear, f"{out}.linear")

@@ -6,16 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-import core
+from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill, with_planners
+
 import executor
 import mask_planner
-import places
 import track_planner
-import tracks
-import train
-from conftest import EXECUTOR, PLANS, SIZE, SUITE, equal, run_and_kill, with_planners
-from masks import binary_masks
-from policy import AIM, FEEL, LOOK, MapToken, NEAR, Policy, STATE
+from baselines import explicit
+from core import networks, training
+from core.flags import as_dict, from_dict, parse
 
 VARIANTS = {**PLANS, "explicit, two looks": [*PLANS["mask-explicit"], "--history", "2"], "four looks": ["--history", "4"],
             "cloning, two looks": [*PLANS["none"], "--history", "2"], "tracks, two looks": [*PLANS["track"], "--history", "2"],
@@ -31,7 +29,7 @@ def build(data, planner_path, tmp_path):
     def build(*flags, planner=planner_path):
         argv = [*EXECUTOR, "--planner", str(planner), "--data", str(data), "--out", str(tmp_path),
                 *with_planners(flags, planner_path)]
-        return executor.build(core.parse(executor.Config, "", argv))
+        return executor.build(parse(executor.Config, "", argv))
 
     return build
 
@@ -75,7 +73,7 @@ def test_loss_equals_a_loop(build):
     squares = {"motion": [], "gripper": []}
     for b, t, c, k in np.ndindex(*said.shape):
         squares["motion" if k < 6 else "gripper"].append((said[b, t, c, k] - batch["action"][b, t, c, k]).item() ** 2)
-    way = [((there[b, t, k] - batch["waypoint"][b, t, k]) / NEAR).item() ** 2 for b, t, k in np.ndindex(there.shape)]
+    way = [((there[b, t, k] - batch["waypoint"][b, t, k]) / executor.NEAR).item() ** 2 for b, t, k in np.ndindex(there.shape)]
     assert parts == pytest.approx({k: np.mean(v) for k, v in squares.items()} | {"waypoint": np.mean(way)}, rel=1e-3)
     assert loss.item() == pytest.approx(np.mean(squares["motion"] + squares["gripper"]) + 0.3 * np.mean(way), rel=1e-3)
 
@@ -98,7 +96,7 @@ def test_random_shift():
     B, H, W = 300, 13, 17
     y, x = np.mgrid[:H, :W]
     picture = torch.from_numpy(np.stack([y, x, y + x], -1).astype(np.uint8))
-    shifted, moved = (x.numpy().astype(int) for x in core.random_shift(picture.expand(B, H, W, 3)))
+    shifted, moved = (x.numpy().astype(int) for x in networks.random_shift(picture.expand(B, H, W, 3)))
     assert shifted.shape == (B, H, W, 3)
     moves = set()
     for one, move in zip(shifted, moved):
@@ -121,7 +119,7 @@ def test_pictures_are_shifted_in_training_only(build, monkeypatch):
 
 
 def test_key_points_lie_where_the_feature_is():
-    token = MapToken(8, 16, 6).eval()
+    token = executor.MapToken(8, 16, 6).eval()
     token.norm.forward = lambda x: x
     token.points.weight.data.zero_()
     token.points.weight.data[:, 0] = 100
@@ -186,31 +184,31 @@ def test_the_camera_is_found_by_the_hand():
     assert there[:, 2].min() > 0.3
     seen = 0.5 + 1.2 * there[:, :2] / there[:, 2:] + rng.normal(0, 0.005, (2000, 2))
     seen[::10] = rng.uniform(0, 1, (200, 2))
-    found, rays = (torch.as_tensor(x, dtype=torch.float32) for x in places.calibrate(hand, seen))
+    found, rays = (torch.as_tensor(x, dtype=torch.float32) for x in explicit.calibrate(hand, seen))
     assert np.linalg.norm(found.numpy() - eye) < 0.03
     exact = torch.as_tensor(0.5 + 1.2 * there[:, :2] / there[:, 2:], dtype=torch.float32)
-    back = places.ground(exact, found, rays, torch.as_tensor(hand[:, 2:], dtype=torch.float32))
+    back = explicit.ground(exact, found, rays, torch.as_tensor(hand[:, 2:], dtype=torch.float32))
     assert np.linalg.norm(back.numpy() - hand[:, :2], axis=1).max() < 0.015
 
 
 def test_the_ground_of_a_real_scene(build, videos):
     """By its own hand alone, from two demonstrations, the executor knows where the plate is to a few centimetres."""
-    eye, rays = (torch.as_tensor(x, dtype=torch.float32) for x in places.calibrate(*hand_and_fingertips(videos)))
+    eye, rays = (torch.as_tensor(x, dtype=torch.float32) for x in explicit.calibrate(*hand_and_fingertips(videos)))
     masks = torch.as_tensor(videos.arrays["masks"][0][:1].copy()).long()
-    plate = places.locate(binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
-    there = places.ground(plate, eye, rays, torch.tensor(0.9)).numpy()
+    plate = explicit.locate(mask_planner.binary_masks(masks, 3))[0][0, 2, :2]  # (2,)
+    there = explicit.ground(plate, eye, rays, torch.tensor(0.9)).numpy()
     assert np.linalg.norm(there - videos.arrays["obs/ee_states"][0][-1, :2]) < 0.15, "where the bowl was set down"
 
 
 def hand_and_fingertips(videos):
     """Where the hand was felt (F, 3) and, in the true masks, seen (F, 2)."""
-    seen = [places.locate(binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
+    seen = [explicit.locate(mask_planner.binary_masks(torch.as_tensor(m.copy()).long(), 1))[0][:, 0, 3:].numpy()
             for m in videos.arrays["masks"]]
     return np.concatenate([s[:, :3] for s in videos.arrays["obs/ee_states"]]), np.concatenate(seen)
 
 
 def test_the_hand_is_felt_with_noise_in_training_only(build):
-    for flags, noise in ((["--plan-form", "explicit"], FEEL), ([], 0)):
+    for flags, noise in ((["--plan-form", "explicit"], executor.FEEL), ([], 0)):
         model, actions, _ = build(*flags, "--batch", "64")
         heard = []
         model.state.register_forward_pre_hook(lambda _, x: heard.append(x[0] * model.std + model.mean))
@@ -233,9 +231,9 @@ def test_what_the_action_head_hears(build):
         _, there = model.eval()(batch)
         model.train()(batch)
     own, true = heard
-    torch.testing.assert_close(own, (there - batch["state"][..., :3]) / NEAR)
-    off = true * NEAR + batch["state"][..., :3] - batch["waypoint"]
-    assert 0 < off.abs().max() < 5 * AIM
+    torch.testing.assert_close(own, (there - batch["state"][..., :3]) / executor.NEAR)
+    off = true * executor.NEAR + batch["state"][..., :3] - batch["waypoint"]
+    assert 0 < off.abs().max() < 5 * executor.AIM
 
 
 # --- the frozen planner ---------------------------------------------------------------------------
@@ -251,7 +249,7 @@ def test_planner_stays_in_eval(build):
 
 @pytest.mark.parametrize("plan", ["mask", "mask-explicit", "track", "ee"])
 def test_training_leaves_the_planner_unchanged(executor_paths, planner_path, plan):
-    planner, trained = train.load(planner_path.with_stem(plan.split("-")[0]))["model"], train.load(executor_paths[plan])["model"]
+    planner, trained = training.load(planner_path.with_stem(plan.split("-")[0]))["model"], training.load(executor_paths[plan])["model"]
     for name, value in planner.items():
         assert torch.equal(trained[f"planner.{name}"], value), name
 
@@ -269,7 +267,7 @@ def test_cached_and_uncached_training_see_the_same(build, flags):
                 torch.manual_seed(step)
                 losses.append(model.train(mode).loss(batch)[0].item())
             assert losses[0] == pytest.approx(losses[1], rel=0.01)
-    for k, v in model.features({k: b[k].flatten(0, 1) for k in LOOK}).items():
+    for k, v in model.features({k: b[k].flatten(0, 1) for k in executor.LOOK}).items():
         torch.testing.assert_close(a[k].flatten(0, 1), v, atol=0.01, rtol=0.01)
 
 
@@ -327,7 +325,7 @@ def test_waypoints_are_the_demonstrations_own(build, videos):
 
 def test_states_are_normalised_by_the_data(build, videos):
     model, _, _ = build("--action-demos", "1")
-    state = np.concatenate([videos.arrays[k][0] for k in STATE], 1)
+    state = np.concatenate([videos.arrays[k][0] for k in executor.STATE], 1)
     np.testing.assert_allclose(model.mean, state.mean(0), atol=1e-5)
     np.testing.assert_allclose(model.std, state.std(0).clip(1e-3), atol=1e-5)
     assert {"mean", "std", "goals"} <= model.state_dict().keys()
@@ -361,7 +359,7 @@ def test_one_batch_is_overfitted(build):
 @pytest.mark.parametrize("plan", PLANS)
 def test_checkpoint_alone_gives_the_same_executor(build, plan):
     model, actions, path = build(*PLANS[plan], "--steps", "2")
-    model = train.fit(model, actions, model.config, path, extra=model.extra)
+    model = training.fit(model, actions, model.config, path, extra=model.extra)
     again, batch = executor.load_executor(path), tensors(actions(0))
     assert not again.training and not any(p.requires_grad for p in again.parameters())
     with torch.no_grad():
@@ -382,11 +380,11 @@ def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys,
     executor.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("executor", "step", [*argv, "--out", str(tmp_path / "broken")])
     whole, broken = (tmp_path / name / SUITE / f"{plan}_executor_d2.pt" for name in ("whole", "broken"))
-    assert train.load(broken)["step"] == 2
+    assert training.load(broken)["step"] == 2
     capsys.readouterr()
     executor.main([*argv, "--out", str(tmp_path / "broken")])
     assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = train.load(whole), train.load(broken)
+    one, other = training.load(whole), training.load(broken)
     assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
 
 
@@ -395,7 +393,7 @@ def test_killed_training_continues_exactly(data, planner_path, tmp_path, capsys,
 
 def test_policy_executes_its_chunk_in_order(executor_paths, videos):
     model = executor.load_executor(executor_paths["mask"])
-    policy, said = Policy(model), []
+    policy, said = executor.Policy(model), []
     forward = model.forward
     model.forward = lambda batch: said.append(forward(batch)) or said[-1]
     policy.reset(model.goals[0, 0])
@@ -420,7 +418,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     planner = mask_planner.MaskPlanner(mask_planner.Config(
         tasks="0", demos=2, steps=5, preset="laptop", size=SIZE, width=32, depth=1, blocks=(1, 1, 1), channels=16,
         history=history, device="cpu", bf16=False))
-    train.save(tmp_path / "p.pt", kind=planner.kind, config=core.as_dict(planner.config), model=planner.state_dict())
+    training.save(tmp_path / "p.pt", kind=planner.kind, config=as_dict(planner.config), model=planner.state_dict())
     model, actions, _ = build("--history", str(look), "--no-cache", *PLANS[plan], planner=tmp_path / "p.pt")
     t = 8
     actions.demos.draw = lambda *rest: (np.array([0]), np.array([t]), np.random.default_rng(0))
@@ -429,7 +427,7 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     if model.planner:
         features = model.features
         model.features = lambda seen: looks.append(seen) or features(seen)
-    policy = Policy(model)
+    policy = executor.Policy(model)
     policy.reset(model.goals[0, 1])     # the last frame of video 1, as goal_of gives for video 0
     for step in range(t + 1):
         policy(frame_of(videos, 0, step) if policy.wants_frame else None)
@@ -442,14 +440,14 @@ def test_policy_sees_what_training_saw(build, videos, tmp_path, plan, history, l
     rows = np.maximum(t + 4 * np.arange(1 - look, 1), 0)
     for row, seen in zip(rows, looks[-look:]):
         wanted = actions.look(np.array([row]), np.array([0]))
-        assert seen.keys() == wanted.keys() == set(LOOK)
+        assert seen.keys() == wanted.keys() == set(executor.LOOK)
         assert all(np.array_equal(seen[k], wanted[k]) for k in wanted)
     if plan == "mask-explicit":  # its few numbers are always cached, in float16
         assert torch.equal(live["first"][0, -1], model.features(looks[0])["numbers"][0])
         for k in ("numbers", "goal_code", "first"):
             torch.testing.assert_close(live[k], trained[k], atol=0.01, rtol=0.01)
         return
-    said = features({k: trained[k].flatten(0, 1) for k in LOOK})
+    said = features({k: trained[k].flatten(0, 1) for k in executor.LOOK})
     assert said.keys() == ({"tracks"} if plan == "track" else {"image", "plan"}) <= live.keys()
     for k, v in said.items():
         torch.testing.assert_close(live[k][0], v, atol=1e-4, rtol=1e-4)
@@ -531,12 +529,12 @@ def test_attention_is_that_of_the_cls_token(build):
 
 def test_atms_image_encoder(build):
     """Two convolutions, a token per 16 pixels: --blocks 0, as at the paper preset; only for tracks."""
-    stem = tracks.Stem(16)
+    stem = executor.Stem(16)
     for size, cells in ((128, 8), (96, 6)):
         images = torch.randint(256, (2, size, size, 3), dtype=torch.uint8)
         assert stem(images).shape == (2, 16, cells, cells) and stem.cells(size) == cells
     model, data, _ = build(*PLANS["track"], "--blocks", "0", "--spatial-depth", "3")
-    assert isinstance(model.encoder, tracks.Stem) and len(model.spatial.gpt.blocks) == 3
+    assert isinstance(model.encoder, executor.Stem) and len(model.spatial.gpt.blocks) == 3
     loss, _ = model.train().loss({k: torch.as_tensor(v) for k, v in data(0).items()})
     loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in model.wrist_encoder.parameters())
@@ -545,12 +543,12 @@ def test_atms_image_encoder(build):
 def test_the_paper_preset_is_table_vii(data, planner_path):
     """ATM's batch and optimiser, for tracks only, and only where no flag says otherwise."""
     planner = track_planner.load_planner(planner_path.with_stem("track"))
-    parse = lambda *flags: core.parse(executor.Config, "", ["--preset", "paper", "--planner", "track.pt", "--device", "cpu", *flags])
+    parse = lambda *flags: parse(executor.Config, "", ["--preset", "paper", "--planner", "track.pt", "--device", "cpu", *flags])
     settled = lambda c: executor.settle(c, deepcopy(planner)) or c
     planner.config.demos = 50
     c = settled(parse())
     assert (c.batch, c.lr, c.weight_decay, c.warmup, c.clip, c.jitter) == (512, 5e-4, 1e-4, 0, 100.0, 0.3)
-    assert (c.history, c.track_length, len(tracks.POINTS), c.preset) == (10, 16, 32, "paper")
+    assert (c.history, c.track_length, len(executor.POINTS), c.preset) == (10, 16, 32, "paper")
     assert (c.width, c.blocks, c.spatial_depth) == (128, (0,), 7)
     c = settled(parse("--batch", "8", "--steps", "7"))
     assert (c.batch, c.steps, c.clip) == (8, 7, 100.0)
@@ -560,7 +558,7 @@ def test_the_paper_preset_is_table_vii(data, planner_path):
 
 def moving(*shape):
     """Tracks from the policy's points, random, of the same ways in units of either view."""
-    points, far = torch.tensor(tracks.POINTS), torch.tensor(tracks.FAR)[:, None, None, None]
+    points, far = torch.tensor(executor.POINTS), torch.tensor(executor.FAR)[:, None, None, None]
     return points + far * torch.randn(*shape, 1, 16, 32, 2).expand(*shape, 2, 16, 32, 2)
 
 
@@ -581,8 +579,8 @@ def test_a_track_carries_its_own_view(build):
 
 def test_ways_are_those_from_the_points():
     go = torch.randn(3, 2, 16, 32, 2)
-    far = torch.tensor(tracks.FAR)[:, None, None, None]
-    torch.testing.assert_close(tracks.ways(torch.tensor(tracks.POINTS) + far * go), go, atol=1e-4, rtol=1e-4)
+    far = torch.tensor(executor.FAR)[:, None, None, None]
+    torch.testing.assert_close(executor.ways(torch.tensor(executor.POINTS) + far * go), go, atol=1e-4, rtol=1e-4)
 
 
 def test_points_move_with_their_picture(build):
@@ -593,23 +591,23 @@ def test_points_move_with_their_picture(build):
     moved[0, 1, 0] = 1 / spatial.side   # the wrist's picture, in widths
     still, there = (spatial.tokens(pictures, go, by)[0, 1 + 2 * spatial.n:].unflatten(0, (2, 32)) for by in (None, moved))
     assert torch.equal(still[0], there[0])
-    where = torch.tensor(tracks.POINTS) * spatial.side - 0.5
-    code = lambda x: tracks.sincos(x.flip(-1), 32)
+    where = torch.tensor(executor.POINTS) * spatial.side - 0.5
+    code = lambda x: networks.sincos(x.flip(-1), 32)
     torch.testing.assert_close(there[1] - still[1], code(where + torch.tensor([1.0, 0])) - code(where), atol=1e-4, rtol=1e-4)
     seen = {}
     spatial.forward = lambda pictures, tracks, moved: seen.update(moved=moved) or torch.zeros(4, 32)
     torch.manual_seed(0)
     batch = tensors(build(*PLANS["track"])[1](0))
     pixels = []
-    shift = core.random_shift
-    core.random_shift = lambda images: pixels.append(shift(images)) or pixels[-1]
+    shift = networks.random_shift
+    networks.random_shift = lambda images: pixels.append(shift(images)) or pixels[-1]
     try:
         model.train()(batch)
         assert torch.equal(seen["moved"], torch.stack([p[1] for p in pixels], 1) / SIZE) and len(pixels) == 2
         model.eval()(batch)
         assert (seen["moved"] == 0).all() and len(pixels) == 2
     finally:
-        core.random_shift = shift
+        networks.random_shift = shift
 
 
 def test_a_form_that_the_planner_cannot_give_is_refused(build, refused):
@@ -635,9 +633,9 @@ def test_bad_input_is_one_line(build, data, planner_path, executor_paths, tmp_pa
 
 
 def test_data_of_another_size_is_refused(build, planner_path, tmp_path, refused):
-    content = train.load(planner_path)
-    planner = mask_planner.MaskPlanner(core.from_dict(mask_planner.Config, content["config"] | {"size": 64}))
-    train.save(tmp_path / "p.pt", **content | {"config": core.as_dict(planner.config), "model": planner.state_dict()})
+    content = training.load(planner_path)
+    planner = mask_planner.MaskPlanner(from_dict(mask_planner.Config, content["config"] | {"size": 64}))
+    training.save(tmp_path / "p.pt", **content | {"config": as_dict(planner.config), "model": planner.state_dict()})
     refused(lambda: build(planner=tmp_path / "p.pt"), "64 px", "96 px", "--data")
 
 

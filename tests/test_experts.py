@@ -3,9 +3,10 @@
 import numpy as np
 import pytest
 
-import experts
-import grasps
 import sims
+from demos.grasp import boxes, choose_grasp, corners, distance, pose, solid, turned, yaw_of
+from demos.libero import Expert, GENTLE, SETTLE, demonstrator, in_order
+
 
 STAND_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
@@ -13,7 +14,7 @@ STAND_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 def demonstrate(sim, seed, noise=0.0):
     """One demonstration -> actions (T, 7) executed, states (T, S) after them, success after a further half second."""
     sim.reset(seed=seed)
-    expert, rng = experts.demonstrator(sim, seed=seed), np.random.default_rng([seed, 1])
+    expert, rng = demonstrator(sim, seed=seed), np.random.default_rng([seed, 1])
     actions, states = [], []
     while not expert.done and len(actions) < sim.patience:
         action = expert(sim)
@@ -62,26 +63,26 @@ def test_a_goal_without_a_script_is_refused(scene):
     scene.reset(seed=3)
     goal, scene.goal = scene.goal, [["stack", "plate_1"]]
     with pytest.raises(ValueError, match="stack"):
-        experts.Expert(scene)
+        Expert(scene)
     scene.goal = goal
 
 
 def test_distance_to_boxes_agrees_with_their_corners(scene):
     scene.reset(seed=3)
-    geoms = grasps.solid(scene, scene.goal[0][1])
-    centre, R, half = grasps.boxes(scene, geoms)
-    assert np.allclose(grasps.distance(scene, grasps.corners(scene, geoms).reshape(-1, 3), geoms), 0, atol=1e-12)
+    geoms = solid(scene, scene.goal[0][1])
+    centre, R, half = boxes(scene, geoms)
+    assert np.allclose(distance(scene, corners(scene, geoms).reshape(-1, 3), geoms), 0, atol=1e-12)
     g = 0
     outside = centre[g] + R[g] @ (half[g] + [0.03, 0, 0.04])  # 5 cm off an edge of box 0
-    assert np.isclose(grasps.distance(scene, outside, geoms[:1]), 0.05)
+    assert np.isclose(distance(scene, outside, geoms[:1]), 0.05)
 
 
 @pytest.mark.parametrize("angle", np.radians([-170, -90, -20, 0, 35, 90, 150]))
 def test_the_fingers_lie_along_the_axis(angle):
     axis = np.array([np.cos(angle), np.sin(angle), 0])
-    yaw = grasps.yaw_of(axis)
+    yaw = yaw_of(axis)
     assert np.radians(-77.5) <= yaw < np.radians(102.5)
-    assert np.isclose(abs(grasps.turned(yaw)[:, 0] @ axis), 1)
+    assert np.isclose(abs(turned(yaw)[:, 0] @ axis), 1)
 
 
 def put(sim, name, place=None, turn=None):
@@ -103,9 +104,9 @@ def test_a_tipped_bowl_is_held_where_its_rim_is_raised(turn):
     sim.reset(seed=1)
     name = sim.goal[0][1]
     put(sim, name, turn=(50, 0, turn))
-    _, R = grasps.pose(sim, name)
+    _, R = pose(sim, name)
     assert R[2, 2] < np.cos(np.radians(40))
-    axis = R @ grasps.choose_grasp(sim, name)[1]  # from the middle to the side that is held
+    axis = R @ choose_grasp(sim, name)[1]  # from the middle to the side that is held
     assert axis[:2] @ R[:2, 2] < 0  # away from where the bowl leans
     sim.close()
 
@@ -130,31 +131,31 @@ def pots():
 def test_what_fell_over_can_still_be_held(pots, turn):
     pots.reset(seed=12)
     put(pots, "moka_pot_1", turn=turn)
-    point, axis = grasps.choose_grasp(pots, "moka_pot_1")
+    point, axis = choose_grasp(pots, "moka_pot_1")
     assert np.isfinite(point).all() and np.isclose(np.linalg.norm(axis), 1)
 
 
 def test_what_hangs_from_its_handle_is_moved_gently(pots):
     pots.reset(seed=12)
-    expert, fastest = experts.demonstrator(pots, seed=12), {"empty": 0.0, "full": 0.0}
+    expert, fastest = demonstrator(pots, seed=12), {"empty": 0.0, "full": 0.0}
     while not pots.env._eval_predicate(pots.goal[0]):
         action = expert(pots)
         hand = "full" if expert.pace < 1 else "empty"
         fastest[hand] = max(fastest[hand], np.abs(action[:3]).max())
         pots.step(action, observe=False)
-    assert fastest["full"] == pytest.approx(experts.GENTLE) and fastest["empty"] == 1
+    assert fastest["full"] == pytest.approx(GENTLE) and fastest["empty"] == 1
 
 
 def test_a_grasp_within_reach_is_preferred(scene):
     scene.reset(seed=3)
     name = scene.goal[0][1]
-    p, _ = grasps.pose(scene, name)
+    p, _ = pose(scene, name)
     shoulder = scene.data.body("robot0_link2").xpos
     put(scene, name, place=[shoulder[0] + 0.72, 0.12, p[2]])
 
     def stretch(reach):
-        p, R = grasps.pose(scene, name)
-        return np.linalg.norm(p + R @ grasps.choose_grasp(scene, name, reach=reach)[0] - shoulder)
+        p, R = pose(scene, name)
+        return np.linalg.norm(p + R @ choose_grasp(scene, name, reach=reach)[0] - shoulder)
     assert stretch(0.5) <= stretch(np.inf)
     if scene.suite == "libero_spatial":  # a bowl, held by its rim: the near side of it
         assert stretch(0.5) < stretch(np.inf) - 0.02
@@ -164,7 +165,7 @@ def test_what_still_moves_is_waited_for(scene):
     scene.reset(seed=3)
     for _ in range(40):
         scene.step(STAND_STILL, observe=False)
-    goal, expert = scene.goal[0], experts.demonstrator(scene, seed=3)
+    goal, expert = scene.goal[0], demonstrator(scene, seed=3)
     assert not list(expert.settle(goal))  # at rest, and not where it should be
     joint = scene.model.joint(scene.env.objects_dict[goal[1]].joints[-1]).dofadr[0]
     scene.data.qvel[joint + 2] = 1.0  # metres per second, upwards
@@ -175,11 +176,11 @@ def test_what_still_moves_is_waited_for(scene):
     for action in waiting:
         scene.step(action, observe=False)
         steps += 1
-    assert steps < experts.SETTLE  # until it lies still again
+    assert steps < SETTLE  # until it lies still again
 
 
 def test_what_is_filled_is_shut_last_and_what_carries_comes_first():
     close, put = ["close", "microwave_1"], ["in", "mug_1", "microwave_1_heating_region"]
-    assert experts.in_order([close, put]) == [put, close]
+    assert in_order([close, put]) == [put, close]
     below, above = ["in", "bowl_2", "tray_1_contain_region"], ["on", "bowl_1", "bowl_2"]
-    assert experts.in_order([above, below]) == [below, above]
+    assert in_order([above, below]) == [below, above]

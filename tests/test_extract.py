@@ -15,10 +15,18 @@ import h5py
 import numpy as np
 import pytest
 
-import core
-import extract
-import sims
 from conftest import EXTRACT, ROOT, SIZE, SUITE
+
+import extract
+import mask_planner
+import sims
+from core.draw import COLOURS, draw_masks
+from core.episodes import Episodes, HELD_OUT, assemble, split_assembled, write_episode
+from core.files import fail, stop_if_full
+from core.flags import parse
+from demos import record
+from demos.language import TEXTS, embed, text_model
+from sims.camera import CAMERAS
 
 
 @pytest.fixture
@@ -68,9 +76,9 @@ def test_episodes_have_the_documented_shapes(data_file, sim):
               "dones": ((), np.uint8), "masks": ((SIZE, SIZE), np.uint8), "obs/agentview_rgb": picture,
               "obs/eye_in_hand_rgb": picture, "obs/ee_states": ((6,), np.float32),
               "obs/joint_states": ((7,), np.float32), "obs/gripper_states": ((2,), np.float32)}
-    wanted |= {f"tracks/{c}": ((256, 2), np.float16) for c in sims.CAMERAS}
+    wanted |= {f"tracks/{c}": ((256, 2), np.float16) for c in CAMERAS}
     wanted["hand"] = (2,), np.float16
-    wanted |= {f"visible/{c}": ((256,), np.bool_) for c in sims.CAMERAS}
+    wanted |= {f"visible/{c}": ((256,), np.bool_) for c in CAMERAS}
     with h5py.File(data_file) as f:
         for demo in f["data"].values():
             T = demo.attrs["num_samples"]
@@ -89,7 +97,7 @@ def test_replaying_actions_and_noise_gives_the_states(data_file, sim):
         demo = f["data/demo_2"]
         seed, noise = int(demo.attrs["seed"]), float(demo.attrs["noise"])
         actions, states = demo["actions"][:], demo["states"][:]
-        assert seed % extract.RETRY == 2 and noise == extract.Config.noise
+        assert seed % record.RETRY == 2 and noise == extract.Config.noise
         rng, frame = np.random.default_rng(seed), sim.reset(seed=seed)
         assert all(np.array_equal(demo[key][0], frame[name]) for key, name in
                    (("obs/agentview_rgb", "agentview_rgb"), ("obs/eye_in_hand_rgb", "eye_in_hand_rgb"),
@@ -163,16 +171,16 @@ def test_a_kill_while_joining_or_splitting_loses_nothing(copied, task, monkeypat
     owner, name = {"before the old file goes": (os, "remove"), "before the parts go": (shutil, "rmtree")}.get(
         when, (os, "replace"))
     if when in ("before the new file comes", "before the parts go"):
-        extract.split_assembled(path, parts)
+        split_assembled(path, parts)
     real = getattr(owner, name)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, kill)
         if path.exists():
-            extract.split_assembled(path, parts)
-        extract.assemble(path, parts, SUITE, task, SIZE, "fast")
+            split_assembled(path, parts)
+        assemble(path, parts, SUITE, task, SIZE, "fast")
     if path.exists():
-        extract.split_assembled(path, parts)        # as `ensure` does when more episodes are wanted
-    extract.assemble(path, parts, SUITE, task, SIZE, "fast")
+        split_assembled(path, parts)        # as `ensure` does when more episodes are wanted
+    assemble(path, parts, SUITE, task, SIZE, "fast")
     assert everything(path, skip=()) == everything(data_file, skip=())
 
 
@@ -188,43 +196,43 @@ def test_nothing_is_made_twice(copied, capsys):
 def test_a_scene_on_which_the_expert_fails_is_replaced(tmp_path, monkeypatch):
     episode = {"actions": np.zeros((3, 7)), "states": np.zeros((3, 5)), "rewards": np.zeros(3)}
     monkeypatch.setattr(sims, "make", lambda *arguments: type("Stand", (), {"close": lambda self: None})())
-    monkeypatch.setattr(extract, "record", lambda sim, seed, noise: episode if seed > 2 * extract.RETRY else None)
-    monkeypatch.setattr(extract.extract_chunk, "progress", type("Queue", (), {"put": print}), raising=False)
+    monkeypatch.setattr(extract, "record", lambda sim, seed, noise: episode if seed > 2 * record.RETRY else None)
+    monkeypatch.setattr(record.extract_chunk, "progress", type("Queue", (), {"put": print}), raising=False)
     job = [SUITE, "x", [1], str(tmp_path), SIZE, 0.1, "fast"]
-    extract.extract_chunk(job)
+    record.extract_chunk(job)
     with h5py.File(tmp_path / "demo_1.hdf5") as f:
-        assert f.attrs["seed"] == 1 + 2 * extract.RETRY
+        assert f.attrs["seed"] == 1 + 2 * record.RETRY
     monkeypatch.setattr(extract, "record", lambda sim, seed, noise: None)
     with pytest.raises(RuntimeError, match="20 scenes"):
-        extract.extract_chunk(job)
-    del extract.extract_chunk.sim, extract.extract_chunk.key
+        record.extract_chunk(job)
+    del record.extract_chunk.sim, record.extract_chunk.key
 
 
 def test_episodes_of_another_size_are_not_mixed(copied, task, refused):
     """Left by an interrupted run with other flags."""
     folder, path = copied
-    extract.split_assembled(path, path.with_suffix(""))
+    split_assembled(path, path.with_suffix(""))
     before = sorted(os.listdir(path.with_suffix("")))
-    refused(lambda: extract.ensure(SUITE, [task], 2, folder, size=64), "96 px", "64 px", "--data")
+    refused(lambda: record.ensure(SUITE, [task], 2, folder, size=64), "96 px", "64 px", "--data")
     assert sorted(os.listdir(path.with_suffix(""))) == before
 
 
 def test_other_peoples_or_other_noise_is_refused(copied, task, refused):
     folder, path = copied
-    refused(lambda: extract.ensure(SUITE, [task], 2, folder, SIZE, noise=0.3), "--noise 0.1", "0.3", "--data")
+    refused(lambda: record.ensure(SUITE, [task], 2, folder, SIZE, noise=0.3), "--noise 0.1", "0.3", "--data")
     with h5py.File(path, "a") as f:
         del f["data/demo_0/masks"]
-    refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, "lacks masks", "--data")
+    refused(lambda: Episodes(folder, SUITE, [task], 2), path, "lacks masks", "--data")
 
 
-@pytest.mark.parametrize("missing", [*extract.Episodes.KEYS, "obs", "tracks"])
+@pytest.mark.parametrize("missing", [*Episodes.KEYS, "obs", "tracks"])
 def test_a_missing_group_is_named(copied, task, refused, missing):
     """In an episode that is read; the file stays."""
     folder, path = copied
     with h5py.File(path, "a") as f:
         del f[f"data/demo_3/{missing}"]
     before = path.read_bytes()
-    refused(lambda: extract.Episodes(folder, SUITE, [task], 2), path, f"data/demo_3/{missing}", "delete", f"python extract.py --suite {SUITE}")
+    refused(lambda: Episodes(folder, SUITE, [task], 2), path, f"data/demo_3/{missing}", "delete", f"python extract.py --suite {SUITE}")
     assert path.read_bytes() == before
 
 
@@ -237,7 +245,7 @@ def test_a_missing_attribute_is_named(copied, task, refused, missing):
 
 
 def die(how):
-    os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else core.fail("no such thing: choose another")
+    os.kill(os.getpid(), signal.SIGKILL) if how == "killed" else fail("no such thing: choose another")
 
 
 @pytest.mark.parametrize("how, word", [("killed", "killed"), ("refused", "no such thing")])
@@ -245,8 +253,8 @@ def test_a_worker_that_ends_ends_the_run(refused, how, word):
     """multiprocessing.Pool alone would wait for its result for ever."""
 
     def run():
-        with extract.pool(1, die) as (workers, queue):
-            list(extract.watch(workers.imap_unordered(die, [how]), queue, 1, 1, "test"))
+        with record.pool(1, die) as (workers, queue):
+            list(record.watch(workers.imap_unordered(die, [how]), queue, 1, 1, "test"))
 
     from tqdm import tqdm
     with pytest.MonkeyPatch.context() as patch:
@@ -262,10 +270,10 @@ full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/fu
 @full
 def test_full_disk_while_joining(copied, task, refused):
     folder, path = copied
-    extract.split_assembled(path, path.with_suffix(""))
+    split_assembled(path, path.with_suffix(""))
     os.symlink("/dev/full", path.with_suffix(".tmp"))
     whole = sorted(os.listdir(path.with_suffix("")))
-    refused(lambda: extract.ensure(SUITE, [task], 2, folder, SIZE, workers=1), "full", folder, "--data")
+    refused(lambda: record.ensure(SUITE, [task], 2, folder, SIZE, workers=1), "full", folder, "--data")
     assert sorted(os.listdir(path.with_suffix(""))) == whole and not path.exists()
 
 
@@ -275,15 +283,15 @@ def test_full_disk_while_writing_an_episode(tmp_path, refused):
     episode = {"actions": np.zeros((30, 7)), "masks": np.zeros((30, 64, 64), np.uint8)}
     os.symlink("/dev/full", tmp_path / "demo_0.part")
     with pytest.raises(OSError) as error:
-        extract.write_episode(tmp_path / "demo_0.hdf5", episode, seed=0)
+        write_episode(tmp_path / "demo_0.hdf5", episode, seed=0)
     assert not (tmp_path / "demo_0.hdf5").exists()
     carried = pickle.loads(pickle.dumps(error.value))
-    refused(lambda: extract.stop_if_full(carried, "data"), "full", "--data")
+    refused(lambda: stop_if_full(carried, "data"), "full", "--data")
 
 
 def test_other_errors_are_shown():
     with pytest.raises(OSError):
-        extract.stop_if_full(OSError(errno.EACCES, "denied"), "data")
+        stop_if_full(OSError(errno.EACCES, "denied"), "data")
 
 
 # --- bad input ------------------------------------------------------------------------------------
@@ -304,11 +312,11 @@ def test_broken_file_is_one_line_and_stays(copied, refused, damage):
 
 
 def test_missing_file(tmp_path, refused, task):
-    refused(lambda: extract.Episodes(tmp_path, SUITE, [task], 1), tmp_path, f"python extract.py --suite {SUITE}")
+    refused(lambda: Episodes(tmp_path, SUITE, [task], 1), tmp_path, f"python extract.py --suite {SUITE}")
 
 
 def test_too_few_videos(data, refused, task):
-    refused(lambda: extract.Episodes(data, SUITE, [task], 3), "2 videos, not 3", "--demos 3")
+    refused(lambda: Episodes(data, SUITE, [task], 3), "2 videos, not 3", "--demos 3")
 
 
 def test_other_size_or_rendering(data, refused):
@@ -328,10 +336,9 @@ def test_bad_flags(tmp_path, refused, flags, words):
 
 def test_data_has_the_size_that_stage_1_trains_on():
     """Else `extract.py --show` after `mask_planner.py` would find pictures of another size."""
-    import mask_planner
     for preset in ("laptop", "paper"):
         argv = ["--preset", preset, "--device", "cpu"]
-        ours, theirs = core.parse(extract.Config, "", argv), core.parse(mask_planner.Config, "", argv)
+        ours, theirs = parse(extract.Config, "", argv), parse(mask_planner.Config, "", argv)
         assert (ours.size, ours.demos) == (theirs.size, theirs.demos)
 
 
@@ -348,7 +355,7 @@ def test_gather_is_the_file(videos, data_file):
     last = videos.length - 1
     episode, t = np.array([[0, 1], [1, 0]]), np.array([[5, -3], [10_000, 0]])
     with h5py.File(data_file) as f:
-        for key in extract.Episodes.KEYS:
+        for key in Episodes.KEYS:
             zero, one = f["data/demo_2"][key], f["data/demo_3"][key]
             wanted = np.stack([np.stack([zero[5], one[0]]), np.stack([one[last[1]], zero[0]])])
             assert np.array_equal(videos.gather(key, episode, t), wanted), key
@@ -370,7 +377,7 @@ def test_draw_takes_every_frame_equally_often(videos):
 
 
 def test_goal_is_another_episode_of_the_task(videos):
-    many = extract.Episodes.__new__(extract.Episodes)
+    many = Episodes.__new__(Episodes)
     many.task, many.own_goal = np.repeat(np.arange(3), 4), np.zeros(12, bool)
     episode = np.tile(np.arange(12), 20)
     goal = many.goal_of(episode, np.random.default_rng(0))
@@ -384,8 +391,8 @@ def test_goal_is_another_episode_of_the_task(videos):
 
 
 def test_training_and_validation_are_disjoint(videos, data, task):
-    held_out = extract.Episodes(data, SUITE, [task], 2, split="valid")
-    assert len(held_out.length) == extract.HELD_OUT and len(videos.length) == 2
+    held_out = Episodes(data, SUITE, [task], 2, split="valid")
+    assert len(held_out.length) == HELD_OUT and len(videos.length) == 2
     for a in videos.arrays["obs/agentview_rgb"]:
         assert not any(np.array_equal(a[0], b[0]) for b in held_out.arrays["obs/agentview_rgb"])
 
@@ -393,10 +400,10 @@ def test_training_and_validation_are_disjoint(videos, data, task):
 def test_draw_masks():
     image = np.full((2, 3, 3), 255, np.uint8)
     masks = np.array([[0, 1, 2], [3, 4, 5]])
-    drawn = extract.draw_masks(image, masks, opacity=0.5)
+    drawn = draw_masks(image, masks, opacity=0.5)
     assert drawn.dtype == np.uint8 and (drawn[0, 0] == 255).all()
     for k in range(1, 5):
-        assert (drawn.reshape(-1, 3)[k] == (127.5 + extract.COLOURS[k] / 2).astype(np.uint8)).all()
+        assert (drawn.reshape(-1, 3)[k] == (127.5 + COLOURS[k] / 2).astype(np.uint8)).all()
     assert np.array_equal(image, np.full((2, 3, 3), 255)), "the picture itself stays"
 
 
@@ -404,29 +411,29 @@ def test_draw_masks():
 
 
 def test_sentences_that_mean_the_same_are_near(videos, task):
-    said = [extract.embed(s) for s in ("pick up the black bowl and place it on the plate", "put the black bowl on the plate",
+    said = [embed(s) for s in ("pick up the black bowl and place it on the plate", "put the black bowl on the plate",
                                        "open the door")]
     assert said[0].shape == (384,) and np.linalg.norm(said[0]) == pytest.approx(1, abs=1e-5)
     assert said[0] @ said[1] > 0.9 > 0.5 > said[0] @ said[2]
-    assert np.array_equal(videos.text, extract.embed(task.replace("_", " "))[None])
+    assert np.array_equal(videos.text, embed(task.replace("_", " "))[None])
 
 
 def test_other_text_models(tmp_path, monkeypatch, refused):
     """Of the same classes, small, with random weights; without weights one line says how to get them."""
     import transformers
-    extract.text_model.cache_clear()
-    tokenizer, _ = extract.text_model("minilm")
+    text_model.cache_clear()
+    tokenizer, _ = text_model("minilm")
     small = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32)
     networks = {"bert": transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **small)),
                 "clip": transformers.CLIPModel(transformers.CLIPConfig(projection_dim=24, text_config=dict(
                     vocab_size=len(tokenizer), eos_token_id=102, **small), vision_config=small | dict(image_size=32, patch_size=16)))}
     for name, network in networks.items():
-        refused(lambda: extract.embed("open", name), extract.TEXTS[name], "hf download", "--text minilm")
+        refused(lambda: embed("open", name), TEXTS[name], "hf download", "--text minilm")
         network.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
-        monkeypatch.setitem(extract.TEXTS, name, str(tmp_path / name))
-    assert extract.embed("open", "bert").shape == (32,) and extract.embed("open", "clip").shape == (24,)
-    extract.text_model.cache_clear()
+        monkeypatch.setitem(TEXTS, name, str(tmp_path / name))
+    assert embed("open", "bert").shape == (32,) and embed("open", "clip").shape == (24,)
+    text_model.cache_clear()
 
 
 def test_tasks_that_the_expert_fails_are_skipped_by_name(tmp_path, monkeypatch, capsys):
@@ -436,6 +443,6 @@ def test_tasks_that_the_expert_fails_are_skipped_by_name(tmp_path, monkeypatch, 
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / f"{SUITE}_expert_seeds_from_2000.json").write_text(json.dumps(result))
     monkeypatch.chdir(tmp_path)
-    assert extract.choose_tasks(SUITE, "", "data") == names[1:]
+    assert record.choose_tasks(SUITE, "", "data") == names[1:]
     assert "40 %" in (said := capsys.readouterr().out) and names[0] in said
-    assert extract.choose_tasks(SUITE, "0", "data") == names[:1]
+    assert record.choose_tasks(SUITE, "0", "data") == names[:1]

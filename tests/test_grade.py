@@ -6,11 +6,10 @@ import os
 import numpy as np
 import pytest
 
-import extract
-import grade
-import results
-import tables
 from conftest import COMMON, ROOT, SIZE
+
+import extract
+from results import annotators, tables
 
 
 def box(x, y, side=20, size=64):
@@ -21,12 +20,12 @@ def box(x, y, side=20, size=64):
 
 def test_region_and_boundary():
     a = box(10, 10)
-    assert grade.region(a, a) == grade.boundary(a, a) == 1
-    assert grade.region(a, box(20, 10)) == pytest.approx(200 / 600)
-    assert grade.region(a, box(40, 40)) == grade.boundary(a, box(40, 40)) == 0
-    assert grade.boundary(a, box(11, 10)) == 1 and grade.region(a, box(11, 10)) < 1, "a pixel off is within tolerance"
+    assert annotators.region(a, a) == annotators.boundary(a, a) == 1
+    assert annotators.region(a, box(20, 10)) == pytest.approx(200 / 600)
+    assert annotators.region(a, box(40, 40)) == annotators.boundary(a, box(40, 40)) == 0
+    assert annotators.boundary(a, box(11, 10)) == 1 and annotators.region(a, box(11, 10)) < 1, "a pixel off is within tolerance"
     none = np.zeros_like(a)
-    assert grade.region(none, none) == grade.boundary(none, none) == 1 and grade.boundary(none, a) == 0
+    assert annotators.region(none, none) == annotators.boundary(none, none) == 1 and annotators.boundary(none, a) == 0
 
 
 def test_tracks_against_a_loop_over_points():
@@ -49,14 +48,14 @@ def test_tracks_against_a_loop_over_points():
                     right, count = right + (seen[t, k] == visible[t, k]), count + 1
         delta.append(within / shown)
         jaccard.append(hit / (shown + wrong))
-    assert grade.grade_tracks(found, seen, true, visible, when) == pytest.approx(
+    assert annotators.grade_tracks(found, seen, true, visible, when) == pytest.approx(
         (np.mean(delta), right / count, np.mean(jaccard)))
-    assert grade.grade_tracks(true, visible, true, visible, when) == (1, 1, 1)
+    assert annotators.grade_tracks(true, visible, true, visible, when) == (1, 1, 1)
 
 
 def test_queries_are_at_the_first_sight():
     visible = np.array([[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1]], bool)
-    kept, when = grade.queries(visible)
+    kept, when = annotators.queries(visible)
     assert kept.tolist() == [0, 1] and when.tolist() == [1, 0], "never seen, or in the last frame only: no query"
 
 
@@ -83,7 +82,7 @@ def test_readmes_table_is_made_from_the_grades(tmp_path):
     assert masks == "| s: 7 frames of 96 px, 9 points | Grounding DINO, SAM, SAM 2 | 0.750 | 1.000 | | | |"
     assert tracks.endswith("| CoTracker | | | 0.500 / 1.000 | 0.250 / 0.250 | 0.125 / 0.125 |")
     (tmp_path / "README.md").write_text("before\n<!-- grade -->\nold\n<!-- /grade -->\nafter")
-    results.insert(tmp_path / "README.md", "grade", lines)
+    tables.insert(tmp_path / "README.md", "grade", lines)
     assert (tmp_path / "README.md").read_text() == "\n".join(["before", "<!-- grade -->", *lines, "<!-- /grade -->", "after"])
 
 

@@ -8,23 +8,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import core
-import mask_planner
-import train
 from conftest import PLANNER, SIZE, SUITE, equal, run_and_kill
-from masks import (binary_masks, bootstrapped_cross_entropy, dice, half, hardest_fraction, iou,
-                   soft_aggregate)
-from mask_planner import HORIZONS, MaskPlanner
-from places import locate
 
-K = len(HORIZONS)
+import mask_planner
+from baselines import explicit
+from core import training
+from core.flags import from_dict
+
+K = len(mask_planner.HORIZONS)
 
 
 def small(**changes):
     torch.manual_seed(0)
     values = dict(demos=2, steps=5, preset="laptop", size=64, width=32, depth=1, blocks=(1, 1, 1), channels=16,
                   history=1, batch=2, device="cpu", bf16=False) | changes
-    return MaskPlanner(mask_planner.Config(**values))
+    return mask_planner.MaskPlanner(mask_planner.Config(**values))
 
 
 def blobs(B, H=32, W=32, seed=0):
@@ -49,14 +47,14 @@ def batch_of(B=2, T=1, size=64, seed=0):
 
 def test_soft_aggregate_of_one_object():
     p = torch.linspace(0.01, 0.99, 50).view(1, 1, 5, 10)
-    share = soft_aggregate(p).softmax(1)
+    share = mask_planner.soft_aggregate(p).softmax(1)
     assert share.shape == (1, 2, 5, 10)
     torch.testing.assert_close(share[:, 1:], p ** 2 / (p ** 2 + (1 - p) ** 2), atol=1e-5, rtol=1e-4)
 
 
 def test_soft_aggregate_is_proportional_to_the_odds():
     p = torch.rand(2, 3, 4, 5) * 0.98 + 0.01
-    share = soft_aggregate(p).softmax(1)
+    share = mask_planner.soft_aggregate(p).softmax(1)
     torch.testing.assert_close(share.sum(1), torch.ones(2, 4, 5))
     for b, y, x in np.ndindex(2, 4, 5):
         own = [(1 - p[b, :, y, x]).prod(), *p[b, :, y, x]]
@@ -66,46 +64,46 @@ def test_soft_aggregate_is_proportional_to_the_odds():
 
 def test_soft_aggregate_treats_objects_alike():
     p = torch.rand(2, 3, 4, 5)
-    share = soft_aggregate(p).softmax(1)
+    share = mask_planner.soft_aggregate(p).softmax(1)
     order = [2, 0, 1]
-    torch.testing.assert_close(soft_aggregate(p[:, order]).softmax(1), share[:, [0, 3, 1, 2]])
-    more = soft_aggregate(torch.cat([p, torch.zeros(2, 1, 4, 5)], 1)).softmax(1)
+    torch.testing.assert_close(mask_planner.soft_aggregate(p[:, order]).softmax(1), share[:, [0, 3, 1, 2]])
+    more = mask_planner.soft_aggregate(torch.cat([p, torch.zeros(2, 1, 4, 5)], 1)).softmax(1)
     torch.testing.assert_close(more[:, :4], share, atol=1e-5, rtol=1e-5)
     assert more[:, 4].max() < 1e-5
 
 
 def test_soft_aggregate_is_finite_at_the_ends():
     p = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).repeat(1, 2, 1, 1).requires_grad_()
-    logits = soft_aggregate(p)
+    logits = mask_planner.soft_aggregate(p)
     logits.softmax(1).square().sum().backward()
     assert logits.isfinite().all() and p.grad.isfinite().all()
 
 
 def test_bootstrapped_cross_entropy():
     logits, target = torch.randn(3, 4, 5, 6), torch.randint(0, 4, (3, 5, 6))
-    everything = bootstrapped_cross_entropy(logits, target, 1.0)
+    everything = mask_planner.bootstrapped_cross_entropy(logits, target, 1.0)
     torch.testing.assert_close(everything, F.cross_entropy(logits, target))
     total = 0
     for b in range(3):
         pixels = sorted(-logits[b].log_softmax(0)[target[b, y, x], y, x].item() for y in range(5) for x in range(6))
         total += sum(pixels[-9:]) / 9       # 30 % of 30 pixels of each picture
-    assert bootstrapped_cross_entropy(logits, target, 0.3).item() == pytest.approx(total / 3, rel=1e-5)
+    assert mask_planner.bootstrapped_cross_entropy(logits, target, 0.3).item() == pytest.approx(total / 3, rel=1e-5)
 
 
 def test_hardest_fraction():
-    found = [hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
+    found = [mask_planner.hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
     assert found == pytest.approx([1, 1, 0.575, 0.15, 0.15, 0.15])
 
 
 def test_dice():
     m, g = torch.rand(2, 3, 8, 9), (torch.rand(2, 3, 8, 9) > 0.5).float()
-    loss = dice(m, g)
+    loss = mask_planner.dice(m, g)
     for b, n in np.ndindex(2, 3):
         pairs = list(zip(m[b, n].flatten().tolist(), g[b, n].flatten().tolist()))
         wanted = 1 - (2 * sum(p * q for p, q in pairs) + 1) / (sum(p + q for p, q in pairs) + 1)
         assert loss[b, n].item() == pytest.approx(wanted, abs=1e-5)
-    assert dice(g, g).abs().max() < 1e-6
-    assert dice(1 - g, g).min() > 0.9
+    assert mask_planner.dice(g, g).abs().max() < 1e-6
+    assert mask_planner.dice(1 - g, g).min() > 0.9
 
 
 def test_loss_equals_a_loop():
@@ -125,7 +123,7 @@ def test_loss_equals_a_loop():
             cell = batch["masks"][b, k, 2 * y:2 * y + 2, 2 * x:2 * x + 2].flatten().long()
             draw.append(-drawn[b, :, k, y, x].log_softmax(0)[cell].mean())
         for b, k in np.ndindex(2, K):
-            logits = soft_aggregate(prob[b:b + 1, :, k])[0]
+            logits = mask_planner.soft_aggregate(prob[b:b + 1, :, k])[0]
             truth = batch["masks"][b, 1 + k].long()
             pixels = F.cross_entropy(logits[None], truth[None], reduction="none").flatten()
             ce.append(pixels.sort(descending=True).values[:int(0.575 * len(pixels))].mean())
@@ -134,7 +132,7 @@ def test_loss_equals_a_loop():
                     m, g = logits.softmax(0)[n], (truth == n).float()
                     dices.append(1 - (2 * (m * g).sum() + 1) / (m.sum() + g.sum() + 1))
         for b, n, k in np.ndindex(2, 3, 1 + K):
-            true, present = locate((batch["masks"][b, k] == n + 1).float())
+            true, present = explicit.locate((batch["masks"][b, k] == n + 1).float())
             if present:
                 d = (where[b, n, k] - true).abs()
                 errors += torch.where(d < 0.02, d ** 2 / 0.04, d - 0.01).tolist()
@@ -167,7 +165,7 @@ def test_progress_moves_in_training_only():
 
 def test_binary_masks():
     masks = torch.randint(0, 4, (2, 5, 6, 7))
-    m = binary_masks(masks, 3)
+    m = mask_planner.binary_masks(masks, 3)
     assert m.shape == (2, 5, 3, 6, 7) and all(torch.equal(m[:, :, n - 1], (masks == n).float()) for n in (1, 2, 3))
 
 
@@ -175,13 +173,13 @@ def test_locate():
     """H != W, so that exchanged axes show."""
     m = torch.zeros(20, 40)
     m[4:8, 10:20] = 1
-    where, present = locate(m)
+    where, present = explicit.locate(m)
     assert present
     torch.testing.assert_close(where, torch.tensor([15 / 40, 6 / 20, (40 / 800) ** 0.5, 15 / 40, 7.5 / 20]))
     m = torch.zeros(2, 20, 40)
     m[0, 0:15, 8:20] = 1
     m[0, 15:19, 30:33] = 1      # a finger that reaches down
-    where, present = locate(m)
+    where, present = explicit.locate(m)
     assert present.tolist() == [True, False] and where.isfinite().all()
     assert where[0, 3].item() * 40 == pytest.approx(31.5) and where[0, 4].item() * 20 > 16
     assert where[0, 0].item() * 40 < 16
@@ -191,14 +189,14 @@ def test_iou():
     a, b = torch.zeros(3, 4, 5, dtype=torch.bool), torch.zeros(3, 4, 5, dtype=torch.bool)
     a[0, :2], b[0, 1:3] = True, True        # rows 0, 1 and 1, 2: one of three
     a[1, 0, 0] = True
-    values = iou(a, b)
+    values = mask_planner.iou(a, b)
     assert values[0].item() == pytest.approx(1 / 3) and values[1] == 0 and values[2].isnan()
-    assert iou(a, a)[0] == 1
+    assert mask_planner.iou(a, a)[0] == 1
 
 
 def test_half_keeps_every_second_pixel():
     masks = np.arange(48).reshape(6, 8)
-    assert np.array_equal(half(masks), masks[[0, 2, 4]][:, [0, 2, 4, 6]])
+    assert np.array_equal(mask_planner.half(masks), masks[[0, 2, 4]][:, [0, 2, 4, 6]])
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -258,7 +256,7 @@ def test_the_future_does_not_leak():
 
 def test_decoder_treats_objects_alike():
     planner, batch = small().eval(), batch_of()
-    m = binary_masks(batch["masks"][:, 0].long(), 3)
+    m = mask_planner.binary_masks(batch["masks"][:, 0].long(), 3)
     with torch.no_grad():
         prob = planner.predict(batch["frames"], batch["goal"], m)
         assert prob.shape == (2, 3, K, 32, 32) and prob.min() >= 0 and prob.max() <= 1
@@ -343,10 +341,10 @@ def test_validation_compares_with_copying_the_mask(videos):
 
 
 def test_checkpoint_gives_the_same_planner(planner_path):
-    content = train.load(planner_path, kind="mask_planner")
+    content = training.load(planner_path, kind="mask_planner")
     planner = mask_planner.load_planner(planner_path)
     assert not planner.training and not any(p.requires_grad for p in planner.parameters())
-    rebuilt = MaskPlanner(core.from_dict(mask_planner.Config, content["config"])).eval()
+    rebuilt = mask_planner.MaskPlanner(from_dict(mask_planner.Config, content["config"])).eval()
     rebuilt.load_state_dict(content["model"])
     batch = batch_of(size=SIZE)
     with torch.no_grad():
@@ -366,7 +364,7 @@ def test_seed_decides_weights_and_batches(data, tmp_path):
     for seed in ("0", "1", "0"):
         torch.rand(7)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(train, "fit", fit)
+            patch.setattr(training, "fit", fit)
             mask_planner.main([*PLANNER, "--seed", seed, "--data", str(data), "--out", str(tmp_path)])
     (a, x), (b, y), (c, z) = start.values()
     assert all(torch.equal(a[k], c[k]) for k in a) and not torch.equal(a["place"], b["place"])
@@ -380,11 +378,11 @@ def test_killed_training_continues_exactly(data, tmp_path, monkeypatch, capsys, 
     mask_planner.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("mask_planner", when, [*argv, "--out", str(tmp_path / "broken")])
     whole, broken = (tmp_path / name / SUITE / "mask.pt" for name in ("whole", "broken"))
-    assert train.load(broken)["step"] == 2
+    assert training.load(broken)["step"] == 2
     capsys.readouterr()
     mask_planner.main([*argv, "--out", str(tmp_path / "broken")])
     assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = train.load(whole), train.load(broken)
+    one, other = training.load(whole), training.load(broken)
     assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
 
 
@@ -412,7 +410,7 @@ def test_broken_checkpoint_is_one_line_and_stays(data, planner_path, tmp_path, r
     whole = planner_path.read_bytes()
     middle = len(whole) // 2
     if damage == "other kind":
-        train.save(path, kind="executor", model={}, config={}, step=1, version=train.VERSION)
+        training.save(path, kind="executor", model={}, config={}, step=1, version=training.VERSION)
     else:
         path.write_bytes({"cut": whole[:middle], "text": b"hello",
                           "changed in the middle": whole[:middle] + bytes(64) + whole[middle + 64:]}[damage])

@@ -9,8 +9,9 @@ import h5py
 import numpy as np
 import pytest
 
-import sims
 from conftest import ROOT
+
+from sims.camera import CAMERAS
 
 T, SIDE = 20, 32
 READ = """
@@ -37,7 +38,7 @@ def test_ten_times_the_data_takes_the_same_memory(tmp_path):
         for i in range(2002):
             demo = f.create_group(f"data/demo_{i}")
             demo.attrs["num_samples"] = T
-            for camera in sims.CAMERAS:
+            for camera in CAMERAS:
                 demo[f"obs/{camera}_rgb"] = rng.integers(256, size=picture, dtype=np.uint8)
                 demo[f"tracks/{camera}"] = np.zeros((T, 256, 2), np.float16)
                 demo[f"visible/{camera}"] = np.ones((T, 256), bool)

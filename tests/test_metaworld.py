@@ -3,13 +3,16 @@
 import numpy as np
 import pytest
 
-import experts
-import results
-import rollout
-import cameras
-import metaworld_sim
-import sims
 from conftest import SIZE, shapes_of_a_frame
+
+import executor
+import extract
+import mask_planner
+import rollout
+import sims
+from demos.libero import demonstrator
+from sims import metaworld
+from sims.camera import choose_opengl
 
 ROBOT, OBJECT = 1, 2
 
@@ -26,13 +29,13 @@ def actions(n, seed=0):
 
 
 def test_the_suites_are_the_packages():
-    cameras.choose_opengl()    # mujoco reads its choice once, at import
+    choose_opengl()    # mujoco reads its choice once, at import
     from metaworld import env_dict
     names = lambda envs: [name.removesuffix("-v3") for name in envs]
-    assert sims.METAWORLD == names(env_dict.ALL_V3_ENVIRONMENTS)
+    assert metaworld.METAWORLD == names(env_dict.ALL_V3_ENVIRONMENTS)
     assert sims.tasks("mt10") == names(env_dict.MT10_V3)
     assert sims.tasks("ml10") == names(env_dict.ML10_V3["train"]) and sims.tasks("ml10_test") == names(env_dict.ML10_V3["test"])
-    assert len(sims.tasks("avdc")) == 11 and set(sims.tasks("avdc")) < set(sims.METAWORLD)
+    assert len(sims.tasks("avdc")) == 11 and set(sims.tasks("avdc")) < set(metaworld.METAWORLD)
     assert sims.tasks("door-open") == ["door-open"] and not set(sims.tasks("ml10")) & set(sims.tasks("ml10_test"))
 
 
@@ -74,7 +77,7 @@ def test_goals_differ_between_seeds(push):
 def test_evaluation_scenes_have_seeds_of_their_own(push):
     push.reset(init=3)
     state = push.state()
-    push.reset(seed=sims.EVALUATION + 3)
+    push.reset(seed=metaworld.EVALUATION + 3)
     assert np.array_equal(push.state(), state)
 
 
@@ -128,7 +131,7 @@ def test_goal_markers_are_hidden_unless_asked_for(push):
 def test_every_task_shows_robot_and_object():
     """A puck has more than a handful of pixels."""
     few = {}
-    for task in sims.METAWORLD:
+    for task in metaworld.METAWORLD:
         sim = sims.make(task, task, SIZE)
         count = np.bincount(sim.reset(init=0)["masks"].ravel(), minlength=3)
         sim.close()
@@ -149,7 +152,7 @@ def test_the_button_is_what_coffee_button_is_about():
 def test_script_succeeds_and_success_lasts(task):
     sim = sims.make("mt10", task, observe=False)
     sim.reset(seed=2)
-    script, first = experts.demonstrator(sim), None
+    script, first = demonstrator(sim), None
     for step in range(sim.horizon):
         action = script(sim)
         assert action.shape == (4,) and action.dtype == np.float32 and np.abs(action).max() <= 1
@@ -157,7 +160,7 @@ def test_script_succeeds_and_success_lasts(task):
         first = step if success and first is None else first
         if script.done:
             break
-    assert success and step - first == metaworld_sim.LINGER
+    assert success and step - first == metaworld.LINGER
     for _ in range(30):
         _, success = sim.step([0, 0, 1, -1], observe=False)
     assert success, "it has succeeded"
@@ -175,9 +178,6 @@ def test_goal_image_is_of_this_scene(push):
 
 def test_a_command_from_data_to_success_rate(tmp_path, monkeypatch, capsys):
     """Every program on a Meta-World task, with tiny numbers."""
-    import executor
-    import extract
-    import mask_planner
     from conftest import NETWORK
     monkeypatch.chdir(tmp_path)
     common = ["--preset", "laptop", "--demos", "2"]
@@ -190,12 +190,12 @@ def test_a_command_from_data_to_success_rate(tmp_path, monkeypatch, capsys):
         paths.append(f"runs/reach/{plan}_executor_d2.pt")
         model = executor.load_executor(paths[-1])
         assert model.own_goal and model.extra["action_dim"] == 4 and not model.goals.numel()
-    monkeypatch.setattr(sims.MetaWorld, "horizon", 120)
+    monkeypatch.setattr(metaworld.MetaWorld, "horizon", 120)
     rollout.run_task.progress = type("Queue", (), {"put": lambda self, n: None})()
     config = rollout.core.parse(rollout.Config, "", ["--episodes", "1"])
     name, done = rollout.run_task((config, paths, "reach", "reach", [0], SIZE, "fast"))
     assert name == "reach" and all(len(outcomes) == 1 for outcomes in done.values()) and len(done) == 3
     assert len(list(tmp_path.rglob("*.mp4"))) == 3
-    outcome = results.result(config, paths[0], "reach", {"reach": done[paths[0]]}, 1.0)
-    assert outcome["scenes"] == f"seeds from {sims.EVALUATION}" and outcome["counts"] == "ever succeeded"
-    assert results.result_path("r", outcome).name == "reach_mask_laptop_d2_s0.json"
+    outcome = rollout.result(config, paths[0], "reach", {"reach": done[paths[0]]}, 1.0)
+    assert outcome["scenes"] == f"seeds from {metaworld.EVALUATION}" and outcome["counts"] == "ever succeeded"
+    assert rollout.result_path("r", outcome).name == "reach_mask_laptop_d2_s0.json"

@@ -8,11 +8,16 @@ import h5py
 import numpy as np
 import pytest
 
-import experts
-import extract
-import official
-import sims
 from conftest import NETWORK, SUITE
+
+import extract
+import mask_planner
+import sims
+from core.episodes import Episodes, split_assembled
+from demos import official, record
+from demos.language import embed
+from demos.libero import demonstrator
+from sims.camera import CAMERAS
 
 SIZE, STEPS, DEMOS = 64, 16, 3
 ASKED = ["--preset", "laptop", "--suite", SUITE, "--tasks", "0", "--source", "official", "--workers", "1"]
@@ -37,14 +42,14 @@ def played(sim):
         for name in ("joint_pos", "gripper_qpos", "eef_pos", "eef_quat"):
             env._observables[f"robot0_{name}"].set_enabled(True)
         env._get_observations(force_update=True)  # as in env.reset: it says when within a step they measure
-        expert, rows = experts.demonstrator(sim, seed), []
+        expert, rows = demonstrator(sim, seed), []
         for _ in range(STEPS):
             row = {"actions": expert(sim), "states": sim.state()}
             seen, *_ = env.step(row["actions"])
             row |= {"joint_states": seen["robot0_joint_pos"], "gripper_states": seen["robot0_gripper_qpos"],
                     "ee_states": np.append(seen["robot0_eef_pos"], T.quat2axisangle(seen["robot0_eef_quat"])),
                     "robot_states": env.get_robot_state_vector(seen)}
-            rows.append(row | {f"{c}_rgb": sim.camera.picture(sim.data, v) for c, v in zip(sims.CAMERAS, sim.cameras)})
+            rows.append(row | {f"{c}_rgb": sim.camera.picture(sim.data, v) for c, v in zip(CAMERAS, sim.cameras)})
         for observable in env._observables.values():
             observable.set_enabled(False)
         episodes.append({k: np.stack([row[k] for row in rows]) for k in rows[0]} | {"model": env.sim.model.get_xml()})
@@ -58,7 +63,7 @@ def publish(path, episodes, task):
         data = f.create_group("data")
         for k, episode in enumerate(episodes):
             demo, T = data.create_group(f"demo_{k}"), len(episode["actions"])
-            for camera in sims.CAMERAS:
+            for camera in CAMERAS:
                 demo[f"obs/{camera}_rgb"] = episode[f"{camera}_rgb"][:, ::-1]
             for name in ("ee_states", "gripper_states", "joint_states"):
                 demo[f"obs/{name}"] = episode[name]
@@ -114,12 +119,12 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
         about, T = f["data"].attrs, STEPS - 1
         assert (about["source"], about["size"], about["render"], about["mask_source"]) == ("official", SIZE, "faithful", "sim")
         assert about["language_instruction"] == task.replace("_", " ") and about["total"] == DEMOS * T and about["exhausted"]
-        assert np.array_equal(about["text_embedding"], extract.embed(task.replace("_", " ")))
+        assert np.array_equal(about["text_embedding"], embed(task.replace("_", " ")))
         assert [n.decode() for n in f["mask/valid"]] == ["demo_0", "demo_1"]
         for k, episode in enumerate(played):
             demo = f[f"data/demo_{k}"]
             assert demo.attrs["original"] == f"demo_{k}" and demo.attrs["num_samples"] == T
-            for camera in sims.CAMERAS:
+            for camera in CAMERAS:
                 assert demo[f"obs/{camera}_rgb"].dtype == np.uint8
                 assert np.array_equal(demo[f"obs/{camera}_rgb"], episode[f"{camera}_rgb"][:-1]), "upright, byte for byte"
             assert np.array_equal(demo["states"], episode["states"][1:]), "before the action"
@@ -156,8 +161,7 @@ def test_tracks_stay_on_the_robot(imported, task):
 
 def test_planners_train_on_it_unchanged(imported, task, tmp_path, refused):
     """With as many videos as there are, and at the pictures' size."""
-    import mask_planner
-    videos = extract.Episodes(imported, SUITE, [task], 20)
+    videos = Episodes(imported, SUITE, [task], 20)
     episode, t, _ = videos.draw(0, 8, seed=0)
     assert len(videos.length) == 1 and videos.gather("obs/agentview_rgb", episode, t).shape == (8, SIZE, SIZE, 3)
     argv = ["--preset", "laptop", "--suite", SUITE, "--tasks", "0", "--data", str(imported), "--out", str(tmp_path), "--steps", "2", *NETWORK]
@@ -178,7 +182,7 @@ def test_a_row_flip_turns_robosuites_observation_upright(sim, played):
     context = MjRenderContextOffscreen(sim.env.sim, device_id=-1)
     context.vopt.geomgroup[0] = 0
     seen = sim.frame()
-    for camera, view in zip(sims.CAMERAS, sim.cameras):
+    for camera, view in zip(CAMERAS, sim.cameras):
         raw = sim.env.sim.render(camera_name=view, width=SIZE, height=SIZE)
         ours = seen[f"{camera}_rgb"].astype(int)
         off = lambda picture: np.abs(picture - ours).mean()
@@ -252,10 +256,10 @@ def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, played
 def test_an_interrupted_import_goes_on(copied, here, task, refused):
     folder, source, ours = copied
     parts = ours.with_suffix("")
-    extract.split_assembled(ours, parts)
+    split_assembled(ours, parts)
     (parts / "demo_2.hdf5").unlink()
     kept = [(parts / f"demo_{k}.hdf5").stat().st_mtime_ns for k in range(2)]
-    refused(lambda: extract.ensure(SUITE, [task], 1, folder, SIZE), parts, "--source official")
+    refused(lambda: record.ensure(SUITE, [task], 1, folder, SIZE), parts, "--source official")
     job, = official.plan(folder, SUITE, [task], 1, False)
     official.import_task(job)
     assert [(parts / f"demo_{k}.hdf5").stat().st_mtime_ns for k in range(2)] == kept

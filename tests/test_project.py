@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-import core
 from conftest import COMMON, EXECUTOR, EXTRACT, PLANNER, ROOT, SUITE
+
+from core.flags import parse
 
 IMPORTS = {     # file -> what of ours it may import; reading order
     "cameras": set(), "frames": {"cameras"}, "libero_suites": set(),
@@ -126,7 +127,7 @@ def test_presets_leave_nothing_open(name, preset):
     Config = importlib.import_module(name).Config
     presets = getattr(Config, "PRESETS", {})
     assert all(presets[preset].keys() == other.keys() for other in presets.values())
-    config = core.parse(Config, "", ["--device", "cpu"] + (["--preset", preset] if presets else []))
+    config = parse(Config, "", ["--device", "cpu"] + (["--preset", preset] if presets else []))
     open_fields = {f.name for f in dataclasses.fields(Config) if getattr(config, f.name) is None}
     assert open_fields <= {"scenes", "batch", "render", "goal", "plan_form", "unseen"}
 
@@ -167,7 +168,7 @@ def test_commands_in_the_docstrings_parse(name):
         if script == "rollout.py" and argv and not argv[0].startswith("-"):
             argv = argv[1:]
         module = importlib.import_module(script.removesuffix(".py"))
-        core.parse(module.Config, "", [*argv, "--device", "cpu"])
+        parse(module.Config, "", [*argv, "--device", "cpu"])
 
 
 def tiny(command, data):

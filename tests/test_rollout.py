@@ -8,18 +8,17 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-import core
+from conftest import SIZE, SUITE
+
 import executor
-import experts
-import extract
-import results
 import rollout
 import sims
-import tables
-import train
-from conftest import SIZE, SUITE
-from results import evaluations, pooled, result_path, wilson
-from policy import Policy
+from core import training
+from core.draw import FILM_SCALE, write_film
+from core.flags import parse
+from demos import record
+from demos.libero import demonstrator
+from results import tables
 
 WORKER = ["--workers", "1", "--device", "cpu"]
 
@@ -50,7 +49,7 @@ class Scripted:
         return None, self.successes[len(self.actions) - 1]
 
 
-class Still(Policy):
+class Still(executor.Policy):
     wants_frame = False
 
     def __init__(self):
@@ -92,7 +91,7 @@ def copied(path, folder):
 
 
 def config(*flags):
-    return core.parse(rollout.Config, "", [*WORKER, *flags])
+    return parse(rollout.Config, "", [*WORKER, *flags])
 
 
 # --- what is a success ----------------------------------------------------------------------------
@@ -116,9 +115,9 @@ def test_success_at_any_step_is_counted_beside_that_at_the_end(successes, ever):
     actor = (Demonstrator(4), 0.0, np.random.default_rng(0))
     success, steps, _, any_step = rollout.play(Scripted(*successes), actor, {}, False)
     assert (success, any_step) == (False, ever)
-    said = results.counted([(success, steps, any_step), (True, 6, True)])
+    said = rollout.counted([(success, steps, any_step), (True, 6, True)])
     assert said == {"success": 1, "episodes": 2, "steps": 5.0, "ever": 1 + ever}
-    assert "ever" not in results.counted([(True, 6)])
+    assert "ever" not in rollout.counted([(True, 6)])
 
 
 @pytest.mark.parametrize("suite", ["libero_90", "mt10", "libero_spatial_ur5e"])
@@ -139,14 +138,14 @@ def test_noise_moves_the_hand_and_not_the_gripper():
 
 def test_expert_succeeds_in_the_simulator(sim):
     frame = sim.reset(seed=2)
-    success, steps, *_ = rollout.play(sim, (experts.demonstrator(sim, seed=2), 0.0, np.random.default_rng(0)), frame, False)
+    success, steps, *_ = rollout.play(sim, (demonstrator(sim, seed=2), 0.0, np.random.default_rng(0)), frame, False)
     assert success and steps < sim.horizon
 
 
 def test_wilson():
     known = {(8, 10): (0.4902, 0.9433), (0, 10): (0, 0.2775), (10, 10): (0.7225, 1), (50, 100): (0.4038, 0.5962)}
     for (k, n), interval in known.items():
-        assert wilson(k, n) == pytest.approx(interval, abs=1e-4)
+        assert rollout.wilson(k, n) == pytest.approx(interval, abs=1e-4)
 
 
 # --- episodes -------------------------------------------------------------------------------------
@@ -168,8 +167,8 @@ def crash(job):
 
 
 def test_crash_in_a_worker_reaches_the_command():
-    with pytest.raises(RuntimeError, match="exploded on 7"), extract.pool(1, crash) as (workers, queue):
-        list(extract.watch(workers.imap_unordered(crash, [7]), queue, 1, 1, "test"))
+    with pytest.raises(RuntimeError, match="exploded on 7"), record.pool(1, crash) as (workers, queue):
+        list(record.watch(workers.imap_unordered(crash, [7]), queue, 1, 1, "test"))
 
 
 def test_run_task_plays_each_scene_with_each_checkpoint(alone, executor_paths, task, tmp_path):
@@ -201,13 +200,13 @@ def test_episodes_are_the_same_whatever_was_played_before(alone, executor_paths,
 
 def test_film_shows_what_the_policy_saw(alone, executor_paths, sim):
     model = executor.load_executor(executor_paths["mask"])
-    policy, frame = Policy(model), sim.reset(seed=2)
+    policy, frame = executor.Policy(model), sim.reset(seed=2)
     policy.reset(model.goals[0, 0])
     _, _, pictures, _ = rollout.play(Short(sim, 9), policy, frame, True)
     assert len(pictures) == 3, "one per look"
-    scale = rollout.FILM_SCALE * SIZE
+    scale = FILM_SCALE * SIZE
     assert all(p.shape == (scale + 16, 4 * scale, 3) and p.dtype == np.uint8 for p in pictures)
-    assert np.array_equal(pictures[0][16::rollout.FILM_SCALE, :scale:rollout.FILM_SCALE], frame["agentview_rgb"])
+    assert np.array_equal(pictures[0][16::FILM_SCALE, :scale:FILM_SCALE], frame["agentview_rgb"])
 
 
 def test_attention_is_drawn(alone, executor_paths, tmp_path, refused):
@@ -227,7 +226,7 @@ def test_attention_is_drawn(alone, executor_paths, tmp_path, refused):
 def test_film_opens(tmp_path):
     import imageio.v3 as iio
     pictures = [np.full((51, 65, 3), 20 * k, np.uint8) for k in range(6)]
-    rollout.write_film(tmp_path / "films" / "x.mp4", pictures)
+    write_film(tmp_path / "films" / "x.mp4", pictures)
     film = iio.imread(tmp_path / "films" / "x.mp4")
     assert film.shape == (6, 50, 64, 3) and abs(int(film[5].mean()) - 100) < 8 and film[0].mean() < 8
 
@@ -262,7 +261,7 @@ def test_a_real_evaluation(executor_paths, tmp_path, task, capsys):
         assert (r["suite"], r["plan"], r["preset"], r["videos"], r["action_demos"], r["seed"]) == (
             SUITE, plan, "laptop", 2, 2, 0)
         assert (r["success"], r["episodes"], r["steps"], r["unseen"]) == (r["tasks"][task]["success"], 1, 5, None)
-        assert r["interval"] == pytest.approx(wilson(r["success"], 1), abs=1e-4)
+        assert r["interval"] == pytest.approx(rollout.wilson(r["success"], 1), abs=1e-4)
         assert r["scenes"] == "bundled initial states" and {"command", "commit", "machine"} <= r.keys()
         assert {"mujoco", "robosuite", "torch", "python"} <= r["versions"].keys()
         assert {"data", "planner", "executor", "rollout"} == r["seconds"].keys() and r["seconds"]["data"] > 0
@@ -281,7 +280,7 @@ def written(folder, plan, seed, success, demos=10, **changes):
          "seconds": {"data": 600, "planner": None, "executor": 120, "rollout": 90},
          "tasks": dict.fromkeys(sims.tasks(SUITE), {})} | changes
     folder.mkdir(exist_ok=True)
-    result_path(folder, r).write_text(json.dumps(r))
+    rollout.result_path(folder, r).write_text(json.dumps(r))
 
 
 def test_training_seeds_are_pooled(tmp_path):
@@ -290,11 +289,11 @@ def test_training_seeds_are_pooled(tmp_path):
         written(folder, "mask", seed, success)
     written(folder, "mask", 0, 30, demos=2)
     written(folder, "none", 0, 50)
-    rows = {(r["plan"], r["action_demos"]): r for r in pooled(folder)}
+    rows = {(r["plan"], r["action_demos"]): r for r in tables.pooled(folder)}
     assert len(rows) == 3
     row = rows["mask", 10]
     assert (row["seeds"], row["success"], row["episodes"]) == (3, 210, 300)
-    assert row["interval"] == pytest.approx(wilson(210, 300))
+    assert row["interval"] == pytest.approx(rollout.wilson(210, 300))
     assert rows["mask", 2]["success"] == 30
 
 
@@ -303,7 +302,7 @@ def test_a_trial_of_some_tasks_is_kept_apart(tmp_path):
     written(folder, "mask", 0, 60)
     written(folder, "mask", 0, 1, tasks=dict.fromkeys(sims.tasks(SUITE)[:2], {}))
     written(folder, "mask", 0, 2, scenes="seeds from 1000")
-    assert sorted((r["of"], r["success"]) for r in pooled(folder)) == [(2, 1), (10, 2), (10, 60)]
+    assert sorted((r["of"], r["success"]) for r in tables.pooled(folder)) == [(2, 1), (10, 2), (10, 60)]
 
 
 @pytest.mark.parametrize("old", ["", "old\n"])
@@ -350,8 +349,8 @@ def test_bad_input_is_one_line(executor_paths, planner_path, tmp_path, refused):
     refused(run("--policy", "expert", "--suite", "libero_space"), "libero_space", *sims.SUITES)
     (tmp_path / "cut.pt").write_bytes(executor_paths["mask"].read_bytes()[:5000])
     refused(run(str(tmp_path / "cut.pt")), "cut.pt", "python executor.py")
-    content = train.load(good)
-    train.save(tmp_path / "small.pt", **content | {"extra": content["extra"] | {"size": 64}})
+    content = training.load(good)
+    training.save(tmp_path / "small.pt", **content | {"extra": content["extra"] | {"size": 64}})
     refused(run(good, str(tmp_path / "small.pt")), "different", "one by one")
     assert not os.path.exists(tmp_path / "results")
 
@@ -362,6 +361,6 @@ def test_cost_is_that_of_the_looks(executor_paths, tmp_path, capsys):
     rollout.main([*paths, "--cost", "--device", "cpu", "--results", str(tmp_path)])
     lines = capsys.readouterr().out.strip().splitlines()
     assert len(lines) == 3 and all(path in line and "TFLOPs" in line for path, line in zip(paths, lines))
-    assert len(tables.cost_table(tmp_path)) == 2 + 3 and not evaluations(tmp_path)
+    assert len(tables.cost_table(tmp_path)) == 2 + 3 and not tables.evaluations(tmp_path)
     (once, size), (twice, _) = rollout.cost(paths[0], steps=4), rollout.cost(paths[0], steps=5)
     assert once > 1e6 and twice == 2 * once and size > 1e4

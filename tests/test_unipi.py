@@ -4,17 +4,16 @@ import numpy as np
 import pytest
 import torch
 
-import core
-import executor
-import extract
-import feature_planner
-import policy
-import rollout
-import scores
-import train
-import unipi
-import video_planner
 from conftest import COMMON, EXECUTOR, PLANNER, SIZE, SUITE, equal, run_and_kill
+
+import executor
+import rollout
+import video_planner
+from baselines import plex
+from core import training
+from core.episodes import Episodes
+from core.flags import from_dict, parse
+from video_control import unipi
 
 VIDEO = [*COMMON, *"--steps 2 --channels 32 --multiples 1 2 --attention 8 --batch 2 --device cpu --no-bf16 "
                    "--sample-steps 2 --clips 3".split()]
@@ -27,12 +26,12 @@ def runs(data, tmp_path_factory):
     folder = out / SUITE
     where = ["--data", str(data), "--out", str(out)]
     quick = pytest.MonkeyPatch()
-    silhouette = scores.train_silhouette
-    quick.setattr(scores, "train_silhouette", lambda e: silhouette(e, steps=5))
+    silhouette = video_planner.train_silhouette
+    quick.setattr(video_planner, "train_silhouette", lambda e: silhouette(e, steps=5))
     video_planner.main([*VIDEO, *where])
     quick.undo()
     unipi.main([*EXECUTOR, "--planner", str(folder / "video.pt"), *where])
-    feature_planner.main([*PLANNER, "--action-demos", "2", *where])
+    plex.main([*PLANNER, "--action-demos", "2", *where])
     executor.main([*EXECUTOR, "--planner", str(folder / "feature.pt"), *where])
     return folder
 
@@ -47,7 +46,7 @@ def frame():
 
 
 def test_pictures_to_reach_lie_ahead_and_done_means_near(runs, data):
-    config = core.parse(executor.Config, "", [*EXECUTOR, "--planner", "none", "--tasks", "0", "--data", str(data),
+    config = parse(executor.Config, "", [*EXECUTOR, "--planner", "none", "--tasks", "0", "--data", str(data),
                                               "--batch", "64", "--out", str(runs.parent)])
     clone, plain, _ = executor.build(config)
     batches = unipi.SubgoalData(config, clone, plain.demos, plain.videos)
@@ -122,7 +121,7 @@ def test_unipi_resumes_after_a_kill(runs, data, tmp_path):
     command = [*EXECUTOR, "--planner", str(runs / "video.pt"), "--data", str(data)]
     run_and_kill("unipi", "step", [*command, "--out", str(tmp_path)])
     unipi.main([*command, "--out", str(tmp_path)])
-    whole, killed = (train.load(p / "unipi_executor_d2.pt") for p in (runs, tmp_path / SUITE))
+    whole, killed = (training.load(p / "unipi_executor_d2.pt") for p in (runs, tmp_path / SUITE))
     assert equal(whole["model"], killed["model"])
 
 
@@ -130,9 +129,9 @@ def test_unipi_resumes_after_a_kill(runs, data, tmp_path):
 
 
 def batch_of(runs, data):
-    planner = feature_planner.load_planner(runs / "feature.pt").requires_grad_(True)
-    episodes = extract.Episodes(data, SUITE, planner_tasks(data), 2)
-    made = feature_planner.make_batch(episodes, 0, planner.config, episodes)
+    planner = plex.load_planner(runs / "feature.pt").requires_grad_(True)
+    episodes = Episodes(data, SUITE, planner_tasks(data), 2)
+    made = plex.make_batch(episodes, 0, planner.config, episodes)
     return planner, {k: torch.as_tensor(v) for k, v in made.items()}
 
 
@@ -162,13 +161,13 @@ def test_the_future_teaches_the_planner_and_not_the_encoder(runs, data):
 
 
 def test_feature_plan_reaches_the_executor(runs, data):
-    content = train.load(runs / "feature_executor_d2.pt")
+    content = training.load(runs / "feature_executor_d2.pt")
     assert content["extra"]["planner"]["kind"] == "feature_planner"
     acting = unipi.load_policy(runs / "feature_executor_d2.pt")
-    assert type(acting) is policy.Policy and acting.executor.config.plan_form == "latent"
+    assert type(acting) is executor.Policy and acting.executor.config.plan_form == "latent"
     acting.reset(frame()["agentview_rgb"])
     assert acting(frame()).shape == (7,)
-    config = core.from_dict(executor.Config, content["config"])
+    config = from_dict(executor.Config, content["config"])
     assert executor.plan_name(config) == "feature"
     assert "stay" in (runs / "feature.txt").read_text() and (runs / "feature.png").stat().st_size
 

@@ -6,56 +6,54 @@ import numpy as np
 import pytest
 import torch
 
-import core
-import diffusion
-import scores
-import train
-import video_planner
 from conftest import COMMON, SIZE, equal, run_and_kill
-from video_planner import FRAMES, VideoPlanner
+
+import video_planner
+from core import training
+from core.flags import parse
 
 NETWORK = "--channels 32 --multiples 1 2 --attention 8 --batch 2 --device cpu --no-bf16".split()
 COMMAND = [*COMMON, "--steps", "5", *NETWORK]
 
 
 def config(*flags):
-    c = core.parse(video_planner.Config, "", [*COMMAND, *flags])
+    c = parse(video_planner.Config, "", [*COMMAND, *flags])
     c.goal = c.goal or "language"
     return c
 
 
 def small(*flags):
     torch.manual_seed(0)
-    return VideoPlanner(config(*flags), 384)
+    return video_planner.VideoPlanner(config(*flags), 384)
 
 
 def clip(B=2, size=SIZE):
     generator = torch.Generator().manual_seed(0)
-    return torch.randint(256, (B, 1 + FRAMES, size, size, 3), dtype=torch.uint8, generator=generator)
+    return torch.randint(256, (B, 1 + video_planner.FRAMES, size, size, 3), dtype=torch.uint8, generator=generator)
 
 
 # --- diffusion ------------------------------------------------------------------------------------
 
 
 def test_schedule_falls_from_signal_to_noise():
-    kept = diffusion.cosine_schedule(100)
+    kept = video_planner.cosine_schedule(100)
     assert kept.shape == (100,) and (kept[1:] < kept[:-1]).all()
     assert kept[0] > 0.999 and kept[-1] < 1e-4
 
 
 @pytest.mark.parametrize("t", [0, 50, 90])
 def test_velocity_and_back(t):
-    x0, noise, a = torch.randn(3, 4), torch.randn(3, 4), diffusion.cosine_schedule(100)[t]
-    x = diffusion.add_noise(x0, noise, a)
-    v = diffusion.velocity(x0, noise, a)
-    for found, true in zip(diffusion.from_velocity(x, v, a), (x0, noise)):
+    x0, noise, a = torch.randn(3, 4), torch.randn(3, 4), video_planner.cosine_schedule(100)[t]
+    x = video_planner.add_noise(x0, noise, a)
+    v = video_planner.velocity(x0, noise, a)
+    for found, true in zip(video_planner.from_velocity(x, v, a), (x0, noise)):
         assert torch.allclose(found, true, atol=1e-5)
-    assert torch.allclose(diffusion.from_noise(x, noise, a)[0], x0, atol=1e-3)
+    assert torch.allclose(video_planner.from_noise(x, noise, a)[0], x0, atol=1e-3)
 
 
 def test_loss_weight():
     a = torch.tensor([0.0, 0.5, 0.9])    # signal to noise 0, 1 and 9
-    weight = diffusion.loss_weight
+    weight = video_planner.loss_weight
     assert torch.allclose(weight(a, "v"), torch.tensor([0, 0.5, 0.5]))
     assert torch.allclose(weight(a, "x0"), torch.tensor([1.0, 2, 5]))
     assert torch.equal(weight(a, "eps"), torch.ones(3))
@@ -63,11 +61,11 @@ def test_loss_weight():
 
 def test_ddim_with_all_steps_and_eta_1_is_ddpm():
     """The mean and variance of every step are those of the posterior (Ho et al., 2020, eq. 6-7)."""
-    kept = diffusion.cosine_schedule(50)
+    kept = video_planner.cosine_schedule(50)
     for t in (49, 20, 1):
         a, before, x, x0 = kept[t], kept[t - 1], torch.tensor(0.7), torch.tensor(-0.3)
         noise = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        step = lambda fresh: diffusion.ddim_step(x, x0, noise, a, before, 1.0, fresh)
+        step = lambda fresh: video_planner.ddim_step(x, x0, noise, a, before, 1.0, fresh)
         alpha = a / before
         mean = (before.sqrt() * (1 - alpha) * x0 + alpha.sqrt() * (1 - before) * x) / (1 - a)
         spread = ((1 - before) / (1 - a) * (1 - alpha)).sqrt()
@@ -77,14 +75,14 @@ def test_ddim_with_all_steps_and_eta_1_is_ddpm():
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
 def test_sampling_a_gaussian_with_its_exact_denoiser(eta):
-    kept, mu, s = diffusion.cosine_schedule(100), 0.4, 0.5
+    kept, mu, s = video_planner.cosine_schedule(100), 0.4, 0.5
     torch.manual_seed(0)
     x = torch.randn(20000)
     for t in range(99, -1, -1):
         a, before = kept[t], kept[t - 1] if t else torch.tensor(1.0)
         x0 = mu + a.sqrt() * s ** 2 / (a * s ** 2 + 1 - a) * (x - a.sqrt() * mu)    # E[x0 | x]
         noise = (x - a.sqrt() * x0) / (1 - a).sqrt()
-        x = diffusion.ddim_step(x, x0, noise, a, before, eta, torch.randn_like(x))
+        x = video_planner.ddim_step(x, x0, noise, a, before, eta, torch.randn_like(x))
     assert abs(x.mean() - mu) < 0.02 and abs(x.std() - s) < 0.02
 
 
@@ -97,23 +95,23 @@ def test_starts_as_an_image_network():
     net = small("--shrink", "1").net
     torch.nn.init.normal_(net.last[-1].weight)      # else it says zeros
     for block in net.modules():
-        if isinstance(block, diffusion.ResBlock):
+        if isinstance(block, video_planner.ResBlock):
             torch.nn.init.normal_(block.conv2.space.weight, std=0.1)
-    x, seen, t, task = torch.randn(1, FRAMES, 3, 32, 32), torch.randn(1, 3, 32, 32), torch.tensor([5]), torch.randn(1, 384)
+    x, seen, t, task = torch.randn(1, video_planner.FRAMES, 3, 32, 32), torch.randn(1, 3, 32, 32), torch.tensor([5]), torch.randn(1, 384)
     whole = net(x, seen, t, task)
     for f in (0, 3):
-        alone = net(x[:, f:f + 1].expand(-1, FRAMES, -1, -1, -1).contiguous(), seen, t, task)
+        alone = net(x[:, f:f + 1].expand(-1, video_planner.FRAMES, -1, -1, -1).contiguous(), seen, t, task)
         assert torch.allclose(whole[:, f], alone[:, f], atol=1e-5)
-    conv = next(m for m in net.modules() if isinstance(m, diffusion.VideoConv))
+    conv = next(m for m in net.modules() if isinstance(m, video_planner.VideoConv))
     torch.nn.init.normal_(conv.time.weight)
     assert not torch.allclose(whole[:, 0], net(x, seen, t, task)[:, 0], atol=1e-3)
 
 
 def test_convolution_in_time_is_conv1d():
-    conv = diffusion.VideoConv(4, 6)
+    conv = video_planner.VideoConv(4, 6)
     torch.nn.init.normal_(conv.time.weight)
-    x = torch.randn(2 * FRAMES, 4, 5, 3)
-    y = conv.space(x).unflatten(0, (2, FRAMES))                             # (B, F, C, H, W)
+    x = torch.randn(2 * video_planner.FRAMES, 4, 5, 3)
+    y = conv.space(x).unflatten(0, (2, video_planner.FRAMES))                             # (B, F, C, H, W)
     kernel = conv.time.weight[:, :, 0, 0].unflatten(1, (3, 6)).transpose(1, 2)  # (o, C, 3)
     y = y.permute(0, 3, 4, 2, 1).flatten(0, 2)                              # (B H W, C, F)
     true = torch.nn.functional.conv1d(y, kernel, conv.time.bias, padding=1)
@@ -167,15 +165,15 @@ def test_paint_and_back(change):
 def test_untrained_it_imagines_that_nothing_changes():
     planner = small().eval()
     now = clip()[:, 0]
-    assert torch.equal(planner.imagine(now, torch.zeros(2, 384)), now[:, None].expand(-1, FRAMES, -1, -1, -1))
+    assert torch.equal(planner.imagine(now, torch.zeros(2, 384)), now[:, None].expand(-1, video_planner.FRAMES, -1, -1, -1))
 
 
 def test_one_clip_is_overfitted(steps=600):
     """A square that moves to where the sentence says: PSNR above 30 dB in every picture."""
     torch.manual_seed(0)
-    planner = VideoPlanner(config("--size", "32", "--drop", "0", "--objective", "x0"), 4)
-    x = torch.full((1, 1 + FRAMES, 32, 32, 3), 60, dtype=torch.uint8)
-    for f in range(1 + FRAMES):
+    planner = video_planner.VideoPlanner(config("--size", "32", "--drop", "0", "--objective", "x0"), 4)
+    x = torch.full((1, 1 + video_planner.FRAMES, 32, 32, 3), 60, dtype=torch.uint8)
+    for f in range(1 + video_planner.FRAMES):
         x[:, f, 8:16, 2 * f:2 * f + 8] = torch.tensor([220, 40, 160], dtype=torch.uint8)
     batch = {"clip": x.expand(2, -1, -1, -1, -1), "goal": torch.ones(2, 4)}
     optimizer = torch.optim.AdamW(planner.parameters(), 2e-3)
@@ -194,7 +192,7 @@ def test_plan_is_a_map_that_says_the_task():
     planner = small("--goal", "image").eval()
     torch.nn.init.normal_(planner.net.first.weight, std=0.1)
     plan, image = planner.plan(clip()[:, 0], clip()[:, 1])
-    assert plan.shape == (2, planner.n, FRAMES * planner.width) and image.shape == (2, planner.n, planner.width)
+    assert plan.shape == (2, planner.n, video_planner.FRAMES * planner.width) and image.shape == (2, planner.n, planner.width)
     other, _ = planner.plan(clip()[:, 0], clip()[:, 2])
     assert torch.isfinite(plan).all() and not torch.allclose(plan, other)
 
@@ -204,19 +202,19 @@ def test_plan_is_a_map_that_says_the_task():
 
 def test_clips_end_with_the_episode():
     times = video_planner.clip_times(np.array([0, 60, 98]), np.array([71, 100, 100]))
-    assert times.shape == (3, 1 + FRAMES)
+    assert times.shape == (3, 1 + video_planner.FRAMES)
     assert times[:, 0].tolist() == [0, 60, 98] and times[:, -1].tolist() == [70, 99, 99]
     assert times[0].tolist() == list(range(0, 71, 10))
 
 
 def test_command_resumes_after_a_kill(data, tmp_path, monkeypatch):
     command = [*COMMAND, "--data", str(data), *"--sample-steps 2 --clips 3".split()]
-    silhouette = scores.train_silhouette
-    monkeypatch.setattr(scores, "train_silhouette", lambda e: silhouette(e, steps=5))
+    silhouette = video_planner.train_silhouette
+    monkeypatch.setattr(video_planner, "train_silhouette", lambda e: silhouette(e, steps=5))
     video_planner.main([*command, "--out", str(tmp_path / "whole")])
     run_and_kill("video_planner", "step", [*command, "--out", str(tmp_path / "killed")])
     video_planner.main([*command, "--out", str(tmp_path / "killed")])
-    whole, killed = (train.load(tmp_path / k / "libero_spatial" / "video.pt") for k in ("whole", "killed"))
+    whole, killed = (training.load(tmp_path / k / "libero_spatial" / "video.pt") for k in ("whole", "killed"))
     assert equal(whole["ema"], killed["ema"]) and equal(whole["model"], killed["model"])
     folder = tmp_path / "whole" / "libero_spatial"
     assert "robot IoU" in (text := (folder / "video.txt").read_text()) and "one plan, 2 steps: " in text

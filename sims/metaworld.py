@@ -1,0 +1,163 @@
+"""Meta-World (Yu et al., 2019), through the package `metaworld`.
+
+`avdc_view1` is avdc seen by the second of its three cameras; so for each suite and task, with
+`_view1` and `_view2`.
+"""
+
+import numpy as np
+
+from sims.camera import Camera, axis_angle, check_start, checked, free, look
+
+# the 50 tasks, the package's names without "-v3"
+METAWORLD = """assembly basketball bin-picking box-close button-press-topdown
+button-press-topdown-wall button-press button-press-wall coffee-button coffee-pull coffee-push
+dial-turn disassemble door-close door-lock door-open door-unlock hand-insert drawer-close
+drawer-open faucet-open faucet-close hammer handle-press-side handle-press handle-pull-side
+handle-pull lever-pull pick-place-wall pick-out-of-hole pick-place plate-slide plate-slide-side
+plate-slide-back plate-slide-back-side peg-insert-side peg-unplug-side soccer stick-push stick-pull
+push push-wall push-back reach reach-wall shelf-place sweep-into sweep window-open
+window-close""".split()
+# ML10 trains on ten tasks and tests on five others; the last are those of AVDC (Ko et al., 2023)
+BENCHMARKS = {
+    "mt10": "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
+            "peg-insert-side window-open window-close",
+    "ml10": "reach push pick-place door-open drawer-close button-press-topdown peg-insert-side "
+            "window-open sweep basketball",
+    "ml10_test": "drawer-open door-close shelf-place sweep-into lever-pull",
+    "avdc": "door-open door-close basketball shelf-place button-press button-press-topdown "
+            "faucet-close faucet-open handle-press hammer assembly"}
+# Meta-World's evaluation scene i has this seed + i; demonstrations have smaller ones
+EVALUATION = 10_000_000
+# steps that a Meta-World demonstration goes on after its first success, most of which is on an edge
+LINGER = 10
+# Meta-World's third-person cameras: what they look at, metres away; degrees of turn and height of
+# each, the usual one first.
+# differs: AVDC's corner, corner2 and corner3 are mounted upside down and see a puck as two pixels
+VIEW, ANGLES = ((-0.02, 0.66, 0.14), 0.98), ((148, -32), (212, -32), (125, -40))
+
+
+def view_of(suite):
+    """'avdc_view1' -> ('avdc', 1); without a view: (suite, 0)."""
+    name, _, view = suite.rpartition("_view")
+    return (name, int(view)) if view in ("1", "2") else (suite, 0)
+
+
+def views():
+    """The three cameras, as MuJoCo's free ones."""
+    return [free(*VIEW, *angles) for angles in ANGLES]
+
+
+def tasks(suite):
+    """Names of a suite's tasks; of one of the 50 tasks, itself; None for what is not Meta-World."""
+    name = view_of(suite)[0]
+    return BENCHMARKS[name].split() if name in BENCHMARKS else [name] * (name in METAWORLD) or None
+
+
+def describe(task):
+    """-> language instruction, as AVDC says it; objects; goal predicates: there are none."""
+    # the object is what the task moves, by whatever name
+    return task.replace("-", " "), ["robot", "object"], []
+
+
+class MetaWorld:
+    """One Meta-World task; arguments as for `make`.  Actions: xyz, gripper, at 80 Hz.  Its success
+    is *ever succeeded* since reset: what the task asks for need not last (a door swings on).
+
+    The mask of the object is of what the task moves: the link of the first joint that is not the
+    robot's, so the door without its frame.  Six tasks have two such things; by hand: the mug
+    (coffee-pull, coffee-push), the hammer, the stick (stick-push, stick-pull), which come first,
+    and the button (coffee-button), which does not.
+    """
+    action_dim, horizon, patience, linger = 4, 300, 300, LINGER
+
+    def __init__(self, suite, task, size, render, observe):
+        import warnings
+        from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+        from metaworld.policies import ENV_POLICY_MAP
+        # its policies ask for more than 1, on purpose, and say so
+        warnings.filterwarnings("ignore", "Constant")
+        self.suite, self.task = suite, task
+        self.language, self.objects, self.goal = describe(task)
+        self.env, self.policy = ALL_V3_ENVIRONMENTS[f"{task}-v3"](), ENV_POLICY_MAP[f"{task}-v3"]()
+        # the script wants to know the goal; the pictures do not show it
+        self.env._partially_observable = False
+        # computed before, with a goal of zeros
+        self.env.__dict__.pop("sawyer_observation_space", None)
+        self.env.seeded_rand_vec = self.env._set_task_called = True
+        self.model, self.data = self.env.model, self.env.data
+        # closer than the package's cameras: a puck has 26 pixels at 96 px, in its corner2 4
+        self.cameras = views()[view_of(suite)[1]], "gripperPOV"
+        look = render.removesuffix("+goal")
+        sites = [1, 1, 1, 0, 0, 0] if render.endswith("+goal") else 0
+        self.camera = Camera(self.model, size, look, [1, 1, 1, 0, 0, 0], sites) if observe else None
+        self.label = self._labels()
+
+    def _labels(self):
+        """(number of geoms,) uint8: 0 background, 1 robot (what of it can move), 2 main object."""
+        m = self.model
+        root = [m.body(m.body_rootid[b]).name for b in range(m.nbody)]
+        joints = [b for b in m.jnt_bodyid if root[b] not in ("base", "mocap")]
+        moving, label = joints[self.task == "coffee-button"], np.zeros(m.ngeom, np.uint8)
+        for geom, body in enumerate(m.geom_bodyid):
+            robot = root[body] in ("base", "mocap") and m.body_weldid[body] > 0
+            while body and body != moving:
+                body = m.body_parentid[body]
+            label[geom] = 2 if body else robot
+        return label
+
+    def reset(self, seed=None, init=None):
+        """Starts an episode; give one of the two.  Returns the first frame.
+
+        seed  an integer in 0 .. EVALUATION - 1: goal and objects are drawn from it
+        init  0..49: an evaluation scene
+        """
+        check_start(seed, init)
+        self.env.seed(EVALUATION + init if seed is None else seed)
+        # drawn, and set again: the first time leaves traces of what was drawn before
+        for frozen in (False, True):
+            self.env._freeze_rand_vec = frozen
+            self.observation, _ = self.env.reset()
+        self.succeeded = False
+        return self.frame()
+
+    def step(self, action, observe=True):
+        """action (4,) in [-1, 1] -> (frame, or None if not `observe`; whether the task has
+        succeeded, bool)."""
+        self.observation, _, _, _, info = self.env.step(checked(action, 4))
+        self.succeeded |= bool(info["success"])
+        return (self.frame() if observe else None), self.succeeded
+
+    def script(self):
+        """The package's own policy's action now, (4,) in [-1, 1]."""
+        return np.clip(self.policy.get_action(self.observation), -1, 1).astype(np.float32)
+
+    def success(self):
+        """Whether the task has succeeded since reset."""
+        return self.succeeded
+
+    def state(self):
+        """(S,) float64: time, positions, velocities.  Not the goal: it follows from the seed."""
+        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
+
+    def frame(self, masks=True, wrist=True):
+        """The current frame, as `Libero.frame`; the hand's place is midway between fingertips."""
+        joints = lambda *names: [self.data.joint(name).qpos[0] for name in names]
+        hand = self.data.body("hand").xmat.reshape(3, 3)
+        states = {"ee_states": [*self.env.tcp_center, *axis_angle(hand)],
+                  "joint_states": joints(*(f"right_j{k}" for k in range(7))),
+                  "gripper_states": joints("r_close", "l_close")}
+        return look(self, states, masks, wrist)
+
+    def goal_image(self, seed=None, init=None):
+        """(H, W, 3) uint8: where the package's own policy gets to here.  Resets the simulation."""
+        self.reset(seed, init)
+        for step in range(self.horizon):
+            if self.step(self.script(), observe=False)[1]:
+                break
+        for _ in range(LINGER):
+            self.step(self.script(), observe=False)
+        return self.camera.picture(self.data, self.cameras[0])
+
+    def close(self):
+        if self.camera:
+            self.camera.close()

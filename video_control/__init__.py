@@ -1,0 +1,1 @@
+"""From an imagined video to motion."""

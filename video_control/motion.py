@@ -1,0 +1,108 @@
+"""From where points are seen to how the thing that they are on moves (AVDC section 3.3).
+
+Plain functions: the rigid motion behind the flow of one picture to the next, the dual motion of a
+camera, the chain of motions through a video, the subgoals that follow.
+
+Sizes: P points, K pictures to come.
+"""
+
+import numpy as np
+
+from sims.camera import project
+
+
+def rotation(w):
+    """Rotation vector (3,) radians -> matrix (3, 3)."""
+    from scipy.spatial.transform import Rotation
+    return Rotation.from_rotvec(w).as_matrix()
+
+
+def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
+    """The paper's L_trans: the rigid motion that brings points to where the picture shows them.
+
+    points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
+    `cameras.project` wants them; noise: of a good target, in pictures; prior: how far, in radians
+    and metres, an object is expected to turn and move
+    -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
+
+    differs: Gauss-Newton from standing still, for the authors' 50 starts of BFGS and RANSAC:
+    weights that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out,
+    and the prior keeps depth, which a small object's picture hardly shows, from flying off.
+    """
+    eye, axes, focal = view
+    centre, R, t = points.mean(0), np.eye(3), np.zeros(3)
+    keep = np.repeat(1 / np.square(prior), 3)           # (6,) stiffness of turn and way
+    turn = np.zeros(3)
+    for k in range(rounds):
+        arm = (points - centre) @ R.T                                       # (P, 3)
+        local = (centre + arm + t - eye) @ axes.T  # (P, 3) right, down, ahead
+        X, Y, Z = local.T
+        if (Z < 1e-3).any():                            # behind the camera: no such motion
+            return np.eye(3), np.zeros(3), np.ones(len(points), bool)
+        off = 0.5 + focal * local[:, :2] / Z[:, None] - targets             # (P, 2)
+        size = np.linalg.norm(off, axis=1)
+        if k < rounds // 2:
+            weight = 1 / np.maximum(size, noise) / noise
+        else:
+            weight = 1 / (1 + (size / (2 * noise)) ** 2) / noise ** 2       # (P,)
+        zero = np.zeros_like(Z)
+        J = focal * np.stack([np.stack([1 / Z, zero, -X / Z ** 2], 1),
+                              np.stack([zero, 1 / Z, -Y / Z ** 2], 1)], 1) @ axes  # (P, 2, 3)
+        # d(point)/d(turn) is the cross product with the arm
+        cross = np.cross(np.eye(3)[None], arm[:, None], axis=-1)            # (P, 3 axes, 3)
+        J = np.concatenate([J @ cross.transpose(0, 2, 1), J], 2)            # (P, 2, 6)
+        A = np.einsum("pij,p,pik->jk", J, weight, J) + np.diag(keep)
+        b = np.einsum("pij,p,pi->j", J, weight, off) + keep * np.concatenate([turn, t])
+        step = np.linalg.solve(A, -b)
+        step *= min(1, 0.5 / np.linalg.norm(step[:3]), 0.2 / np.linalg.norm(step[3:]))
+        R, t, turn = rotation(step[:3]) @ R, t + step[3:], turn + step[:3]
+        if np.abs(step).max() < 1e-7 and k > rounds // 2:
+            break
+    return R, centre + t - R @ centre, size < 4 * noise
+
+
+def camera_motion(points, targets, view, noise):
+    """The dual (iTHOR): the scene stands still and the camera moves.  Arguments as for `fit_motion`
+    -> R, t of the camera: C = T^-1."""
+    R, t, good = fit_motion(points, targets, view, noise)
+    return R.T, -R.T @ t, good
+
+
+def unproject(places, depth, view):
+    """Places (P, 2) in [0, 1] and depth (P,) metres -> points (P, 3)."""
+    eye, axes, focal = view
+    ray = np.concatenate([(places - 0.5) / focal, np.ones((len(places), 1))], 1)
+    return eye + (ray * depth[:, None]) @ axes
+
+
+def infer_motions(places, points, correspond, view, K, noise):
+    """Points of the object (P, 3), seen at places (P, 2), through a video of K pictures to come.
+
+    correspond(k, places (P', 2), kept (P',)) -> where these of the points are in the next picture
+    -> [(R, t)] * K, from each picture to the next: AVDC's incremental integration, in which the
+    points that the motion has moved are where the next flow is read.  A point that went another
+    way, as one that a hand has covered, is lost for good, as long as a fifth of all are left.
+    """
+    motions, kept, whole = [], np.arange(len(points)), len(points)
+    for k in range(K):
+        targets = correspond(k, places, kept)
+        R, t, good = fit_motion(points, targets, view, noise)
+        points = points @ R.T + t
+        if good.sum() > whole / 5:
+            points, kept = points[good], kept[good]
+        places = project(points, *view)[0]
+        motions.append((R, t))
+    return motions
+
+
+def grasp_point(points):
+    """The sample that is nearest to all others (P, 3) -> (3,): AVDC's medoid."""
+    return points[np.linalg.norm(points[:, None] - points, axis=-1).sum(1).argmin()]
+
+
+def subgoals(grasp, motions):
+    """The grasp point and where each motion takes it -> (1 + K, 3)."""
+    way = [grasp]
+    for R, t in motions:
+        way.append(R @ way[-1] + t)
+    return np.array(way)
