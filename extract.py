@@ -348,7 +348,7 @@ class Config:
     threshold: float = flag(BOX, "with --video: least score of a found object", minimum=0)
     weights: str = flag("", "with --video: folder of the models, before the usual caches")
     download: bool = flag(False, "fetch what is missing: --video's weights, the official files")
-    annotators: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; "
+    grade: bool = flag(False, "compare --masks and --tracks (sim: leave out) with the truth; "
                        "writes results/<suite>_grade.json")
     show: bool = flag(False, "write data/<suite>.png, a picture of the data, one row per task")
     unseen: str | None = flag(None, "with --show: data/<suite>_unseen.png instead, scenes of "
