@@ -1,15 +1,16 @@
-"""Mask2Act stage 1 (section 3.2): learn from action-free video where the masks will be.
+"""Mask2Act stage 1 (section 3.2, Fig. 3): learn from action-free video where the masks will be.
 
     python mask_planner.py --suite libero_spatial           # makes the data first if there is none
-    python mask_planner.py --suite libero_spatial --show    # predicted beside true masks
+    python mask_planner.py --suite libero_spatial --show    # predicted beside true masks (Fig. 8)
+    python mask_planner.py --suite libero_spatial --grounded    # ours, see cell_cross_entropy
 
-The planner P sees the goal image and the last h frames and writes a plan (eq. 1); the decoder D
-moves any binary mask of now into the future, given the plan (eq. 2); soft aggregation makes the
-objects share the pixels (eq. 3). The executor later sees the plan only: no masks are needed at test
-time.
+The planner P encodes the goal picture and the last h frames and predicts a plan (eq. 1); the
+decoder D moves any binary mask of now into the future, given the plan (eq. 2); soft aggregation
+makes the objects share the pixels (eq. 3).  At test time the plan is all that is needed: no masks.
+Preset laptop: 1.5 million parameters, 2,000 steps of 1.1 s on one core, in 32 bits (AMD EPYC).
 
 Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask
-pixels.
+pixels, h w cells of the encoder's feature map (n = h w).
 """
 
 from dataclasses import dataclass
@@ -19,19 +20,42 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import sims
-from baselines import explicit
 from core import networks, training
 from core.draw import caption, draw_masks
-from core.flags import flag, from_dict, parse
-from demos import record
+from core.episodes import look_times
+from core.flags import PlannerConfig, flag, parse, run_path
+from core.planners import load_planner
 
+# Control steps (50 ms in LIBERO, 12.5 ms in Meta-World) ahead at which masks are predicted.  ours:
+# the paper names no set of delta t; an episode of LIBERO takes about 110 steps, so the last one
+# reaches across one phase of it (approach, carry).  In a comparison every plan looks as far.
+HORIZONS = (4, 8, 16, 32)
+K = len(HORIZONS)
+
+
+@dataclass
+class Config(PlannerConfig):
+    # differs: the first ones, robot first; the paper's ablation picks one or two at random
+    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)",
+                        minimum=1)
+    grounded: bool = flag(False, "ours: each plan token also predicts, without being given any "
+                          "mask, the masks in its own cell of the picture")
+
+    # paper: 50 videos, ResNet-18, 128 px; depth, width and history are GR-1's and ATM's
+    PRESETS = {"tiny": dict(demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32, depth=1,
+                            blocks=(1, 1, 1), channels=16, history=2),
+               "laptop": dict(demos=20, steps=2000, size=96, batch=32, lr=1e-3, width=128, depth=3,
+                              blocks=(1, 1, 1), channels=32, history=1),
+               "paper": dict(demos=50, steps=20000, size=128, batch=32, lr=5e-4, width=384, depth=6,
+                             blocks=(2, 2, 2, 2), channels=64, history=10)}
+
+
+# --- losses ---------------------------------------------------------------------------------------
 
 def soft_aggregate(prob):
     """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
 
-    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is proportional to the odds p
-    / (1 - p).
+    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is in proportion to the odds.
     """
     background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
     p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
@@ -39,105 +63,69 @@ def soft_aggregate(prob):
 
 
 def bootstrapped_cross_entropy(logits, target, hardest):
-    """Cross-entropy of the hardest pixels of each mask (XMem). The curve rises while `hardest`
-    falls: by design.
+    """Cross-entropy of the hardest pixels of each picture (XMem); rises, by design, while their
+    fraction `hardest` falls.
 
-    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1]: the fraction of pixels kept
-    -> scalar.
+    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1] -> scalar.
     """
     loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
-    kept = max(1, int(hardest * loss.shape[1]))
-    return loss.topk(kept, 1).values.mean()
+    count = max(1, int(hardest * loss.shape[1]))
+    return loss.topk(count, 1).values.mean()
+
+
+def hardest_fraction(progress):
+    """XMem's schedule, in fractions of the training: all pixels until 20 %, 15 % from 70 % on."""
+    return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
 
 
 def dice(prob, target):
     """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).
 
-    prob (B, N, H, W), target (B, N, H, W) of 0 and 1 -> (B, N).
+    prob (B, N, H, W) in [0, 1], target (B, N, H, W) of 0 and 1 -> (B, N).
     """
     m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
     return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
 
 
-def hardest_fraction(progress):
-    """XMem's schedule as fractions of the training: all pixels until 20 %, then falling to 15 % of
-    them at 70 %."""
-    return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
+def cell_cross_entropy(logits, masks):
+    """ours, `--grounded`: cross-entropy of what the plan's tokens predict without any mask, each
+    for its own cell.  D is given where the objects are, so the paper's losses let the plan hold
+    only how they move; with this one it also holds where they are.
+
+    logits (B, C, H', W') over background and objects, masks (B, C - 1, H, W) of 0 and 1 -> scalar.
+    """
+    share = F.adaptive_avg_pool2d(with_background(masks), logits.shape[-2:])  # (B, C, H', W')
+    return F.cross_entropy(logits, share)
 
 
 # --- geometry -------------------------------------------------------------------------------------
 
 def binary_masks(masks, N):
-    """masks (..., H, W) of 0..N integers -> (..., N, H, W) float of 0 and 1; one map per object."""
-    return (masks.unsqueeze(-3) == torch.arange(1, N + 1,
-                                                device=masks.device)[:, None, None]).float()
+    """masks (..., H, W) of integers, 0 background -> (..., N, H, W) float of 0 and 1, one map for
+    each object 1..N."""
+    number = torch.arange(1, N + 1, device=masks.device)
+    return (masks.unsqueeze(-3) == number[:, None, None]).float()
+
+
+def with_background(m):
+    """Masks of 0 and 1 that share no pixel (B, N, H, W) -> (B, N + 1, H, W), background first."""
+    return torch.cat([1 - m.sum(1, keepdim=True), m], 1)
 
 
 def iou(m, g):
-    """Intersection over union of boolean masks (..., H, W) -> (...); nan where both are empty."""
-    union = (m | g).sum((-1, -2)).float()
-    return torch.where(union > 0, (m & g).sum((-1, -2)) / union, torch.nan)
+    """Intersection over union of boolean masks (..., H, W) -> (...); 1 where both are empty."""
+    both, union = (m & g).sum((-1, -2)), (m | g).sum((-1, -2))
+    return torch.where(union > 0, both / union.clamp(min=1), 1.0)
 
 
-def half(masks):
+def downsample2(masks):
     """Masks (..., H, W) at half the resolution: every second pixel."""
     return masks[..., ::2, ::2]
 
 
-def double(masks, shape):
-    """The inverse, for drawing: masks (h, w) at full resolution, shape (H, W)."""
-    return masks.repeat(2, 0).repeat(2, 1)[:shape[0], :shape[1]]
-
-
-# Control steps (of 50 ms) ahead of which masks are predicted.  ours: the paper names no set of
-# delta t; an episode takes about 110 steps, so the longest horizon reaches across one phase of it
-# (approach, carry).
-HORIZONS = (4, 8, 16, 32)
-EARLY = 10  # control steps in which the hand has hardly moved
-
-
-@dataclass
-class PlannerConfig:
-    """What the planners of masks and of features have in common."""
-    suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
-    videos: str = flag("", "suites whose videos it learns from, comma-separated, of other bodies "
-                       "too (ATM, V-B), such as libero_spatial:2,libero_spatial_ur5e; empty: its "
-                       "own alone")
-    demos: int | None = flag(None, "action-free videos per task", minimum=1)
-    steps: int | None = flag(None, "gradient steps", minimum=1)
-    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
-                              choices=["laptop", "paper"])
-    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
-    width: int | None = flag(None, "width of the transformer", minimum=8)
-    depth: int | None = flag(None, "transformer blocks", minimum=1)
-    blocks: tuple[int, ...] | None = flag(None,
-                                          "residual blocks in each stage of the image encoder")
-    channels: int | None = flag(None, "channels of its first stage, doubled at each next one",
-                                minimum=16)
-    history: int | None = flag(None, "frames h that the planner sees", minimum=1)
-    stride: int = flag(4, "control steps between these frames", minimum=1)
-    batch: int = flag(32, "samples per step", minimum=1)
-    lr: float | None = flag(None, "peak learning rate", minimum=0)
-    seed: int = flag(0, "seed of weights and batches", minimum=0)
-    data: str = flag("data", "folder of the data files")
-    out: str = flag("runs", "folder of the runs")
-    device: str | None = flag(None, "cpu or cuda")
-    show: bool = flag(False, "only draw predicted against true masks of the trained planner")
-    bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
-
-    weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
-    # 50 videos, ResNet-18 and 128 px are the paper's; depth, width and history are GR-1's and ATM's
-    PRESETS = {"laptop": dict(demos=20, steps=2000, size=96, width=128, depth=3, blocks=(1, 1, 1),
-                              channels=32, history=1, lr=1e-3),
-               "paper": dict(demos=50, steps=20000, size=128, width=384, depth=6,
-                             blocks=(2, 2, 2, 2), channels=64, history=10, lr=5e-4)}
-
-
-@dataclass
-class Config(PlannerConfig):
-    objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)",
-                        minimum=1)
+def upsample2(masks, shape):
+    """For drawing: an array of masks (..., h, w) at twice the resolution, of shape (H, W)."""
+    return masks.repeat(2, -2).repeat(2, -1)[..., :shape[0], :shape[1]]
 
 
 # --- networks -------------------------------------------------------------------------------------
@@ -145,10 +133,11 @@ class Config(PlannerConfig):
 class Decoder(nn.Module):
     """D of eq. 2: one object's binary mask now, and the plan -> its mask at every horizon.
 
-    Objects pass independently, so there may be any number of them.
+    Objects pass independently, so there may be any number of them.  ours: convolutions; the paper
+    says only that the features of masks and plan are concatenated.
     """
 
-    def __init__(self, width, K):
+    def __init__(self, width):
         super().__init__()
         conv = lambda i, o, stride: nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o),
                                                   nn.GELU())
@@ -156,10 +145,15 @@ class Decoder(nn.Module):
         self.plan = nn.Conv2d(width, 128, 1)
         self.fuse = nn.Sequential(conv(64 + 128, 128, 1), conv(128, 128, 1))
         self.up2, self.up1 = conv(128 + 64, 64, 1), conv(64 + 32, 32, 1)
+        # differs: all horizons in one pass; the paper repeats eq. 2 for each
         self.out = nn.Conv2d(32, K, 1)
 
     def forward(self, plan, masks):
-        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W)."""
+        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W).
+
+        An object without a mask, which is hidden now or which the task does not have, is not
+        tracked: its probability is 0 (XMem's selector).
+        """
         B, N, H, W = masks.shape
         grow = lambda x, like: F.interpolate(x, size=like.shape[-2:], mode="bilinear")
         d1 = self.down1(masks.flatten(0, 1)[:, None])  # (B N, 32, H/2, W/2)
@@ -170,166 +164,173 @@ class Decoder(nn.Module):
         x = self.up2(torch.cat([grow(x, d2), d2], 1))  # (B N, 64, H/4, W/4)
         x = self.up1(torch.cat([grow(x, d1), d1], 1))  # (B N, 32, H/2, W/2)
         logit = grow(self.out(x), masks)  # (B N, K, H, W)
-        return logit.float().sigmoid().unflatten(0, (B, N))  # (B, N, K, H, W)
+        prob = logit.float().sigmoid().unflatten(0, (B, N))  # (B, N, K, H, W)
+        return prob * masks.amax((2, 3))[:, :, None, None, None]
 
 
 class Planner(nn.Module):
-    """P of section 3.2: what the planners of masks and of features have in common."""
-    arguments = []
+    """P of section 3.2, shared by baselines/plex.py; it plans for the third-person picture alone,
+    as the paper does (section 4.1)."""
+    frozen, forms = True, ["latent"]
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.width = config, config.width
+        self.size, self.history, self.stride = config.size, config.history, config.stride
         self.encoder = networks.ImageEncoder(config.width, config.blocks, config.channels)
         self.side = self.encoder.cells(config.size)  # the feature map is side x side
-        self.n, self.width = self.side ** 2, config.width
-        self.place = nn.Parameter(torch.randn(self.n, config.width) * 0.02)
-        # goal first
-        self.time = nn.Parameter(torch.randn(1 + config.history, 1, config.width) * 0.02)
+        self.n, steps = self.side ** 2, 1 + config.history  # goal first
+        self.position = nn.Parameter(torch.randn(self.n, config.width) * 0.02)
+        self.time = nn.Parameter(torch.randn(steps, 1, config.width) * 0.02)
         self.gpt = networks.Transformer(config.width, config.depth, max(4, config.width // 64))
-        self.register_buffer("mask", networks.block_causal_mask(1 + config.history, self.n),
-                             persistent=False)
+        self.register_buffer("mask", networks.block_causal_mask(steps, self.n), persistent=False)
 
-    def encode(self, images, fine=False):
-        """images (..., H, W, 3) uint8 -> tokens (..., n, D); with `fine` also finer features (...,
-        C, h', w')."""
-        x, y = self.encoder(images.flatten(0, -4), fine=True)  # (B, D, h, w), (B, C, h', w')
-        x = x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
-        return (x, y.unflatten(0, images.shape[:-3])) if fine else x
+    def encode(self, images):
+        """Pictures (..., H, W, 3) uint8 -> tokens (..., n, D)."""
+        x = self.encoder(images.flatten(0, -4))  # (B, D, h, w)
+        return x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
 
-    def forward(self, frames, goal, fine=False):
-        """Eq. 1: frames (B, T, H, W, 3) uint8, oldest first, goal (B, H, W, 3) uint8 -> plan (B, T,
-        n, D).
-
-        fine: also the last frame's finer features (B, C, h', w'), for the locator.
-        """
-        # differs: n tokens per picture (a map), where PLEX has one; pooling to one token loses
-        # where things are
-        x, y = self.encode(frames, fine=True)  # (B, T, n, D), (B, T, C, h', w')
-        plan = self.plan_from(torch.cat([self.encode(goal)[:, None], x], 1))
-        return (plan, y[:, -1]) if fine else plan
+    def forward(self, frames, goal):
+        """Eq. 1: frames (B, T, H, W, 3), oldest first, goal (B, H, W, 3) uint8
+        -> plan (B, T, n, D)."""
+        return self.plan_from(torch.cat([self.encode(goal)[:, None], self.encode(frames)], 1))
 
     def plan_from(self, x):
         """x (B, 1 + T, n, D): encoded goal, then frames -> plan (B, T, n, D)."""
-        L = x.shape[1] * self.n
-        x = x + self.place + self.time[:x.shape[1]]
-        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L])  # (B, (1 + T) n, D)
-        return x.unflatten(1, (-1, self.n))[:, 1:]  # (B, T, n, D)
+        # differs: n tokens per picture (a map); PLEX has one, which loses where things are
+        steps = x.shape[1]
+        x = x + self.position + self.time[:steps]
+        mask = self.mask[:steps * self.n, :steps * self.n]
+        x = self.gpt(x.flatten(1, 2), mask)  # (B, (1 + T) n, D)
+        return x.unflatten(1, (steps, self.n))[:, 1:]  # (B, T, n, D)
 
     def as_map(self, tokens):
         """tokens (B, n, D) -> map (B, D, h, w)."""
         return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
 
+    def sets(self, form):
+        """What the executor gets: {name: (places (n, 3): view 0, x, y in [0, 1]; width)}."""
+        if form not in self.forms:
+            raise ValueError(f"plan of form '{form}': a {self.kind} planner has {self.forms}")
+        places = networks.grid_places(self.side, view=0)  # (n, 3)
+        return {"picture": (places, self.width), "plan": (places, self.width)}
+
+    @torch.no_grad()
+    def plan(self, obs, form="latent"):
+        """obs with frames (B, T, H, W, 3), goal (B, H, W, 3) uint8 -> {"picture": what P's encoder
+        makes of the last frame, "plan": what P predicts}, (B, n, D) each."""
+        seen = self.encode(obs["frames"])  # (B, T, n, D)
+        plan = self.plan_from(torch.cat([self.encode(obs["goal"])[:, None], seen], 1))
+        return {"picture": seen[:, -1], "plan": plan[:, -1]}
+
 
 class MaskPlanner(Planner):
     """P and D of section 3.2."""
-    # forms: what an executor can hear
-    kind, forms = "mask_planner", ["latent", "explicit"]
+    kind, Config = "mask", Config
+    CELL, WEIGHT = 4, 3  # ours, --grounded: CELL x CELL points per token; weight of the loss
 
     def __init__(self, config):
         super().__init__(config)
-        self.decoder = Decoder(config.width, len(HORIZONS))
-        self.locator = explicit.Locator(config.width, self.encoder.fine, config.objects, len(HORIZONS))
-        # share of the training done, for the bootstrapping
+        self.decoder = Decoder(config.width)
+        if config.grounded:
+            self.ground = nn.Linear(config.width, (1 + K) * (config.objects + 1) * self.CELL ** 2)
+        # share of the training done, for the bootstrapping; a buffer, so that a checkpoint has it
         self.register_buffer("progress", torch.zeros(()))
 
     def predict(self, frames, goal, masks):
         """masks (B, N, H, W) of 0 and 1 at the last frame -> probabilities (B, N, K, H, W)."""
         return self.decoder(self.as_map(self(frames, goal)[:, -1]), masks)
 
-    def loss(self, batch):
-        """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H/2, W/2) of
-        0..N: now, then future.
+    def predict_cells(self, plan):
+        """ours: plan (B, n, D) -> logits (B, 1 + K, N + 1, CELL h, CELL w) of background and
+        objects, now and at every horizon, from each token for its own cell."""
+        x = self.as_map(self.ground(plan))  # (B, (1 + K) (N + 1) CELL CELL, h, w)
+        return F.pixel_shuffle(x, self.CELL).unflatten(1, (1 + K, -1))
 
-        -> scalar, parts.  ours: the loss covers the last frame of the history only.
-        """
-        N, K = self.config.objects, len(HORIZONS)
-        masks = batch["masks"].long()
-        masks = masks * (masks <= N)  # objects beyond the tracked ones are background
-        m = binary_masks(masks, N)  # (B, 1 + K, N, H, W)
-        plan, fine = self(batch["frames"], batch["goal"], fine=True)
-        plan = self.as_map(plan[:, -1])  # (B, D, h, w)
-        prob = self.decoder(plan, m[:, 0])  # (B, N, K, H, W)
+    def loss(self, batch):
+        """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H, W) of
+        integers: now, then future -> scalar, parts."""
+        shown = binary_masks(batch["masks"], self.config.objects)  # (B, 1 + K, N, H, W)
+        tracked = shown[:, :1].amax((-1, -2), keepdim=True)  # (B, 1, N, 1, 1)
+        m = shown * tracked  # (B, 1 + K, N, H, W)
+        # differs: trained is the plan of the last frame alone; eq. 1 has one for each
+        plan = self(batch["frames"], batch["goal"])[:, -1]  # (B, n, D)
+        prob = self.decoder(self.as_map(plan), m[:, 0])  # (B, N, K, H, W)
         logits = soft_aggregate(prob).transpose(1, 2).flatten(0, 1)  # (B K, N + 1, H, W)
-        # (B K, N, H, W)
-        future, now = m[:, 1:].flatten(0, 1), m[:, :1].expand(-1, K, -1, -1, -1).flatten(0, 1)
-        ce = bootstrapped_cross_entropy(logits, masks[:, 1:].flatten(0, 1),
+        future = m[:, 1:].flatten(0, 1)  # (B K, N, H, W)
+        ce = bootstrapped_cross_entropy(logits, with_background(future).argmax(1),
                                         hardest_fraction(float(self.progress)))
-        # (B K, N); an object seen in neither picture would count as solved
-        seen = torch.maximum(future, now).amax((2, 3))
-        d = (dice(logits.softmax(1)[:, 1:], future) * seen).sum() / seen.sum().clamp(min=1)
-        # differs: the plan also has to say without any mask where the masks are, and its gradient
-        # reaches the planner
-        drawn = self.locator.draw(plan, fine)  # (B, N + 1, K + 1, 2 h', 2 w')
-        # (B, 1 + K, N, ...)
-        share = F.adaptive_avg_pool2d(m.flatten(0, 1), drawn.shape[-2:]).unflatten(0, m.shape[:2])
-        # (B, N + 1, 1 + K, 2 h', 2 w')
-        share = torch.cat([1 - share.sum(2, keepdim=True), share], 2).transpose(1, 2)
-        draw = -(share * drawn.log_softmax(1)).sum(1).mean()
-        where, present = explicit.locate(m)  # (B, 1 + K, N, 5), (B, 1 + K, N)
-        error = F.smooth_l1_loss(self.locator.read(drawn), where.transpose(1, 2), reduction="none",
-                                 beta=0.02)
-        shown = present.transpose(1, 2)[..., None].float()  # (B, N, 1 + K, 1)
-        located = (error * shown).sum() / shown.sum().clamp(min=1) / explicit.LOCATIONS
+        # differs: the mean over tracked objects; XMem's counts those that are not as solved
+        counts = tracked[..., 0, 0].expand(-1, K, -1).flatten(0, 1)  # (B K, N)
+        d = (dice(logits.softmax(1)[:, 1:], future) * counts).sum() / counts.sum().clamp(min=1)
+        loss, parts = ce + d, {"ce": ce.item(), "dice": d.item()}
+        if self.config.grounded:
+            cells = cell_cross_entropy(self.predict_cells(plan).flatten(0, 1), shown.flatten(0, 1))
+            loss, parts["cells"] = loss + self.WEIGHT * cells, cells.item()
         if self.training:
             self.progress += 1 / self.config.steps
-        loss = ce + d + 5 * draw + 10 * located
-        return loss, {"ce": ce.item(), "dice": d.item(), "draw": draw.item(),
-                      "located": located.item()}
+        return loss, parts
+
+    @torch.no_grad()
+    def draw(self, obs):
+        """For films, of the first of a batch: the masks (B, H, W) of integers in obs, moved to two
+        horizons, on the last frame -> [(caption, (H, W, 3) uint8)], none where obs has no masks."""
+        if "masks" not in obs:
+            return []
+        masks = binary_masks(downsample2(obs["masks"][:1]), self.config.objects)
+        prob = self.predict(obs["frames"][:1], obs["goal"][:1], masks)  # (1, N, K, H/2, W/2)
+        label = soft_aggregate(prob).argmax(1)[0].cpu().numpy()  # (K, H/2, W/2)
+        frame = obs["frames"][0, -1].cpu().numpy()  # (H, W, 3)
+        return [(f"plan +{HORIZONS[k]}", draw_masks(frame, upsample2(label[k], frame.shape[:2])))
+                for k in (1, 3)]
 
 
-# --- data -----------------------------------------------------------------------------------------
-
-def draw_frames(episodes, step, config):
-    """Random frames for one training step -> episode (B,), t (B,), rng.
-
-    ours: every fourth sample is from an episode's first EARLY steps. There the picture alone does
-    not tell which of two bowls will move, and a planner that has seen little of it reads that from
-    the hand later and not from the goal.
-    """
-    episode, t, rng = episodes.draw(step, config.batch, config.seed)
-    t[:config.batch // 4] = rng.integers(EARLY, size=config.batch // 4)
-    return episode, t, rng
-
+# --- batches --------------------------------------------------------------------------------------
 
 def make_batch(episodes, episode, t, rng, config):
     """The planner's view of frames t (B,) of some episodes, as a dict of arrays (see
-    MaskPlanner.loss)."""
-    past = t[:, None] + config.stride * np.arange(1 - config.history, 1)  # (B, T)
+    MaskPlanner.loss); what lies beyond an episode's end is its last frame."""
+    past = look_times(t, config.history, config.stride)  # (B, T)
     ahead = t[:, None] + np.array([0, *HORIZONS])  # (B, 1 + K)
-    goal = episodes.goal_of(episode, rng)
+    # differs: masks at half resolution; at the full one a step takes three times as long
     return {"frames": episodes.gather("obs/agentview_rgb", episode[:, None], past),
-            "goal": episodes.gather("obs/agentview_rgb", goal, episodes.length[goal] - 1),
-            "masks": half(episodes.gather("masks", episode[:, None], ahead))}
+            "goal": episodes.last_frames(episodes.goal_of(episode, rng)),
+            "masks": downsample2(episodes.gather("masks", episode[:, None], ahead))}
 
+
+def tensors(batch, planner):
+    """A batch of arrays as tensors on the planner's device."""
+    device = next(planner.parameters()).device
+    return {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
+
+
+# --- validation and picture -----------------------------------------------------------------------
 
 @torch.no_grad()
 def validate(planner, episodes, samples=600, seed=1):
-    """Mask IoU per horizon beside copying the last mask, on held-out episodes.
+    """Mask IoU per horizon beside copying the last mask, on held-out episodes, of tracked objects.
 
     Returns {group: {"planner": (K,), "copy": (K,), "n": (K,)}} for robot, moving and static: an
     object is moving at a horizon if its mask then overlaps the present one by less than 0.7.
     """
-    config, device = planner.config, next(planner.parameters()).device
-    planner.eval()
-    total = {g: np.zeros((3, len(HORIZONS))) for g in ("robot", "moving", "static")}
+    N = planner.eval().config.objects
+    total = {g: np.zeros((3, K)) for g in ("robot", "moving", "static")}
     for step in range(-(-samples // 50)):
-        episode, t, rng = episodes.draw(step, 50, seed)
-        batch = {k: torch.as_tensor(v, device=device)
-                 for k, v in make_batch(episodes, episode, t, rng, config).items()}
-        m = binary_masks(batch["masks"].long(), config.objects)  # (B, 1 + K, N, H, W)
+        batch = make_batch(episodes, *episodes.sample_frames(step, 50, seed), planner.config)
+        batch = tensors(batch, planner)
+        m = binary_masks(batch["masks"], N)  # (B, 1 + K, N, H, W)
         prob = planner.predict(batch["frames"], batch["goal"], m[:, 0])  # (B, N, K, H, W)
         label = soft_aggregate(prob).argmax(1)  # (B, K, H, W) in 0..N
-        ours = iou(binary_masks(label, config.objects).bool(), m[:, 1:].bool())  # (B, K, N)
-        copied = iou(m[:, :1].bool().expand_as(m[:, 1:]), m[:, 1:].bool())  # (B, K, N)
-        robot = torch.zeros_like(copied, dtype=torch.bool)
-        robot[..., 0] = True
+        m, tracked = m.bool(), m[:, :1].amax((-1, -2)).bool()  # (B, 1, N)
+        found = iou(binary_masks(label, N).bool(), m[:, 1:])  # (B, K, N)
+        copied = iou(m[:, :1], m[:, 1:])  # (B, K, N)
+        robot = torch.arange(N, device=m.device) == 0  # (N,)
         groups = {"robot": robot, "moving": ~robot & (copied < 0.7),
                   "static": ~robot & (copied >= 0.7)}
         for g, chosen in groups.items():
-            chosen = chosen & ~copied.isnan()
-            for row, value in enumerate((ours, copied, torch.ones_like(ours))):
-                total[g][row] += torch.where(chosen, value, 0).sum((0, 2)).cpu().numpy()
+            chosen = (chosen & tracked).expand_as(copied)
+            for row, value in enumerate((found, copied, torch.ones_like(found))):
+                total[g][row] += (value * chosen).sum((0, 2)).cpu().numpy()
     return {g: {"planner": a / np.maximum(n, 1), "copy": b / np.maximum(n, 1), "n": n}
             for g, (a, b, n) in total.items()}
 
@@ -343,59 +344,45 @@ def table(scores):
     return "\n".join(lines)
 
 
+def sheet(goal, now, plan, true):
+    """goal, now (B, H, W, 3); plan, true (B, K, H, W, 3) uint8 -> one picture of B rows."""
+    columns = [goal, now] + [x[:, k] for k in range(K) for x in (plan, true)]
+    titles = ["goal", "now"] + [f"{word} +{k}" for k in HORIZONS for word in ("plan", "true")]
+    return np.concatenate([caption(np.concatenate(x), word) for x, word in zip(columns, titles)], 1)
+
+
 @torch.no_grad()
-def show(planner, episodes, columns=4, seed=3):
-    """Rows of (now; predicted | true at every horizon), masks drawn on the frames -> (., ., 3)
-    uint8."""
-    config, device = planner.config, next(planner.parameters()).device
-    episode, t, rng = episodes.draw(0, columns, seed)
-    batch = make_batch(episodes, episode, t, rng, config)
-    tensor = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
-    m = binary_masks(tensor["masks"][:, 0].long(), config.objects)  # (B, N, H, W)
+def show(planner, episodes, rows=6, seed=3):
+    """Predicted masks on the present, true ones on the future frames -> (., ., 3) uint8."""
+    episode, t, rng = episodes.sample_frames(0, rows, seed)
+    batch = make_batch(episodes, episode, t, rng, planner.config)
+    tensor, now, masks = tensors(batch, planner), batch["frames"][:, -1], batch["masks"]
+    m = binary_masks(tensor["masks"][:, 0], planner.config.objects)  # (B, N, H/2, W/2)
     prob = planner.predict(tensor["frames"], tensor["goal"], m)
-    label = soft_aggregate(prob).argmax(1).cpu().numpy()  # (B, K, H, W)
-    full = lambda masks: double(masks, (config.size, config.size))
-    rows = []
-    for b in range(columns):
-        # (K, H, W, 3)
-        future = episodes.gather("obs/agentview_rgb", episode[b], t[b] + np.array(HORIZONS))
-        cells = [batch["goal"][b],
-                 draw_masks(batch["frames"][b, -1], full(batch["masks"][b, 0]))]
-        for k in range(len(HORIZONS)):
-            cells += [draw_masks(batch["frames"][b, -1], full(label[b, k])),
-                      draw_masks(future[k], full(batch["masks"][b, 1 + k]))]
-        rows.append(np.concatenate(cells, 1))
-    titles = ["goal", "now"] + [f"{w} +{k}" for k in HORIZONS for w in ("plan", "true")]
-    head = np.concatenate([caption(np.full((1, config.size, 3), 255, np.uint8), w)
-                           for w in titles], 1)
-    return np.concatenate([head, *rows])
-
-
-def load_planner(path, device="cpu"):
-    """A trained MaskPlanner, frozen."""
-    content = training.load(path, kind=MaskPlanner.kind,
-                         made_by="python mask_planner.py --suite libero_spatial")
-    planner = MaskPlanner(from_dict(Config, content["config"]))
-    planner.load_state_dict(content["model"])
-    return planner.to(device).eval().requires_grad_(False)
+    label = soft_aggregate(prob).argmax(1).cpu().numpy()  # (B, K, H/2, W/2)
+    ahead = t[:, None] + np.array(HORIZONS)  # (B, K)
+    future = episodes.gather("obs/agentview_rgb", episode[:, None], ahead)  # (B, K, H, W, 3)
+    over = lambda images, masks: draw_masks(images, upsample2(masks, images.shape[-3:-1]))
+    return sheet(batch["goal"], over(now, masks[:, 0]), over(now[:, None], label),
+                 over(future, masks[:, 1:]))
 
 
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
-    config = parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.",
-                        argv)
-    path = record.run_path(config, "mask")
-    videos, held_out, note = record.prepare(config, path, "mask_planner")
-    config.objects = min(config.objects, len(videos.objects))
-    torch.manual_seed(config.seed)
-    batches = lambda step: make_batch(videos, *draw_frames(videos, step, config), config)
-    if config.show:
-        planner = load_planner(path, config.device)
-    else:
-        planner = training.fit(MaskPlanner(config), batches, config, path,
-                            lambda p: show(p, held_out), note)
-    record.report(config, path, table(validate(planner, held_out)),
-                  lambda: show(planner, held_out, columns=8))
+    from demos.record import load_videos
+    config = parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
+    path = run_path(config, "mask")
+    planner = load_planner(path, config.device) if config.show else None
+    videos, held_out, note = load_videos(config)
+    picture = lambda trained: show(trained, held_out)
+    if not planner:
+        # of the task with the most objects; what the others lack is never tracked
+        config.objects = min(config.objects, len(videos.objects))
+        torch.manual_seed(config.seed)
+        frames = lambda step: videos.sample_frames(step, config.batch, config.seed)
+        batches = lambda step: make_batch(videos, *frames(step), config)
+        planner = training.fit(MaskPlanner(config), batches, config, path, picture, note)
+    training.report(config, path, table(validate(planner, held_out)), lambda: picture(planner))
 
 
 if __name__ == "__main__":

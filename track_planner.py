@@ -1,18 +1,17 @@
 """ATM stage 1 (section IV-A, Table VI): learn from action-free video where any points will go.
 
-    python track_planner.py --suite libero_spatial               # makes missing data first
-    python track_planner.py --suite libero_spatial --points ee   # MimicPlay: the hand's path alone
-    python track_planner.py --videos libero_spatial:2,libero_spatial_ur5e    # another body's beside
-    python track_planner.py --suite libero_spatial --show        # predicted beside true tracks
+    python track_planner.py --suite libero_spatial                # makes missing data first
+    python track_planner.py --suite libero_spatial --track ee     # MimicPlay: the hand's path alone
+    python track_planner.py --suite libero_spatial --goal language           # ATM's own task input
+    python track_planner.py --suite libero_spatial:2,libero_spatial_ur5e     # two bodies (ATM, V-B)
+    python track_planner.py --suite libero_spatial --show         # predicted beside true tracks
 
-The track transformer sees one picture, the places of some points in it and the task, and says where
-each point will be in the next 16 steps. Part of the picture's patches are masked and painted again.
-A point has no embedding but its place, so points may be any number in any order.
+The track transformer reads one picture, the present places of some points in it and the task, and
+predicts each point's track (Fig. 2a). Some patches of the picture are masked and reconstructed. A
+point is encoded by its place and the picture there, so there may be any number in any order.
 
-Measured at the laptop preset on libero_spatial: 5.7 minutes on two cores; error of moving points at
-+16, third person, 9.1 pixels of 128, of points that stay 22.8.
-
-Sizes: B batch, S steps of a track, N points, P patches of a track, n of the picture, D width.
+Sizes: B batch, S points of a track, P patches of a track, N points, n cells of the picture, h w the
+encoder's map (n = h w), D width, E numbers per sentence.
 """
 
 from dataclasses import dataclass
@@ -22,269 +21,361 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import sims
 from core import networks, training
 from core.draw import caption, draw_tracks
 from core.files import fail
-from core.flags import flag, from_dict, parse
-from demos import record
-from sims.camera import CAMERAS
+from core.flags import PlannerConfig, flag, parse, run_path
+from core.planners import load_planner
 
-AHEAD = (4, 8, 16)  # steps at which tracks are judged
-MARGIN = 0.75  # from the picture's middle, in pictures
-PIXELS = 128  # the picture's width in which errors are told, whatever it is
-MOVES = 2 / PIXELS  # a point moves if it goes further within 16 steps
+# differs: the S places are those to come; ATM's first is the present one, which is known
+STEPS, PATCH = 16, 4  # S places of a track (Table VI), in patches of 4
+# control steps between the places.  differs: ATM's are those of 16 consecutive steps (0.8 s); here
+# tracks, the hand's path (MimicPlay) and masks look equally far ahead, 32 steps
+SPACING = 2
+SIDE = 16  # pixels of a patch of the picture
+# ATM's 32 fixed points of each picture, for the policy (IV-B): two lattices of 4 x 4
+POINTS = [[x, y] for lattice in (np.linspace(0.05, 0.85, 4), np.linspace(0.15, 0.95, 4))
+          for y in lattice.tolist() for x in lattice.tolist()]
+# typical displacement of these points, in widths of the picture: third person, wrist
+DISPLACEMENT_SCALE = (0.05, 0.25)
+LENGTHS = {"tracks": 16, "tracks-8": 8, "tracks-4": 4}  # places that the policy is given (Fig. 9)
+MARGIN = 0.75  # from the picture's middle, in widths: a place further off has no loss
+SCORED = (8, 16, 32)  # control steps ahead at which validation gives the error
+PIXELS = 128  # width of the picture in whose pixels errors are given, whatever its real size
+MOVES = 2 / PIXELS  # a point whose track goes further than this moves
 
 
 @dataclass
-class Config:
-    suite: str = flag("libero_spatial", f"{', '.join(sims.SUITES)}, or a Meta-World task")
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
-    videos: str = flag("", "suites whose videos it learns from, comma-separated, of other bodies "
-                       "too (ATM, V-B), such as libero_spatial:2,libero_spatial_ur5e; empty: its "
-                       "own alone")
-    points: str = flag("any", "any: any point's track (ATM); ee: the hand's path (MimicPlay)",
-                       choices=["any", "ee"])
-    goal: str | None = flag(None, "what says the task: language (ATM) or image, the goal picture "
-                            "(MimicPlay, Mask2Act's comparison); by default language for any point "
-                            "in LIBERO, else image", choices=["language", "image"])
-    demos: int | None = flag(None, "action-free videos per task", minimum=1)
-    steps: int | None = flag(None, "gradient steps", minimum=1)
-    preset: str | None = flag(None, "sizes for two CPU cores or for one GPU",
-                              choices=["laptop", "paper"])
-    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
-    width: int | None = flag(None, "width of the transformer", minimum=8)
-    depth: int | None = flag(None, "transformer blocks", minimum=1)
-    blocks: tuple[int, ...] | None = flag(None, "residual blocks in each stage of the encoder "
-                                          "of patches; 0: ATM's, linear")
-    channels: int | None = flag(None, "channels of its first stage, doubled at each next one",
-                                minimum=16)
-    number: int = flag(32, "points per sample in training", minimum=1)
-    mask_ratio: float | None = flag(None, "share of patches masked and painted again (Table II)",
+class Config(PlannerConfig):
+    track: str = flag("any", "whose tracks are predicted: any point's (ATM), or ee, the hand's "
+                      "(MimicPlay)", choices=["any", "ee"])
+    # differs: by default the goal picture, as for the other planners; ATM's input is the sentence
+    goal: str = flag("image", "task conditioning: the goal picture, or language (ATM's own)",
+                     choices=["image", "language"])
+    mask_ratio: float | None = flag(None, "share of the picture's patches that are masked; 0: no "
+                                    "reconstruction loss either (ATM, Table II)",
                                     minimum=0, maximum=1)
-    jitter: float | None = flag(None, "of brightness, contrast, saturation and hue (ATM: 0.3)",
-                                minimum=0)
-    dropout: float | None = flag(None, "in the transformer", minimum=0, maximum=1)
-    batch: int | None = flag(None, "samples per step", minimum=1)
-    lr: float | None = flag(None, "peak learning rate", minimum=0)
-    seed: int = flag(0, "seed of weights and batches", minimum=0)
-    data: str = flag("data", "folder of the data files")
-    out: str = flag("runs", "folder of the runs")
-    device: str | None = flag(None, "cpu or cuda")
-    show: bool = flag(False, "only draw predicted against true tracks of the trained planner")
-    bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
 
-    weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 10.0, 0.0, 500, 100
-    # differs: at the laptop preset no patches are masked and no colours changed.  Trials of 350
-    # steps, one seed, 200 held-out samples, error at +16 of third person and hand: masks, jitter
-    # and shifts 20.7 and 23.9; none of them 15.9 and 18.5; points that stay 22.5 and 28.4 (all
-    # without painting the picture).  The shifts, which the preset keeps, were not tried apart.
-    PRESETS = {"laptop": dict(demos=20, steps=3000, size=96, width=128, depth=4, blocks=(1, 1, 1),
-                              channels=32, mask_ratio=0.0, jitter=0.0, dropout=0.0, batch=32,
-                              lr=1e-3),
-               "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, blocks=(0,),
-                             channels=64, mask_ratio=0.5, jitter=0.3, dropout=0.2, batch=512,
-                             lr=1e-4)}
+    num_points: int = 32    # points per training sample
+    jitter: float = 0.0     # of brightness, contrast, saturation and hue
+    dropout: float = 0.0
+
+    # Table VI has weight decay, clipping and AdamW with a cosine.  differs: 100 steps of warm-up
+    # (ATM: 5 of 100 epochs), no decay of biases and norms, and the last weights are kept (ATM:
+    # those of the lowest validation loss; its released code: Adam without weight decay)
+    weight_decay, warmup, clip = 1e-4, 100, 10.0
+    # differs: no masks and no jitter at the laptop preset, whose training is too short for them; at
+    # the paper preset a batch of 512 for one GPU (ATM: 1,024 on four)
+    PRESETS = {
+        "tiny": dict(demos=2, steps=5, size=64, width=32, depth=1, channels=16, batch=4, lr=1e-3,
+                     mask_ratio=0.0),
+        "laptop": dict(demos=20, steps=3000, size=96, width=128, depth=4, channels=32, batch=32,
+                       lr=1e-3, mask_ratio=0.0),
+        "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, blocks=(2, 2, 2),
+                      channels=64, batch=512, lr=1e-4, mask_ratio=0.5, jitter=0.3, dropout=0.2)}
+
+
+# --- pictures and tracks --------------------------------------------------------------------------
+
+def track_patches(tracks):
+    """(B, S, N, 2) -> (B, P, N, 2 PATCH): each point's track in pieces of PATCH places."""
+    B, S, N, _ = tracks.shape
+    return tracks.reshape(B, S // PATCH, PATCH, N, 2).transpose(2, 3).flatten(3)
+
+
+def track_from_patches(patches):
+    """The inverse: (B, P, N, 2 PATCH) -> (B, S, N, 2)."""
+    return patches.unflatten(3, (PATCH, 2)).transpose(2, 3).flatten(1, 2)
+
+
+def to_tokens(features):
+    """Map (B, D, h, w) -> tokens (B, h w, D), row by row."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens, h):
+    """The inverse: (B, h w, D) -> (B, D, h, w)."""
+    return tokens.transpose(1, 2).unflatten(2, (h, -1))
+
+
+def features_at(features, points):
+    """Map (B, D, h, w), places (B, N, 2) in [0, 1] -> its bilinear values there (B, N, D)."""
+    where = 2 * points.float()[:, :, None] - 1  # (B, N, 1, 2) in [-1, 1]
+    return F.grid_sample(features.float(), where, align_corners=False)[..., 0].transpose(1, 2)
+
+
+def to_unit(images):
+    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def mask_patches(images, masked):
+    """images (B, 3, H, W) in [-1, 1], masked (B, H / SIDE, W / SIDE) bool -> the same images, grey
+    (0) where masked."""
+    pixels = masked.repeat_interleave(SIDE, 1).repeat_interleave(SIDE, 2)  # (B, H, W)
+    return images.masked_fill(pixels[:, None], 0)
+
+
+def augment(images, tracks, strength):
+    """ATM's augmentation (Table VI): colour jitter of 9 in 10 pictures, then a random shift of each
+    by up to 4 pixels, its tracks with it.
+
+    images (B, H, W, 3) uint8, tracks (B, T, N, 2) in [0, 1], strength of the jitter -> the same.
+    differs: the shift of tracks has the sign and the axes of the picture's; ATM's code swaps them.
+    """
+    from torchvision.transforms import v2
+    colours = v2.RandomApply([v2.ColorJitter(*[strength] * 4)], 0.9)
+    # ours: one draw of colours for an eighth of the batch
+    images = torch.cat([colours(part) for part in images.permute(0, 3, 1, 2).chunk(8)])
+    images, moved = networks.random_shift(images.permute(0, 2, 3, 1))  # (B, 2) pixels x, y
+    size = torch.tensor([images.shape[2], images.shape[1]], device=moved.device)
+    return images, tracks + (moved / size)[:, None, None]
+
+
+def displacements(tracks):
+    """Tracks from POINTS in third person and wrist (B, 2, S, N, 2) -> how far each point will have
+    gone, in units of DISPLACEMENT_SCALE.
+
+    differs: ATM's policy is given places. A point's displacement is a few percent of its
+    coordinate, too small a signal next to it.
+    """
+    points = torch.tensor(POINTS, device=tracks.device)
+    scale = torch.tensor(DISPLACEMENT_SCALE, device=tracks.device)[:, None, None, None]
+    return (tracks - points) / scale
 
 
 # --- network --------------------------------------------------------------------------------------
 
 class TrackPlanner(nn.Module):
-    """The track transformer.
+    """The track transformer (Fig. 2a).
 
-    differs: plain pre-norm blocks; ATM norms the query only and shares one key and value head.
+    differs: plain pre-norm blocks; ATM's code norms the query only and shares one key and value
+    head. One sentence encoder for all planners (demos/language.py); ATM uses BERT.
     """
-    kind = "track_planner"
-    side = 16  # of a patch, pixels
+    kind, Config, frozen = "track", Config, True
+    history, stride = 1, 1  # one frame, "to avoid causal confusion" (appendix C)
 
-    def __init__(self, config, E):
-        """E  numbers that say a sentence"""
+    def __init__(self, config):
         super().__init__()
-        self.config, self.arguments, D = config, [E], config.width
-        # what an executor can hear
-        self.forms = ["tracks", "latent"] if config.points == "any" else ["latent"]
-        if config.size % self.side:
-            fail(f"--size {config.size} is not divisible by {self.side}, the side of a "
-                      "patch: choose a multiple")
-        self.cells = config.size // self.side
-        self.n, self.width = self.cells ** 2, D
+        self.config, self.size, D = config, config.size, config.width
+        self.forms = [*LENGTHS, "latent"] if config.track == "any" else ["latent"]
+        # differs: a small ResNet of the same stride in place of a linear patch embedding; what
+        # points show is learned sooner, and the same path serves all presets
+        self.encoder = networks.ImageEncoder(D, config.blocks, config.channels)
+        if self.encoder.stride != SIDE:
+            fail(f"{len(config.blocks)} stages of blocks make patches of {self.encoder.stride} "
+                 f"pixels, not {SIDE}: give 3 stages")
+        if config.size % SIDE:
+            fail(f"--size {config.size} is not divisible by {SIDE}, the side of a patch: choose a "
+                 "multiple")
+        self.cells = config.size // SIDE
         self.track = nn.Linear(2 * PATCH, D)
-        # differs: at the laptop preset a small ResNet of the same stride, which learns sooner
-        self.deep = bool(config.blocks[0])
-        encoder = lambda: networks.ImageEncoder(D, config.blocks, config.channels)
-        self.image = encoder() if self.deep else nn.Linear(3 * self.side ** 2, D)
-        self.local = nn.Linear(self.image.fine, D) if self.deep else None
-        if self.deep and self.image.stride != self.side:
-            fail(f"--blocks {config.blocks} has stride {self.image.stride}, patches have "
-                      f"{self.side} pixels: give 3 stages")
-        self.text = nn.Linear(E, D) if config.goal == "language" else None
-        self.task = nn.Parameter(torch.randn(D) * 0.02)  # tells the task's tokens from the others
         # (P, 1, D)
-        self.time = nn.Parameter(networks.sincos(torch.arange(STEPS // PATCH)[:, None].float(), D)[:, None])
-        cell = torch.stack(torch.meshgrid(torch.arange(self.cells), torch.arange(self.cells),
-                                          indexing="ij"), -1).float()
-        self.register_buffer("place", networks.sincos(cell.view(-1, 2), D), persistent=False)  # (n, D)
-        self.gpt = networks.Transformer(D, config.depth, 8 if D >= 256 else 4, config.dropout)
+        self.time = nn.Parameter(networks.sincos(torch.arange(STEPS // PATCH)[:, None].float(),
+                                                 D)[:, None])
+        self.register_buffer("grid", networks.grid_points(self.cells), persistent=False)  # (n, 2)
+        self.text = nn.Linear(config.E, D) if config.goal == "language" else None
+        self.task = nn.Parameter(torch.randn(D) * 0.02)  # marks the task's tokens
+        self.transformer = networks.Transformer(D, config.depth, max(4, D // 48), config.dropout)
         self.track_head = nn.Linear(D, 2 * PATCH)
-        if config.mask_ratio:
-            self.hidden = nn.Parameter(torch.randn(D) * 0.02)  # takes the place of a masked patch
-            self.image_head = nn.Linear(D, 3 * self.side ** 2)
         nn.init.normal_(self.track_head.weight, std=1e-3)  # at first, points stay
+        if config.mask_ratio:  # a linear un-patching of each token
+            self.image_head = nn.ConvTranspose2d(D, 3, SIDE, SIDE)
 
-    def patches(self, images):
-        """(B, H, W, 3) uint8 -> (B, n, 3 side side) in [-1, 1]."""
-        return image_patches(images.permute(0, 3, 1, 2).float() / 127.5 - 1, self.side)
+    def encode(self, images, mask_ratio=0.0):
+        """(B, H, W, 3) uint8, a share of its patches masked -> map (B, D, h, w).
 
-    def see(self, images, mask_ratio=0.0):
-        """(B, H, W, 3) uint8 -> tokens of the patches (B, n, D), a share of them masked; finer
-        features (B, C, h', w') of a deep encoder or None."""
-        B, cells = len(images), self.cells
-        hide = torch.rand(B, cells, cells, device=images.device) < mask_ratio
-        if self.deep:
-            x = images.permute(0, 3, 1, 2).float() / 127.5 - 1  # (B, 3, H, W)
-            # (B, 1, H, W)
-            grey = hide[:, None].repeat_interleave(self.side, 2).repeat_interleave(self.side, 3)
-            x, fine = self.image(x.masked_fill(grey, 0), fine=True)
-            x = x.flatten(2).transpose(1, 2)
-        else:
-            x, fine = self.image(self.patches(images)), None
-        if mask_ratio:
-            x = torch.where(hide.view(B, -1, 1), self.hidden.to(x.dtype), x)
-        return x + self.place, fine  # (B, n, D)
+        differs: masked patches are grey pixels; ATM replaces their tokens by a learned one, which
+        an encoder that looks beyond its patch would see around.
+        """
+        masked = torch.rand(len(images), self.cells, self.cells, device=images.device) < mask_ratio
+        return self.encoder(mask_patches(to_unit(images), masked))
 
-    def tokens(self, images, points, goal, mask_ratio=0.0, painted=True):
-        """images (B, H, W, 3) uint8; points (B, N, 2) in [0, 1], x right, y down; goal (B, E) the
-        sentence's numbers or (B, H, W, 3) uint8, the goal picture -> what the transformer says: of
-        tracks (B, P, N, D), of patches (B, n, D), or, if they are not `painted`, (B, 0, D)."""
+    def locate(self, points):
+        """Places (..., 2) in [0, 1] -> their encoding (..., D), one for points and cells.
+
+        differs: ATM's points have none but the linear embedding of their coordinates, from which
+        attention learns late which patch is theirs.
+        """
+        return networks.sincos(points.float() * self.cells - 0.5, self.config.width)
+
+    def forward(self, features, points, goal):
+        """features (B, D, h, w) from `encode`; points (B, N, 2) in [0, 1], x right, y down; goal
+        (B, H, W, 3) uint8 or, with --goal language, (B, E)
+        -> tokens of the tracks (B, P, N, D), tokens of the picture (B, n, D)."""
         B, N, _ = points.shape
-        # the future is not known: the present place stands for every step
+        # the future is masked by the present place (the official code; not a mask token)
         still = track_patches(points[:, None].expand(B, STEPS, N, 2))  # (B, P, N, 2 PATCH)
-        # differs: a point's place is said as the patches' places are, too: from two bare numbers
-        # attention finds its patch late
-        where = networks.sincos(points.float().flip(-1) * self.cells - 0.5, self.config.width)  # (B, N, D)
-        tracks = self.track(still) + self.time + where[:, None].to(still.dtype)  # (B, P, N, D)
-        pixels, fine = self.see(images, mask_ratio)
-        # differs: what the encoder sees at the point itself; attention alone finds it late
-        if self.deep:
-            there = F.grid_sample(fine, 2 * points.to(fine.dtype)[:, :, None] - 1,
-                                  align_corners=False)  # (B, C, N, 1)
-            tracks = tracks + self.local(there[..., 0].transpose(1, 2))[:, None]
-        task = self.text(goal)[:, None] if self.text else self.see(goal)[0]  # (B, 1 or n, D)
-        x = torch.cat([tracks.flatten(1, 2), pixels, task + self.task], 1)
-        L = N * (STEPS // PATCH)
-        x = self.gpt(x, first=L + self.n * painted)
-        return x[:, :L].unflatten(1, (-1, N)), x[:, L:]
+        # differs: features of the picture at the point are added; attention alone finds them late
+        here = features_at(features, points) + self.locate(points)  # (B, N, D)
+        tracks = self.track(still) + self.time + here[:, None]
+        place = self.locate(self.grid)  # (n, D)
+        task = (to_tokens(self.encode(goal)) + place if self.text is None
+                else self.text(goal.float())[:, None])  # (B, n or 1, D)
+        x = torch.cat([tracks.flatten(1, 2), to_tokens(features) + place, task + self.task], 1)
+        x, L = self.transformer(x), tracks.shape[1] * N
+        return x[:, :L].unflatten(1, (-1, N)), x[:, L:L + len(place)]
 
-    def forward(self, images, points, goal, mask_ratio=0.0):
-        """As for `tokens` -> tracks (B, S, N, 2), absolute places; the picture painted
-        (B, n, 3 side side), or None if the network was not made to be masked."""
-        paints = bool(self.config.mask_ratio)
-        tracks, pixels = self.tokens(images, points, goal, mask_ratio, paints)
-        # ours: the head says the way from the present place, which is added; the loss is on
-        # absolute places, as in ATM
-        painted = self.image_head(pixels).float() if paints else None
-        return points[:, None] + track_from_patches(self.track_head(tracks).float()), painted
+    def tracks_of(self, tokens, points):
+        """Tokens of tracks (B, P, N, D), points (B, N, 2) -> places (B, S, N, 2).
 
-    @torch.no_grad()
-    def plan(self, images, points, goal):
-        """The latent plan of Mask2Act's comparison: what is said about points and patches, before
-        the heads, (B, N, P D), (B, n, D)."""
-        tracks, pixels = self.tokens(images, points, goal)
-        return tracks.permute(0, 2, 1, 3).flatten(2), pixels
+        ours: the head predicts the way from the present place; the loss is on places, as in ATM.
+        """
+        return points[:, None] + track_from_patches(self.track_head(tokens).float())
+
+    def predict(self, images, points, goal):
+        """images (B, H, W, 3) uint8, points (B, N, 2), goal as for forward -> (B, S, N, 2), the
+        places to come, SPACING control steps apart."""
+        return self.tracks_of(self(self.encode(images), points, goal)[0], points)
 
     def loss(self, batch):
-        """batch: image (B, H, W, 3) uint8, tracks (B, 1 + S, N, 2) now and to come, goal
-        -> 10 track + 1 image (Table VI), parts."""
+        """batch: image (B, H, W, 3) uint8, tracks (B, 1 + S, N, 2) now and to come, goal -> scalar,
+        parts.  The weights, 10 and 1, are the official code's; the paper gives none."""
         images, tracks = batch["image"], batch["tracks"].float()
         if self.training:
             images, tracks = augment(images, tracks, self.config.jitter)
-        said, painted = self(images, tracks[:, 0], batch["goal"],
-                             self.config.mask_ratio if self.training else 0.0)
-        # differs: places far outside the picture do not count; few, they would outweigh all others
+        ratio = self.config.mask_ratio if self.training else 0.0
+        tokens, picture = self(self.encode(images, ratio), tracks[:, 0], batch["goal"])
+        predicted = self.tracks_of(tokens, tracks[:, 0])
+        # differs: places far outside the picture have no loss; few, they would outweigh all others
         near = ((tracks[:, 1:] - 0.5).abs() < MARGIN).all(-1, keepdim=True)  # (B, S, N, 1)
-        track = ((said - tracks[:, 1:]).square() * near).sum() / near.sum().clamp(min=1) / 2
-        if painted is None:
+        error = (predicted - tracks[:, 1:]).square() * near
+        track = error.sum() / near.sum().clamp(min=1) / 2
+        if not self.config.mask_ratio:
             return 10 * track, {"track": track.item()}
-        image = F.mse_loss(painted, self.patches(images))
+        reconstructed = self.image_head(to_map(picture, self.cells)).float()  # (B, 3, H, W)
+        image = F.mse_loss(reconstructed, to_unit(images))  # of all patches, masked or not
         return 10 * track + image, {"track": track.item(), "image": image.item()}
+
+    # --- what executors use ---
+
+    def sets(self, form):
+        """Token sets of a form of plan: {name: (places (n, 3): view, x, y; width)}."""
+        if form not in self.forms:
+            raise ValueError(f"a plan of {self.config.track} tracks has no form '{form}': choose "
+                             f"{' or '.join(self.forms)}")
+        if form != "latent":    # view-major, as the tokens of `plan` are: ATM's code mixes them up
+            places = torch.tensor([[float(view), x, y] for view in (0, 1) for x, y in POINTS])
+            return {"plan": (places, 2 * LENGTHS[form])}
+        cells, D = networks.grid_places(self.cells, view=0), self.config.width
+        plan = cells if self.config.track == "any" else torch.tensor([[0, 0.5, 0.5]])
+        return {"picture": (cells, D), "plan": (plan, STEPS // PATCH * D)}
+
+    @torch.no_grad()
+    def plan(self, obs, form):
+        """The token sets {name: (B, n, width)} of a form.
+
+        tracks: of POINTS in both views, how far they will go, one token per view and point (ATM);
+        tracks-8, tracks-4: the first places alone. latent: the encoded picture, and before the
+        heads the tokens of the cells' middles or, for the hand's path, of the hand (Mask2Act 4.1).
+        """
+        frame, B = obs["frames"][:, -1], len(obs["frames"])
+        goal = obs["text" if self.config.goal == "language" else "goal"]
+        self.sets(form)  # raises on an unknown form
+        if form == "latent":
+            features = self.encode(frame)  # (B, D, h, w)
+            tokens, _ = self(features, self.points_of(obs), goal)
+            plan = tokens.transpose(1, 2).flatten(2)  # (B, N, P D): a point's patches are one token
+            return {"picture": to_tokens(features), "plan": plan}
+        points = torch.tensor(POINTS, device=frame.device).expand(2 * B, -1, -1)
+        tracks = self.predict(torch.cat([frame, obs["wrist"]]), points, torch.cat([goal, goal]))
+        tracks = tracks[:, :LENGTHS[form]].unflatten(0, (2, B)).transpose(0, 1)  # (B, 2, S, N, 2)
+        far = displacements(tracks).transpose(2, 3).flatten(3)  # (B, 2, N, 2 S)
+        return {"plan": far.flatten(1, 2)}  # (B, 2 N, 2 S)
+
+    def points_of(self, obs):
+        """The points of the latent plan in the third-person picture: the cells' middles or the hand
+        -> (B, N, 2)."""
+        if self.config.track == "ee":
+            return obs["hand"].float()[:, None]
+        return self.grid.expand(len(obs["frames"]), -1, -1)
+
+    @torch.no_grad()
+    def draw(self, obs):
+        """[(caption, (H, W, 3) uint8)]: the first observation's predicted tracks on its picture."""
+        obs = {k: v[:1] for k, v in obs.items()}
+        frame, points = obs["frames"][:, -1], self.points_of(obs)
+        goal = obs["text" if self.config.goal == "language" else "goal"]
+        tracks = torch.cat([points[:, None], self.predict(frame, points, goal)], 1)[0].cpu().numpy()
+        return [("plan", draw_tracks(frame[0].cpu().numpy(), tracks,
+                                     np.ones(tracks.shape[:2], bool)))]
 
 
 # --- data -----------------------------------------------------------------------------------------
 
-def make_batch(episodes, camera, episode, t, rng, config, number=None):
-    """The planner's view of frames t (B,) of some episodes in one camera, as a dict of arrays (see
-    TrackPlanner.loss); and seen (B, 1 + S, N) bool, before (B, 1, N, 2): where the points were a
-    step ago."""
-    e, times = episode[:, None], t[:, None] + np.arange(-1, 1 + STEPS)  # (B, 2 + S)
-    if config.points == "ee":
+def make_batch(episodes, camera, episode, t, rng, config):
+    """Training samples of frames t (B,) of some episodes in one camera, as a dict of arrays (see
+    TrackPlanner.loss); and visible (B, 1 + S, N) bool, before (B, 1, N, 2): where the points were a
+    control step ago."""
+    e = episode[:, None]
+    times = t[:, None] + np.append(-1, SPACING * np.arange(1 + STEPS))  # (B, 2 + S)
+    if config.track == "ee":
         tracks = episodes.gather("hand", e, times)[..., None, :]  # (B, 2 + S, 1, 2)
-        seen = (np.abs(tracks - 0.5) < 0.5).all(-1)
+        visible = (np.abs(tracks - 0.5) < 0.5).all(-1)
     else:
-        tracks, seen = (episodes.gather(f"{what}/{camera}", e, times)
-                        for what in ("tracks", "visible"))  # (B, 2 + S, K, ..)
+        tracks, visible = (episodes.gather(f"{what}/{camera}", e, times)
+                           for what in ("tracks", "visible"))  # (B, 2 + S, K, ..)
         # points are drawn, with replacement, among those visible now
         chosen = np.stack([rng.choice(np.flatnonzero(now) if now.any() else len(now),
-                                      number or config.number) for now in seen[:, 1]])  # (B, N)
+                                      config.num_points) for now in visible[:, 1]])  # (B, N)
         tracks = np.take_along_axis(tracks, chosen[:, None, :, None], 2)
-        seen = np.take_along_axis(seen, chosen[:, None], 2)
-    if config.goal == "language":
-        goal = episodes.text[episodes.task[episode]]  # (B, E)
-    else:
-        last = episodes.goal_of(episode, rng)
-        goal = episodes.gather("obs/agentview_rgb", last, episodes.length[last] - 1)  # (B, H, W, 3)
+        visible = np.take_along_axis(visible, chosen[:, None], 2)
+    goal = (episodes.text[episodes.task[episode]] if config.goal == "language"  # (B, E)
+            else episodes.last_frames(episodes.goal_of(episode, rng)))  # (B, H, W, 3)
     tracks = tracks.astype(np.float32)
     return {"image": episodes.gather(f"obs/{camera}_rgb", episode, t), "tracks": tracks[:, 1:],
-            "goal": goal, "seen": seen[:, 1:], "before": tracks[:, :1]}
+            "goal": goal, "visible": visible[:, 1:], "before": tracks[:, :1]}
 
 
-def cameras_of(config, episodes):
-    """Those that the data has.  Any point is followed in both cameras, by one network; the hand by
-    the third person."""
-    there = [c for c in CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
-    return there if config.points == "any" else there[:1]
+def views_of(config, episodes):
+    """Cameras that are learned from: any point is followed in all that the data has, by one
+    network; the hand in the third person's."""
+    return episodes.views if config.track == "any" else episodes.views[:1]
 
 
 def training_batch(episodes, step, config):
     """Random frames for one training step, the same number of each camera."""
-    episode, t, rng = episodes.draw(step, config.batch, config.seed)
-    cameras = cameras_of(config, episodes)
-    shares = (np.array_split(x, len(cameras)) for x in (episode, t))
-    parts = [make_batch(episodes, *share, rng, config) for share in zip(cameras, *shares)]
+    episode, t, rng = episodes.sample_frames(step, config.batch, config.seed)
+    views = views_of(config, episodes)
+    shares = (np.array_split(x, len(views)) for x in (episode, t))
+    parts = [make_batch(episodes, *share, rng, config) for share in zip(views, *shares)]
     return {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
 
 
 @torch.no_grad()
-def validate(planner, episodes, samples=300, seed=1):
-    """How far predicted tracks of points that move are off, on held-out episodes, beside points
-    that stay and points that keep the velocity of the last step.
+def predicted(planner, batch):
+    """Predicted tracks of a batch of arrays -> (B, S, N, 2) array."""
+    device = next(planner.parameters()).device
+    image, tracks, goal = (torch.as_tensor(batch[k], device=device)
+                           for k in ("image", "tracks", "goal"))
+    return planner.eval().predict(image, tracks[:, 0], goal).cpu().numpy()
 
-    -> {camera: {"planner" | "stay" | "keep on": {"distance": (len(AHEAD),) pixels of 128, "within":
-    delta_avg in %}}}
+
+def validate(planner, episodes, samples=300, seed=1):
+    """Errors of predicted tracks of points that move, on held-out episodes, beside points that stay
+    and points that keep the velocity of the last step.
+
+    -> {camera: {"planner" | "stay" | "keep on": {"distance": (len(SCORED),) pixels of 128,
+    "within": TAP-Vid's delta_avg in %}}}
     """
-    config, device = planner.config, next(planner.parameters()).device
-    scores = {}
-    for camera in cameras_of(config, episodes):
+    config, scores, ahead = planner.config, {}, SPACING * np.arange(1, 1 + STEPS)  # (S,)
+    for camera in views_of(config, episodes):
         errors, counted = {name: [] for name in ("planner", "stay", "keep on")}, []
         for step in range(-(-samples // 50)):
-            episode, t, rng = episodes.draw(step, 50, seed)
+            episode, t, rng = episodes.sample_frames(step, 50, seed)
             batch = make_batch(episodes, camera, episode, t, rng, config)
             past, now, true = batch["before"], batch["tracks"][:, :1], batch["tracks"][:, 1:]
-            tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
-            said = planner.eval()(tensors["image"], tensors["tracks"][:, 0],
-                                  tensors["goal"])[0].cpu().numpy()
-            k = np.arange(1, 1 + STEPS)[None, :, None, None]
-            for name, guess in (("planner", said), ("stay", now),
-                                ("keep on", now + k * (now - past))):
+            for name, guess in (("planner", predicted(planner, batch)), ("stay", now),
+                                ("keep on", now + ahead[:, None, None] * (now - past))):
                 errors[name].append(np.linalg.norm(guess - true, axis=-1))
             moves = np.linalg.norm(true - now, axis=-1).max(1, keepdims=True) > MOVES
-            ahead = t[:, None] + np.arange(1, 1 + STEPS)  # (B, S)
-            goes_on = (ahead < episodes.length[episode][:, None])[..., None]
-            counted.append(moves & batch["seen"][:, 1:] & goes_on)
+            goes_on = t[:, None] + ahead < episodes.length[episode][:, None]  # (B, S)
+            counted.append(moves & batch["visible"][:, 1:] & goes_on[..., None])
         counted, scores[camera] = np.concatenate(counted), {}
         for name, parts in errors.items():
             off = PIXELS * np.concatenate(parts)  # (samples, S, N)
-            at = [off[:, k - 1][counted[:, k - 1]].mean() for k in AHEAD]
-            # TAP-Vid's, of 256 pixels
+            at = [off[:, k][counted[:, k]].mean() for k in np.searchsorted(ahead, SCORED)]
+            # delta_avg counts pixels of 256
             within = np.mean([(2 * off[counted] < d).mean() for d in (1, 2, 4, 8, 16)])
             scores[camera][name] = {"distance": np.array(at), "within": 100 * within}
     return scores
@@ -294,104 +385,46 @@ def table(scores):
     """The scores of `validate` as lines of text."""
     lines = ["held-out points that move: mean distance in pixels of 128, and delta_avg"]
     for camera, rows in scores.items():
-        lines.append(f"  {camera:14s}" + "".join(f"   +{k:<3d}" for k in AHEAD) + "   delta_avg")
+        lines.append(f"  {camera:14s}" + "".join(f"   +{k:<3d}" for k in SCORED) + "   delta_avg")
         for name, s in rows.items():
             lines.append(f"    {name:12s}" + "".join(f" {x:6.2f}" for x in s["distance"])
                          + f"   {s['within']:5.1f} %")
     return "\n".join(lines)
 
 
-@torch.no_grad()
-def show(planner, episodes, columns=4, seed=3):
+def show(planner, episodes, rows=4, seed=3):
     """Rows of (predicted | true tracks), one pair per camera -> (., ., 3) uint8."""
-    config, device, rows = planner.config, next(planner.parameters()).device, []
-    for step in range(columns):
+    config, drawn = planner.config, []
+    for step in range(rows):
         cells = []
-        for camera in cameras_of(config, episodes):
-            episode, t, rng = episodes.draw(step, 1, seed)
-            batch = make_batch(episodes, camera, episode, t, rng, config, number=64)
-            tensors = {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
-            said = planner.eval()(tensors["image"], tensors["tracks"][:, 0],
-                                  tensors["goal"])[0][0].cpu().numpy()
-            for tracks, name in ((np.concatenate([batch["tracks"][0, :1], said]), "plan"),
+        for camera in views_of(config, episodes):
+            episode, t, rng = episodes.sample_frames(step, 1, seed)
+            batch = make_batch(episodes, camera, episode, t, rng, config)
+            now = batch["tracks"][0, :1]
+            for tracks, name in ((np.concatenate([now, predicted(planner, batch)[0]]), "plan"),
                                  (batch["tracks"][0], "true")):
-                drawn = draw_tracks(batch["image"][0], tracks, batch["seen"][0], 2)
-                cells.append(caption(drawn, f"{name}, {camera}"))
-        rows.append(np.concatenate(cells, 1))
-    return np.concatenate(rows)
-
-
-def load_planner(path, device="cpu"):
-    """A trained TrackPlanner, frozen."""
-    content = training.load(path, kind=TrackPlanner.kind,
-                         made_by="python track_planner.py --suite libero_spatial")
-    planner = TrackPlanner(from_dict(Config, content["config"]), content["extra"]["E"])
-    planner.load_state_dict(content["model"])
-    return planner.to(device).eval().requires_grad_(False)
+                picture = draw_tracks(batch["image"][0], tracks, batch["visible"][0], 2)
+                cells.append(caption(picture, f"{name}, {camera}"))
+        drawn.append(np.concatenate(cells, 1))
+    return np.concatenate(drawn)
 
 
 def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
+    from demos.record import load_videos
     config = parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
-    any_point = config.points == "any"
-    usual = "language" if any_point and not sims.is_metaworld(config.suite) else "image"
-    config.goal = config.goal or usual
-    name = ("track" if any_point else "ee") + f"-{config.goal}" * (config.goal != usual)
-    path = record.run_path(config, name)
-    videos, held_out, note = record.prepare(config, path, "track_planner")
-    torch.manual_seed(config.seed)
-    E = videos.text.shape[1]
-    if config.show:
-        planner = load_planner(path, config.device)
-    else:
-        planner = training.fit(TrackPlanner(config, E),
-                            lambda step: training_batch(videos, step, config), config, path,
-                            lambda p: show(p, held_out), f"{note}, told by {config.goal}", {"E": E})
-    record.report(config, path, table(validate(planner, held_out)),
-                  lambda: show(planner, held_out, columns=8))
+    path = run_path(config, "track")
+    planner = load_planner(path, config.device) if config.show else None
+    videos, held_out, note = load_videos(config)
+    config.E = videos.text.shape[1]
+    if not planner:
+        torch.manual_seed(config.seed)
+        planner = training.fit(TrackPlanner(config),
+                               lambda step: training_batch(videos, step, config), config, path,
+                               lambda p: show(p, held_out), f"{note}, goal: {config.goal}")
+    training.report(config, path, table(validate(planner, held_out)),
+                    lambda: show(planner, held_out, 8))
 
 
 if __name__ == "__main__":
     main()
-
-
-# differs: the 16 steps are those to come; ATM's first is the present one, which is known
-STEPS, PATCH = 16, 4
-
-
-def track_patches(tracks):
-    """(B, S, N, 2) -> (B, P, N, 2 PATCH): each point's places in pieces of PATCH steps."""
-    B, S, N, _ = tracks.shape
-    return tracks.view(B, S // PATCH, PATCH, N, 2).transpose(2, 3).flatten(3)
-
-
-def track_from_patches(patches):
-    """The inverse: (B, P, N, 2 PATCH) -> (B, S, N, 2)."""
-    return patches.unflatten(3, (PATCH, 2)).transpose(2, 3).flatten(1, 2)
-
-
-def image_patches(images, side):
-    """(B, 3, H, W) -> (B, n, 3 side side), row by row."""
-    B, C, H, W = images.shape
-    x = images.view(B, C, H // side, side, W // side, side)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(B, -1, C * side * side)
-
-
-def jitter(images, strength, often=0.9):
-    """images (B, H, W, 3) uint8 in other colours. ours: one draw for an eighth of the batch."""
-    from torchvision.transforms import v2
-    colours = v2.RandomApply([v2.ColorJitter(*[strength] * 4)], often)
-    parts = images.permute(0, 3, 1, 2).chunk(8)
-    return torch.cat([colours(part) for part in parts]).permute(0, 2, 3, 1)
-
-
-def augment(images, tracks, strength):
-    """ATM's: jitter of colours, then each picture shifted by up to 4 pixels, the tracks with it.
-
-    images (B, H, W, 3) uint8, tracks (B, T, N, 2) -> the same.
-    """
-    if strength:
-        images = jitter(images, strength)
-    images, move = networks.random_shift(images)  # (B, 2) pixels x, y
-    size = torch.tensor([images.shape[2], images.shape[1]], device=move.device)
-    return images, tracks + (move / size)[:, None, None]

@@ -1,14 +1,13 @@
-"""Pictures of masks, tracks and heat; captions; films."""
+"""Pictures of masks, tracks and attention; captions; films. H W pixels, T steps, K points."""
+
+from pathlib import Path
 
 import numpy as np
 
-from sims.camera import CAMERAS
+from core.files import write
 
 COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]],
                    np.uint8)
-
-
-# --- pictures -------------------------------------------------------------------------------------
 
 def draw_masks(image, masks, opacity=0.55):
     """image (H, W, 3) uint8 with masks (H, W) of 0..N laid over it in colours -> (H, W, 3)."""
@@ -66,8 +65,7 @@ def sheet(episodes, columns=6):
         t = np.linspace(0, episodes.length[e] - 1, columns).astype(int)
         seen = episodes.gather("obs/agentview_rgb", e, t)  # (columns, H, W, 3)
         masks = episodes.gather("masks", e, t)
-        # a video has no camera on the hand
-        views = [c for c in CAMERAS if episodes.arrays[f"obs/{c}_rgb"]]
+        views = episodes.views
         pictures = [[draw_masks(a, m) for a, m in zip(seen, masks)]]
         pictures += [episodes.gather(f"obs/{c}_rgb", e, t) for c in views[1:]]
         then = t[:, None] + np.arange(16)
@@ -81,18 +79,27 @@ def sheet(episodes, columns=6):
     return np.concatenate(rows)
 
 
-FILM_SCALE = 3  # films are enlarged by this factor
+def row(views, scale=3, height=16):
+    """[(caption, (H, W, 3) uint8)] -> the pictures side by side, enlarged, with their captions."""
+    large = [np.kron(v, np.ones((scale, scale, 1), np.uint8)) for _, v in views]
+    return np.concatenate([caption(v, name, height) for (name, _), v in zip(views, large)], 1)
 
 
-def write_film(path, pictures):
-    """Pictures (list of (H, W, 3) uint8) -> mp4 at 5 per second, real time for looks 4 steps apart;
-    and a still, .png."""
+def save_picture(path, picture):
+    """(H, W, 3) uint8 -> png."""
+    import imageio.v3 as iio
+    write(path, iio.imwrite("<bytes>", picture, extension=".png"))
+
+
+def write_film(path, pictures, fps=5):
+    """Pictures (list of (H, W, 3) uint8) -> mp4, `fps` per second; and a still of four, .png."""
     import imageio.v2 as iio
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # the codec wants even numbers
     height, width = pictures[0].shape[0] // 2 * 2, pictures[0].shape[1] // 2 * 2
-    with iio.get_writer(path, fps=5, macro_block_size=2, quality=7) as film:
+    with iio.get_writer(path, fps=fps, macro_block_size=2, quality=7) as film:
         for picture in pictures:
             film.append_data(picture[:height, :width])
     chosen = np.linspace(0, len(pictures) - 1, min(4, len(pictures))).astype(int)
-    iio.imwrite(path.with_suffix(".png"), np.concatenate([pictures[k] for k in chosen]))
+    save_picture(path.with_suffix(".png"), np.concatenate([pictures[k] for k in chosen]))

@@ -1,12 +1,31 @@
-"""The reader of the data files (`extract.py` has their layout), and pictures of what is in them.
+"""The data file: one HDF5 file per task, in the robomimic/LIBERO layout; its writer and reader.
 
     episodes = Episodes("data", "libero_spatial", names, demos=20)
-    episode, t, rng = episodes.draw(step, batch=32, seed=0)
+    episode, t, rng = episodes.sample_frames(step, batch=32, seed=0)
     frames = episodes.gather("obs/agentview_rgb", episode, t)  # (32, H, W, 3)
+
+data/<suite>/<task>.hdf5 (T steps, A action numbers, S state numbers, K points):
+
+    data.attrs   env: the simulator's suite; task, language_instruction, text_embedding (E,) f4,
+                 objects (robot first), cameras, size, render, goal_varies: each scene has a goal of
+                 its own; source: scripted, official or video; mask_source, track_source; versions
+    data/demo_i  actions (T, A) f4 . states (T, S) f8 . rewards, dones (T,)
+                 attrs: num_samples, seconds; seed, noise or, of official ones, original
+      obs/       agentview_rgb, eye_in_hand_rgb (T, H, W, 3) u1 upright
+                 ee_states, joint_states, gripper_states
+      masks      (T, H, W) u1 of agentview: 0 background, 1 robot, 2.. the task's objects
+      tracks/    agentview, eye_in_hand (T, K, 2) f2 places x, y of points on surfaces, in [0, 1]
+                 inside the picture
+      visible/   agentview, eye_in_hand (T, K) bool
+      hand       (T, 2) f2 of agentview: the place of the robot's hand, in the same units
+    mask/        train, valid: names of demos (robomimic's filter keys)
+
+Row t holds what is seen before action t.  demo_0 .. demo_1 are held out for validation, the next
+`--demos` are the videos, and of these the first `--action-demos` also lend their actions.  Pictures
+are stored uncompressed and contiguous, so that training maps them into memory.
 """
 
 import copy
-import json
 import os
 import shutil
 from pathlib import Path
@@ -14,13 +33,65 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-import sims
 from core.files import fail
-from demos.language import embed
-from sims.camera import CAMERAS
 
+CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
 HELD_OUT = 2  # validation episodes per task
-ABOUT = ("source", "size", "render", "objects", "text_embedding")  # attributes that readers need
+# attributes that readers need
+ABOUT = ("source", "size", "render", "objects", "text_embedding", "env", "goal_varies")
+
+
+# --- writing --------------------------------------------------------------------------------------
+
+
+def write_episode(path, episode, **attrs):
+    """Writes one episode to a file of its own: a `.part` is renamed when it is whole."""
+    part = path.with_suffix(".part")
+    with h5py.File(part, "w") as f:
+        f.attrs.update(num_samples=len(episode["masks"]), **attrs)
+        for key, value in episode.items():
+            where = f"obs/{key}" if key.endswith(("_rgb", "_states")) and "/" not in key else key
+            f.create_dataset(where, data=value.astype(np.float32) if key == "actions" else value)
+        if "actions" in episode:
+            f["dones"] = np.append(np.zeros(len(episode["actions"]) - 1, np.uint8), np.uint8(1))
+    os.replace(part, path)
+
+
+def assemble(path, parts, attrs):
+    """Joins the episodes' files of the folder `parts` into the task's file, with the attributes
+    `attrs` (dict), and deletes them."""
+    tmp = path.with_suffix(".tmp")
+    names = sorted((p.stem for p in parts.glob("demo_*.hdf5")), key=lambda n: int(n[5:]))
+    with h5py.File(tmp, "w") as f:
+        data = f.create_group("data")
+        for name in names:
+            with h5py.File(parts / f"{name}.hdf5") as one:
+                episode = data.create_group(name)
+                for key in one:
+                    one.copy(key, episode)
+                episode.attrs.update(one.attrs)
+        data.attrs.update(attrs, total=sum(int(data[name].attrs["num_samples"]) for name in names))
+        # robomimic's filter keys
+        f["mask/valid"] = np.array(names[:HELD_OUT], "S")
+        f["mask/train"] = np.array(names[HELD_OUT:], "S")
+    os.replace(tmp, path)
+    shutil.rmtree(parts)
+
+
+def split_assembled(path, parts):
+    """The inverse: a finished file that is to get more episodes becomes one per episode again."""
+    parts.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path) as f:
+        for name in f["data"]:
+            with h5py.File(parts / f"{name}.part", "w") as one:
+                for key in f["data"][name]:
+                    f.copy(f"data/{name}/{key}", one)
+                one.attrs.update(f["data"][name].attrs)
+            os.replace(parts / f"{name}.part", parts / f"{name}.hdf5")
+    os.remove(path)
+
+
+# --- reading --------------------------------------------------------------------------------------
 
 
 def open_data(path):
@@ -62,43 +133,39 @@ def mapped(dataset, whole):
     return whole[offset:offset + dataset.nbytes].view(dataset.dtype).reshape(dataset.shape)
 
 
+def look_times(t, count, stride):
+    """When a window of `count` looks, `stride` steps apart, that ends at step t (...) was seen; no
+    look is before the episode's first.  -> (..., count), oldest first."""
+    return np.maximum(np.asarray(t)[..., None] + stride * np.arange(1 - count, 1), 0)
+
+
 class Episodes:
     """Read-only episodes of some tasks of a suite.
 
     split 'train' -> the first `demos` videos per task, 'valid' -> the held-out ones.
-    length (E,) steps, task (E,) index into `tasks`, text (tasks, D) their instructions' embeddings,
-    seconds of one core that the episodes took to make; pictures stay on disk until gathered.
+    length (episodes,) steps, task (episodes,) index into `tasks`, start (episodes + 1,) rows before
+    each, text (tasks, E) embeddings of the instructions, objects: names, of the task with the most,
+    views: the cameras that all have, seconds of one core that the episodes took to make.
+    Pictures stay on disk until gathered.
     """
     KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
             "obs/ee_states", "obs/joint_states", "obs/gripper_states",
-            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in CAMERAS),
-            "hand")
+            *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in CAMERAS), "hand")
     OF_VIDEOS = ("obs/agentview_rgb", "masks", "tracks/agentview", "visible/agentview", "hand")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
-        self.suite, self.tasks, self.seconds, wanted = suite, tasks, 0.0, demos
-        self.arrays, length, task, text = {key: [] for key in self.KEYS}, [], [], []
+        self.suite, self.tasks, self.seconds = suite, tasks, 0.0
+        self.arrays, length, task, text, self.objects = {k: [] for k in self.KEYS}, [], [], [], []
         for k, name in enumerate(tasks):
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
-                whole = np.memmap(path, np.uint8, "r")
-                about, demos = f["data"].attrs, wanted
-                video = about["source"] == "video"
-                if video or about.get("exhausted"):  # as many as there are: nothing makes more
-                    demos = min(wanted, len(f["data"]) - HELD_OUT)
-                names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
-                                               range(HELD_OUT, HELD_OUT + demos))]
-                if any(n not in f["data"] for n in names):
-                    fail(f"{path} holds {len(f['data']) - HELD_OUT} videos, not {demos}: "
-                         f"python extract.py --suite {suite} --demos {demos}"
-                         + " --source official" * (about["source"] == "official"))
-                for n in names:
-                    demo = f["data"][n]
-                    # a video has one camera and no robot
-                    keys = self.OF_VIDEOS if video else self.KEYS
+                whole, about = np.memmap(path, np.uint8, "r"), f["data"].attrs
+                # a video has one camera and no robot
+                keys = self.OF_VIDEOS if about["source"] == "video" else self.KEYS
+                for demo in self.chosen(f, path, demos, split):
                     lacks = [key for key in keys if key not in demo]
                     if lacks or "num_samples" not in demo.attrs:
-                        fail(f"{path} lacks data/{n}/{(lacks or ['num_samples'])[0]}: delete it "
+                        fail(f"{path} lacks {demo.name}/{(lacks or ['num_samples'])[0]}: delete it "
                              f"and run python extract.py --suite {suite}")
                     for key in keys:
                         self.arrays[key].append(mapped(demo[key], whole))
@@ -106,13 +173,30 @@ class Episodes:
                     self.seconds += float(demo.attrs.get("seconds", 0))
                     task.append(k)
                 text.append(about["text_embedding"])
-                self.objects = list(about["objects"])
-                self.size, self.render = int(about["size"]), about["render"]
+                self.objects = max(self.objects, list(about["objects"]), key=len)
+                self.size, self.render, self.env = int(about["size"]), about["render"], about["env"]
+                self.goal_varies = bool(about["goal_varies"])
         self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
-        # in Meta-World each scene has a goal of its own
-        self.own_goal = np.full(len(self.length), sims.is_metaworld(suite))
-        # (E + 1,) rows before each episode
+        self.own_goal = np.full(len(self.length), self.goal_varies)
         self.start = np.concatenate([[0], np.cumsum(self.length)])
+
+    @staticmethod
+    def chosen(f, path, demos, split):
+        """The episodes of an open file that are wanted, as groups."""
+        about, there = f["data"].attrs, len(f["data"]) - HELD_OUT
+        if about["source"] == "video" or about.get("exhausted"):
+            demos = min(demos, there)   # as many as there are: nothing makes more
+        names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
+                                       range(HELD_OUT, HELD_OUT + demos))]
+        if any(n not in f["data"] for n in names):
+            fail(f"{path} holds {there} videos, not {demos}: python extract.py --suite "
+                 f"{path.parent.name} --demos {demos}"
+                 + " --source official" * (about["source"] == "official"))
+        return [f["data"][n] for n in names]
+
+    @property
+    def views(self):
+        return [c for c in CAMERAS if self.arrays[f"obs/{c}_rgb"]]
 
     def __len__(self):
         return int(self.start[-1])
@@ -125,19 +209,19 @@ class Episodes:
         rows = [self.arrays[key][e][i] for e, i in zip(episode.ravel(), t.ravel())]
         return np.stack(rows).reshape(*episode.shape, *rows[0].shape)
 
-    def draw(self, step, batch, seed):
-        """Random frames for one training step, the same for the same (seed, step) -> episode (B,),
-        t (B,), rng."""
+    def sample_frames(self, step, batch, seed):
+        """Random frames for one training step, all equally likely, the same for the same (seed,
+        step) -> episode (B,), t (B,), rng."""
         rng = np.random.default_rng([seed, step])
         row = rng.integers(len(self), size=batch)
         episode = np.searchsorted(self.start, row, "right") - 1
         return episode, row - self.start[episode], rng
 
     def goal_of(self, episode, rng):
-        """For each episode one whose last frame is the goal image: a random other one of its task
+        """For each episode one whose last frame is the goal picture: a random other one of its task
         (PLEX) -> (B,).
 
-        differs: in Meta-World the episode itself, since each scene has a goal of its own.
+        differs: where each scene has a goal of its own (Meta-World) the episode itself.
         """
         goal = episode.copy()
         for k, e in enumerate(episode):
@@ -147,6 +231,10 @@ class Episodes:
             others = others[others != e] if len(others) > 1 else others
             goal[k] = rng.choice(others)
         return goal
+
+    def last_frames(self, episode):
+        """The goal pictures that episodes (...) end with -> (..., H, W, 3) uint8."""
+        return self.gather("obs/agentview_rgb", episode, self.length[episode] - 1)
 
 
 def join(parts):
@@ -172,93 +260,3 @@ def join(parts):
                     if all(p.arrays[key] for p in parts) else [] for key in whole.arrays}
     whole.start = np.concatenate([[0], np.cumsum(whole.length)])
     return whole
-
-
-def write_episode(path, episode, **attrs):
-    """Writes one episode to a file of its own: a `.part` is renamed when it is whole."""
-    part = path.with_suffix(".part")
-    with h5py.File(part, "w") as f:
-        f.attrs.update(num_samples=len(episode["actions"]), **attrs)
-        for key, value in episode.items():
-            where = f"obs/{key}" if key.endswith(("_rgb", "_states")) else key
-            f.create_dataset(where, data=value.astype(np.float32) if key == "actions" else value)
-        f["dones"] = np.append(np.zeros(len(episode["actions"]) - 1, np.uint8), np.uint8(1))
-    os.replace(part, path)
-
-
-def assemble(path, parts, suite, task, size, render, text="minilm", source="scripted",
-             exhausted=False):
-    """Joins the episodes' files into the task's file and deletes them.
-
-    exhausted  whether its source has no more episodes
-    """
-    tmp = path.with_suffix(".tmp")
-    names = sorted((p.stem for p in parts.glob("demo_*.hdf5")), key=lambda n: int(n[5:]))
-    language, objects, _ = sims.describe(suite, task)
-    with h5py.File(tmp, "w") as f:
-        data = f.create_group("data")
-        total = 0
-        for name in names:
-            with h5py.File(parts / f"{name}.hdf5") as one:
-                episode = data.create_group(name)
-                for key in one:
-                    one.copy(key, episode)
-                episode.attrs.update(one.attrs)
-                total += int(one.attrs["num_samples"])
-        name = "Meta-World" if sims.is_metaworld(suite) else "Libero"
-        info = {"env_name": name, "type": 1, "env_kwargs": {"suite": suite, "task": task},
-                "env_version": "1.4.0"}
-        data.attrs.update(
-            env=suite, env_args=json.dumps(info), total=total, task=task, size=size,
-            source=source, exhausted=exhausted, language_instruction=language,
-            text_embedding=embed(language, text), text=text, objects=objects,
-            cameras=list(CAMERAS),
-            problem_info=json.dumps({"language_instruction": language}), render=render,
-            mask_source="sim", track_source="sim", versions=json.dumps(sims.versions()))
-        hold_out(f, names)
-    os.replace(tmp, path)
-    shutil.rmtree(parts)
-
-
-def split_assembled(path, parts):
-    """The inverse: a finished file that is to get more episodes becomes one per episode again."""
-    parts.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path) as f:
-        for name in f["data"]:
-            with h5py.File(parts / f"{name}.part", "w") as one:
-                for key in f["data"][name]:
-                    f.copy(f"data/{name}/{key}", one)
-                one.attrs.update(f["data"][name].attrs)
-            os.replace(parts / f"{name}.part", parts / f"{name}.hdf5")
-    os.remove(path)
-
-
-def write_videos(path, made, size, objects, masks, tracks, text):
-    """Episodes of annotated videos as one data file.
-
-    made           arrays and seconds of each, see `films.annotate_video`
-    objects        their names, the robot first
-    masks, tracks  what annotated them
-    text           one of `language.TEXTS`
-    """
-    language = path.stem.replace("_", " ")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with h5py.File(path.with_suffix(".tmp"), "w") as f:
-        for i, episode in enumerate(made):
-            demo = f.create_group(f"data/demo_{i}")
-            demo.attrs.update(num_samples=len(episode["masks"]), seconds=episode.pop("seconds"))
-            for key, value in episode.items():
-                demo[key] = value
-        f["data"].attrs.update(
-            total=sum(len(e["masks"]) for e in made), task=path.stem, size=size, source="video",
-            language_instruction=language, text_embedding=embed(language, text), text=text,
-            objects=objects, cameras=["agentview"], render="video", mask_source=masks,
-            track_source=tracks, problem_info=json.dumps({"language_instruction": language}))
-        hold_out(f, [f"demo_{i}" for i in range(len(made))])
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def hold_out(f, names):
-    """Robomimic's filter keys: the first demos are for validation, the rest for training."""
-    f["mask/valid"] = np.array(names[:HELD_OUT], "S")
-    f["mask/train"] = np.array(names[HELD_OUT:], "S")

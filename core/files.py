@@ -1,4 +1,4 @@
-"""One-line errors and atomic writing."""
+"""How every program ends on bad input, in one line, and how files are written, all or nothing."""
 
 import errno
 import os
@@ -9,6 +9,14 @@ def fail(message):
     """One line on stderr and exit code 2: the end of every run with a bad input."""
     print("error: " + " ".join(str(message).split()), file=sys.stderr, flush=True)
     raise SystemExit(2)
+
+
+def stop_if_full(error, folder):
+    """A full disk is the user's to solve: one line. Any other error of writing is raised again."""
+    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+        fail(f"disk full while writing {folder}, what was there is untouched; free some space, "
+             "or choose another folder, and run again")
+    raise error
 
 
 def write(path, content, append=False):
@@ -22,21 +30,10 @@ def write(path, content, append=False):
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             if not append:
-                # else a power cut can leave the new name without its data
-                os.fsync(file.fileno())
+                os.fsync(file.fileno())     # a power cut must not leave the new name without data
     except OSError as error:
-        if not append:
+        if not append and os.path.exists(part):
             os.remove(part)
-        if error.errno != errno.ENOSPC:
-            raise
-        fail(f"disk full while writing {path}, what was there is untouched; free space, run again")
+        stop_if_full(error, path)
     if not append:
         os.replace(part, path)
-
-
-def stop_if_full(error, folder):
-    """A full disk is the user's to solve; any other error is ours to show."""
-    if error.errno == errno.ENOSPC or "No space left" in str(error):
-        fail(f"the disk of {folder} is full: free some space or choose another --data folder; "
-             "what is done is kept")
-    raise error

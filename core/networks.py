@@ -189,3 +189,49 @@ def grid_points(side):
     """Points in the middles of side x side cells, row by row, (side side, 2)."""
     middle = (torch.arange(side) + 0.5) / side
     return torch.stack(torch.meshgrid(middle, middle, indexing="xy"), -1).reshape(-1, 2)
+
+
+def grid_places(side, view):
+    """Cells of a feature map, row by row -> (side side, 3): view, x, y in [0, 1]."""
+    points = grid_points(side)                                 # (n, 2)
+    return torch.cat([torch.full((len(points), 1), float(view)), points], 1)
+
+
+class Standardise(nn.Module):
+    """Numbers (..., width) of the data, with mean 0 and variance 1 once `fit` has seen them."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("std", torch.ones(width))
+
+    def fit(self, x):
+        """x (rows, width), array."""
+        self.mean.copy_(torch.as_tensor(x.mean(0, dtype="float64")))
+        self.std.copy_(torch.as_tensor(x.std(0, dtype="float64").clip(1e-3)))
+
+    def forward(self, x):
+        return (x - self.mean) / self.std
+
+
+class SpatialSoftmaxPool(nn.Module):
+    """A token set -> one token: where spatial-softmax key points lie, beside a thin copy of all."""
+
+    def __init__(self, places, width, D, points=32):
+        super().__init__()
+        n = len(places)
+        points = points if n > 1 else 0     # a single token is where it is
+        self.points, self.thin = nn.Linear(width, points), nn.Linear(width, max(8, D // n))
+        self.out = nn.Linear(2 * points + n * self.thin.out_features, D)
+        self.register_buffer("xy", 2 * places[:, 1:] - 1, persistent=False)
+
+    def forward(self, x):
+        """x (B, n, width) -> (B, D)."""
+        share = self.points(x).softmax(1)                               # (B, n, points)
+        where = (share.transpose(1, 2) @ self.xy.to(share.dtype)).flatten(1)    # (B, 2 points)
+        return self.out(torch.cat([where, self.thin(x).flatten(1)], -1))
+
+
+def mlp(i, o):
+    """A head: one hidden layer of 256."""
+    return nn.Sequential(nn.Linear(i, 256), nn.GELU(), nn.Linear(256, o))

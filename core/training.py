@@ -25,13 +25,14 @@ import torch.distributed as dist
 import torch.nn as nn
 from tqdm import tqdm
 
-from core import networks
+from core.draw import save_picture
 from core.files import fail, write
 from core.flags import as_dict, default_device, fast_products
+from core.networks import count
 
-VERSION = 1     # of the checkpoint's layout
+VERSION = 2     # of the checkpoint's layout
 # Fields that may change between a run and its continuation; every other field shapes the weights.
-FREE_FIELDS = {"device", "save_every", "log_every", "data", "out", "preset", "clips"}
+FREE_FIELDS = {"device", "data", "out", "name", "preset", "show", "seconds", "planner"}
 
 
 # --- checkpoints ----------------------------------------------------------------------------------
@@ -132,23 +133,15 @@ def join_processes(config):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def share_weights(model):
-    """Gives all processes the first one's weights: each drew its own random ones."""
-    for value in model.state_dict().values():
-        dist.broadcast(whole := value.contiguous(), 0)
-        value.copy_(whole)
+class Loss(nn.Module):
+    """The module that DistributedDataParallel wraps: its forward is the model's loss."""
 
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
 
-def average_gradients(parameters, world):
-    """One flat all_reduce per step, by hand: DistributedDataParallel's wrapper hooks only into
-    forward(), and our models are called through loss()."""
-    for p in parameters:
-        if p.grad is None:      # every process must send the same number of values
-            p.grad = torch.zeros_like(p)
-    flat = torch.cat([p.grad.flatten() for p in parameters])                # (all parameters,)
-    dist.all_reduce(flat)
-    for p, grad in zip(parameters, (flat / world).split([p.numel() for p in parameters])):
-        p.grad.copy_(grad.view(p.shape))
+    def forward(self, batch):
+        return self.model.loss(batch)
 
 
 def keep_memory():
@@ -221,14 +214,12 @@ class Log:
         write(self.path, json.dumps(line) + "\n", append=True)
 
 
-def take_step(model, batch, optimizer, parameters, config, done, world):
+def take_step(compute_loss, batch, optimizer, parameters, config, done):
     """One gradient step, step `done` + 1 -> the loss and its parts, floats."""
     with torch.autocast(parameters[0].device.type, torch.bfloat16, enabled=bool(config.bf16)):
-        loss, parts = model.loss(batch)
+        loss, parts = compute_loss(batch)
     optimizer.zero_grad()
     loss.backward()
-    if world > 1:
-        average_gradients(parameters, world)
     norm = nn.utils.clip_grad_norm_(parameters, config.clip or math.inf)
     row = {"loss": float(loss.detach())} | {k: float(v) for k, v in parts.items()}
     # The gradient too: a finite loss with an infinite gradient writes NaN into the weights.
@@ -239,21 +230,12 @@ def take_step(model, batch, optimizer, parameters, config, done, world):
     return row
 
 
-def draw(picture, model, path):
-    """Writes picture(model), a png, drawn in fp32, as numpy has no bf16."""
-    import imageio.v3 as imageio
-    with torch.no_grad():
-        pixels = picture(model.eval())
-    write(path, imageio.imwrite("<bytes>", pixels, extension=".png"))
-
-
-def fit(model, batches, config, path, picture=None, note="", extra=None):
+def fit(model, batches, config, path, picture=None, note=""):
     """Train `model` for config.steps; return it in eval(), with averaged weights if config.ema > 0.
 
     batches(step) -> dict of arrays, a function of the step alone. Run again with the same config
     after an interruption, it continues from `path` and ends with the weights of an unbroken run.
     Writes <run>.pt (= path), <run>.jsonl (log) and <run>.png (picture(model): (H, W, 3) uint8).
-    `extra`: plain values that the checkpoint keeps beside the config, to rebuild the model from.
     """
     path = os.fspath(path)
     keep_memory()
@@ -262,8 +244,9 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
     model.to(device).train()
     content = resume(model, config, path)
     done = content["step"] if content else 0
-    if world > 1:
-        share_weights(model)
+    compute_loss = Loss(model)
+    if world > 1:   # gives all processes the first one's weights, and averages their gradients
+        compute_loss = nn.parallel.DistributedDataParallel(compute_loss, broadcast_buffers=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(model, config, fused=device.type == "cuda")
     average = copy.deepcopy(model).eval() if config.ema else None
@@ -273,7 +256,7 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
             average.load_state_dict(content["ema"])
     if rank == 0:
         say(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
-            + f": {networks.count(model):,} trainable parameters, {config.steps} steps"
+            + f": {count(model):,} trainable parameters, {config.steps} steps"
             + (f", {note}" if note else "") + f" -> {path}")
         if done:
             say(f"{path} is at step {done}: "
@@ -288,7 +271,7 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
         batch = {k: torch.as_tensor(v).to(device) for k, v in batches(done * world + rank).items()}
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, config)
-        row = take_step(model, batch, optimizer, parameters, config, done, world)
+        row = take_step(compute_loss, batch, optimizer, parameters, config, done)
         if average:
             update_average(average, model, config.ema, done)
         done += 1
@@ -298,9 +281,10 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
         if log and (done % config.save_every == 0 or done == config.steps):
             save(path, kind=model.kind, config=as_dict(config), model=model.state_dict(),
                  optimizer=optimizer.state_dict(), ema=average and average.state_dict(), step=done,
-                 version=VERSION, extra=extra)
+                 version=VERSION)
             if picture:
-                draw(picture, average or model, run + ".png")
+                with torch.no_grad():
+                    save_picture(run + ".png", picture((average or model).eval()))
                 model.train()
     bar.close()
     if dist.is_initialized():
@@ -308,3 +292,14 @@ def fit(model, batches, config, path, picture=None, note="", extra=None):
     if average:
         model.load_state_dict(average.state_dict())
     return model.eval()
+
+
+def report(config, path, scores, picture):
+    """Prints a planner's scores on held-out videos (text) and writes them beside its checkpoint;
+    with --show also picture() -> (H, W, 3) uint8, which training has drawn itself."""
+    path = os.fspath(path).removesuffix(".pt")
+    print(scores)
+    write(path + ".txt", scores + "\n")
+    if config.show:
+        save_picture(path + ".png", picture())
+    print(f"picture: {path}.png   next: python executor.py --planner {path}.pt")

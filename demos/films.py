@@ -1,7 +1,4 @@
-"""Videos without a simulator: annotated by `annotate.py`, written as a data file without actions.
-
-    python extract.py --video clip.mp4 --objects "robot arm. black bowl. plate." --suite my_videos
-"""
+"""Films of any make as frames, for `extract.py --video`."""
 
 import os
 from pathlib import Path
@@ -13,23 +10,22 @@ from core.files import fail
 
 PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
+PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
+
+
+def files_in(folder, kinds):
+    """The files of a folder with one of these suffixes, in the order of their names."""
+    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in kinds)
 
 
 def episodes_of(path):
     """A folder of films -> those, an episode each; else the path itself, to be cut into pieces."""
-    path, films = Path(path), []
-    if path.is_dir():
-        films = sorted(p for p in path.iterdir() if p.is_file() and p.suffix.lower() in FILMS)
+    path = Path(path)
+    films = files_in(path, FILMS) if path.is_dir() else []
     if films and len(films) <= HELD_OUT:
         fail(f"{path} holds {len(films)} films: {HELD_OUT} are held out, "
              f"so give {HELD_OUT + 1} or more, or one film itself")
     return films or [path]
-
-
-PICTURES = {".png", ".jpg", ".jpeg", ".bmp"}
-
-
-# --- reading videos -------------------------------------------------------------------------------
 
 
 def square(picture, size):
@@ -54,20 +50,16 @@ def read_video(path, size):
         fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
     if path.is_dir():
         return read_pictures(path, size)
-    # quiet: we say ourselves what is wrong with a film
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said below, once
     film, frames = cv2.VideoCapture(str(path)), []
-    said = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
-    while True:
-        there, picture = film.read()
-        if not there:
-            break
-        frames.append(square(picture[..., ::-1], size))
+    announced = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
+    while (found := film.read())[0]:
+        frames.append(square(found[1][..., ::-1], size))
     film.release()
     if not frames:
         fail(f"{path} holds no frames that can be read: it is empty, cut short, or no video")
-    if len(frames) < 0.9 * said:  # containers round their number of frames
-        fail(f"{path} is cut short: {len(frames)} of {said} frames can be read; copy it again")
+    if len(frames) < 0.9 * announced:  # containers round their number of frames
+        fail(f"{path} is cut short: {len(frames)} of {announced} frames can be read; copy it again")
     return np.stack(frames)
 
 
@@ -75,7 +67,7 @@ def read_pictures(folder, size):
     """A folder of pictures of one size -> (T, size, size, 3) uint8 RGB."""
     import cv2
     frames, first = [], None
-    for path in sorted(p for p in folder.iterdir() if p.suffix.lower() in PICTURES):
+    for path in files_in(folder, PICTURES):
         picture = cv2.imread(str(path))
         if picture is None:
             fail(f"{path} is no picture that can be read: delete it or copy it again")

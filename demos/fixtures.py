@@ -1,16 +1,16 @@
-"""What is done to LIBERO's fixtures: drawers and doors opened and shut, knobs turned, and things
-brought out of a drawer's way.
+"""LIBERO's fixtures: drawers and doors are opened and shut, knobs turned, and things brought out of
+a drawer's way.
 
-Each function is a part of the expert's plan (`experts.py`): a generator of actions, which looks at
-the fixture's joint as it is now and gives up when the hand has lost it; the expert tries again.
+Each function is a part of the demonstrator's plan (`libero.py`): a generator of actions, which
+follows the fixture's joint as it is now and gives up when the hand has lost it; the plan then tries
+again.  arm: `libero.Arm`; target: the region or object that a goal names.
 """
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
-from demos.grasp import corners, leaning, pose, solid, turned, yaw_of
+from demos.grasp import UP, corners, leaning, pose, solid, turned, yaw_of
 
-UP = np.array([0.0, 0, 1])
 # radians off the vertical at which a handle is pulled: one with nothing above it, another
 PULL_LEAN = (1.2, 1.4)
 PUSH_LEAN = 0.5  # radians: a leaning hand keeps clear of the handles above the one it pushes
@@ -20,6 +20,7 @@ WIDE, OPEN, AJAR = -0.158, -0.150, -0.105
 IN_FRONT = 0.09  # metres before the handle from which the hand comes
 # metres that the hand's target is ahead of the drawer it moves: slowly, or a handle slips out
 LEAD = 0.03
+LOST = 0.04  # metres between hand and handle
 SIDE = 0.2  # metres from its hinge at which a door is pushed
 SWUNG = -1.45  # radians of a door's joint: open (LIBERO: beyond -1.3)
 
@@ -28,16 +29,14 @@ class Part:
     """The part of a fixture that a goal speaks of: its joint, its body's geoms, as they are now."""
 
     def __init__(self, sim, target):
-        region = sim.env.object_sites_dict.get(target)
-        self.sim, self.target = sim, target
-        self.fixture = region.parent_name if region else target
-        self.joint = sim.model.joint((region or sim.env.get_object(target)).joints[0])
-        m = sim.model
+        region, m = sim.env.object_sites_dict.get(target), sim.model
+        self.sim, self.fixture = sim, region.parent_name if region else target
+        self.joint = m.joint((region or sim.env.get_object(target)).joints[0])
         body = self.joint.bodyid[0]
         collides = (m.geom_contype | m.geom_conaffinity) > 0
-        self.geoms = np.flatnonzero((m.geom_bodyid == body) & collides)
-        self.others = np.flatnonzero((m.body_rootid[m.geom_bodyid] == m.body_rootid[body])
-                                     & (m.geom_bodyid != body) & collides)
+        kin = collides & (m.body_rootid[m.geom_bodyid] == m.body_rootid[body])
+        self.geoms = np.flatnonzero(kin & (m.geom_bodyid == body))
+        self.others = np.flatnonzero(kin & (m.geom_bodyid != body))
 
     @property
     def q(self):
@@ -47,6 +46,11 @@ class Part:
     @property
     def anchor(self):
         return self.sim.data.xanchor[self.joint.id].copy()
+
+    @property
+    def base(self):
+        """Rotation (3, 3) of the fixture."""
+        return pose(self.sim, self.fixture)[1]
 
     @property
     def outward(self):
@@ -69,131 +73,122 @@ class Part:
         return boxed[above][..., 2].min(initial=np.inf)
 
 
-def open_drawer(expert, target, far):
+# --- drawers --------------------------------------------------------------------------------------
+
+
+def open_drawer(arm, target, far):
     """Pulls a drawer by its handle until its joint is below `far`, metres (< 0), then lets go."""
-    part = Part(expert.sim, target)
+    part = Part(arm.sim, target)
     out, low = part.outward, bool(np.isfinite(part.ceiling()))
     R = leaning(out, out, PULL_LEAN[low])
-    yield from expert.travel(lambda: part.handle()[0] + IN_FRONT * out, R, -1)
+    yield from arm.travel(lambda: part.handle()[0] + IN_FRONT * out, R, -1)
     for _ in range(HALF_OPEN * low):
-        yield expert.towards(part.handle()[0] + IN_FRONT * out, R, 1)
-    opened = 0 if low else -1
-    yield from expert.approach(lambda: part.handle()[0], R, opened)
-    yield from expert.squeeze(R)
+        yield arm.towards(part.handle()[0] + IN_FRONT * out, R, 1)
+    yield from arm.approach(lambda: part.handle()[0], R, 0 if low else -1)
+    yield from arm.squeeze(R)
     for _ in range(90):
         bar, _ = part.handle()
-        if part.q < far or np.linalg.norm(bar - expert.grip) > 0.04:
+        if part.q < far or arm.away(bar) > LOST:
             break
-        yield expert.towards(bar + np.clip(part.q - far + 0.012, 0.012, LEAD) * out, R, 1)
-    yield from expert.leave(out, R)
+        yield arm.towards(bar + np.clip(part.q - far + 0.012, 0.012, LEAD) * out, R, 1)
+    yield from arm.leave(out, R)
 
 
-def widen_drawer(expert, target):
+def widen_drawer(arm, target):
     """Pushes a drawer that is nearly open to its end, the closed hand being inside of its front."""
-    part = Part(expert.sim, target)
+    part = Part(arm.sim, target)
     out = part.outward
     R = turned(yaw_of(np.cross(UP, out)))
-    top = corners(expert.sim, part.geoms)[..., 2].max()
+    top = corners(arm.sim, part.geoms)[..., 2].max()
 
     def inside(ahead):
         return (part.handle()[0] + (ahead - 0.055) * out) * [1, 1, 0] + (top - 0.012) * UP
-    yield from expert.travel(lambda: inside(0), R, 1)
+    yield from arm.travel(lambda: inside(0), R, 1)
     for _ in range(30):
         if part.q < WIDE + 0.002:
             break
-        yield expert.towards(inside(LEAD), R, 1)
-    yield from expert.rise(R, 1)
+        yield arm.towards(inside(LEAD), R, 1)
+    yield from arm.withdraw(R, 1)
 
 
-def close_drawer(expert, target):
+def close_drawer(arm, target):
     """Pushes a drawer shut by its handle with the closed hand."""
-    part = Part(expert.sim, target)
+    part = Part(arm.sim, target)
     out = part.outward
     R = leaning(np.cross(UP, out), out, PUSH_LEAN)
-    yield from expert.travel(lambda: part.handle()[0] + IN_FRONT * out, R, 1)
+    yield from arm.travel(lambda: part.handle()[0] + IN_FRONT * out, R, 1)
     still = 0
     for _ in range(120):
-        bar, depth = part.handle()
         before = part.q
-        yield expert.towards(bar - LEAD * out, R, 1)
+        yield arm.towards(part.handle()[0] - LEAD * out, R, 1)
         still = still + 1 if part.q - before < 0.0002 else 0
         if part.q > 0.004 or still > 30:
             break
-    yield from expert.leave(out, R, 1)
+    yield from arm.leave(out, R, 1)
 
 
-def open_door(expert, target):
-    """Pinches the upright bar of the microwave's door from above and swings it open, the hand
-    turning with it."""
-    part = Part(expert.sim, target)
-    _, base = pose(expert.sim, part.fixture)
-    front = base @ [np.sin(part.q), -np.cos(part.q), 0]
-    bar = part.geoms[(corners(expert.sim, part.geoms).mean(1) @ front).argmax()]
+# --- doors and knobs ------------------------------------------------------------------------------
 
-    def place(ahead=0.0):
-        boxed = corners(expert.sim, [bar])[0]
-        swing = Rotation.from_euler("z", ahead).as_matrix()
-        point = part.anchor + swing @ (boxed.mean(0) - part.anchor)
-        return np.array([*point[:2], boxed[:, 2].max() - 0.02])
+
+def open_door(arm, target):
+    """Swings the microwave's door open by its upright bar."""
+    part = Part(arm.sim, target)
+    front = part.base @ [np.sin(part.q), -np.cos(part.q), 0]
+    bar = part.geoms[(corners(arm.sim, part.geoms).mean(1) @ front).argmax()]
+
+    def point(lead=0.0):
+        boxed = corners(arm.sim, [bar])[0]
+        swing = Rotation.from_euler("z", lead).as_matrix()
+        ahead = part.anchor + swing @ (boxed.mean(0) - part.anchor)
+        return np.array([*ahead[:2], boxed[:, 2].max() - 0.02])
 
     began, start = part.q, yaw_of(np.cross(UP, front))
-    yield from expert.travel(place, turned(start), -1)
-    yield from expert.squeeze(turned(start))
+    yield from arm.travel(point, turned(start), -1)
+    yield from arm.squeeze(turned(start))
     for _ in range(150):
-        if part.q < SWUNG or np.linalg.norm(place() - expert.grip) > 0.04:
+        if part.q < SWUNG or arm.away(point()) > LOST:
             break
-        yield expert.towards(place(-LEAD / SIDE), turned(start + part.q - began), 1)
-    yield from expert.let_go(expert.hand)
+        yield arm.towards(point(-LEAD / SIDE), turned(start + part.q - began), 1)
+    yield from arm.let_go(arm.hand)
 
 
-def close_door(expert, target):
+def close_door(arm, target):
     """Pushes the microwave's door shut with the closed hand, at its upper edge."""
-    part = Part(expert.sim, target)
-    top = corners(expert.sim, part.geoms)[..., 2].max()
+    part = Part(arm.sim, target)
+    top = corners(arm.sim, part.geoms)[..., 2].max()
     R = turned(0)
 
     def before_door(ahead, gap):
         q = min(part.q + ahead, 0)
         along, front = np.array([np.cos(q), np.sin(q), 0]), np.array([np.sin(q), -np.cos(q), 0])
-        _, base = pose(expert.sim, part.fixture)
-        point = part.anchor + base @ (SIDE * along + gap * front)
+        point = part.anchor + part.base @ (SIDE * along + gap * front)
         return np.array([*point[:2], top - 0.02])
 
-    yield from expert.travel(lambda: before_door(0, 0.1), R, 1)
+    yield from arm.travel(lambda: before_door(0, 0.1), R, 1)
     for _ in range(160):
-        yield expert.towards(before_door(0.35, 0.0), R, 1)
+        yield arm.towards(before_door(0.35, 0.0), R, 1)
         if part.q > -0.002:
             break
-    yield from expert.leave(pose(expert.sim, part.fixture)[1] @ [0, -1, 0], R, 1)
+    yield from arm.leave(part.base @ [0, -1, 0], R, 1)
 
 
-def turn_knob(expert, target, on):
-    """Turns the stove's knob by its fin, to on or off."""
-    part = Part(expert.sim, target)
-    fin = corners(expert.sim, part.geoms)
-    fin = part.geoms[fin[..., 2].max(1).argmax()]
+def turn_knob(arm, target, on):
+    """Turns the stove's knob by its fin, pinched from above, to on or off."""
+    part = Part(arm.sim, target)
+    fin = part.geoms[corners(arm.sim, part.geoms)[..., 2].max(1).argmax()]
 
-    def place():
-        top = corners(expert.sim, [fin])[..., 2].max()
-        return np.array([*part.anchor[:2], top - 0.018])
+    def point():
+        return np.array([*part.anchor[:2], corners(arm.sim, [fin])[..., 2].max() - 0.018])
 
-    def across(ahead=0.0):
-        _, base = pose(expert.sim, part.fixture)
-        q = part.q + ahead
-        axis = base @ [-np.sin(q), np.cos(q), 0]
-        return axis
-
-    start = yaw_of(across())
-    yield from expert.travel(place, turned(start), -1)
-    yield from expert.squeeze(turned(start))
-    began = part.q
+    start = yaw_of(part.base @ [-np.sin(part.q), np.cos(part.q), 0])
+    yield from arm.travel(point, turned(start), -1)
+    yield from arm.squeeze(turned(start))
+    began, lead = part.q, 0.5 if on else -0.5
     for _ in range(70):
-        turned_far = part.q > 1.0 if on else part.q < -0.0035
-        if np.linalg.norm(place() - expert.grip) > 0.04 or turned_far:
+        if arm.away(point()) > LOST or (part.q > 1.0 if on else part.q < -0.0035):
             break
-        lead = 0.5 if on else -0.5
-        yield expert.towards(place(), turned(start + part.q - began + lead), 1)
-    yield from expert.let_go(expert.hand)
+        yield arm.towards(point(), turned(start + part.q - began + lead), 1)
+    yield from arm.let_go(arm.hand)
 
 
 # --- out of a drawer's way ------------------------------------------------------------------------
@@ -223,30 +218,16 @@ def uncovered(sim, name, more=np.zeros((0, 8, 3)), spare=0.01):
     return np.zeros(3)
 
 
-def slide_out(expert, name, R):
-    """A held thing out from under what is above it, such as an open drawer, along the table."""
-    shift = uncovered(expert.sim, name)
-    goal = expert.grip + shift
-    for _ in range(40 if np.any(shift) else 0):
-        if np.linalg.norm((goal - expert.grip)[:2]) < 0.008:
+def slide(arm, shift, R, near, steps):
+    """A held thing along the table by `shift` (3,), to within `near`; metres."""
+    goal = arm.grip + shift
+    for _ in range(steps):
+        if np.linalg.norm((goal - arm.grip)[:2]) < near:
             break
-        yield expert.towards(goal + [0, 0, 0.004], R, 1)
+        yield arm.towards(goal + 0.004 * UP, R, 1)
 
 
-def clear(expert, name, target):
-    """Moves an object, along the table, from where a drawer will be over it when it is open."""
-    part = Part(expert.sim, target)
-    drawer = corners(expert.sim, part.geoms) + (part.q - AJAR + 0.04) * part.outward
-    if not np.any(uncovered(expert.sim, name, drawer, 0.0)):
-        return
-    shift = uncovered(expert.sim, name, drawer, 0.04)
-    grasp, blocked = yield from expert.reach(name)
-    R = expert.grasp_pose(name, grasp)[1]
-    if not blocked:
-        yield from expert.squeeze(R)
-        goal = expert.grip + shift
-        for _ in range(25):
-            if np.linalg.norm((goal - expert.grip)[:2]) < 0.015:
-                break
-            yield expert.towards(goal + [0, 0, 0.004], R, 1)
-    yield from expert.let_go(R)
+def slide_out(arm, name, R):
+    """A held thing out from under what is above it, such as an open drawer."""
+    shift = uncovered(arm.sim, name)
+    yield from slide(arm, shift, R, 0.008, 40 if np.any(shift) else 0)

@@ -3,18 +3,15 @@
 import numpy as np
 from scipy.spatial.transform import Rotation
 
+UP = np.array([0.0, 0, 1])
 # hand pointing down, its fingers opening along world y
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
-
-
 # ---- the Panda hand, metres from the grip site (between the finger pads)
 OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
 TIGHT = 0.066  # a thing wider than this is held by its handle if it has one and is not hollow
 PALM = 0.031  # height of the palm above the grip site
 PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
 SLIPPED = 0.035  # between hand and grasp point: the object was missed or lost
-
-
 # ---- where to grasp, metres
 # a tall object is aimed at this far below its top; ARRIVED stops the hand before the palm touches
 BITE = 0.033
@@ -27,7 +24,7 @@ RIMS = ((0.0, 0.030, 0.006), (0.3, 0.020, 0.006), (0.5, 0.020, 0.015))
 MARGIN = 0.006  # a hand nearer than this to something is charged for it ...
 TOUCH = 0.003  # ... and nearer than this all but excluded
 # from the shoulder, as is a grasp further away: there the elbow locks straight and the arm does not
-# come back (bowl beside the cookies in the unseen layout: 0 of 6 scenes without, 5 with)
+# come back
 STRETCHED = 0.77
 
 
@@ -57,12 +54,19 @@ CORNERS = grid([-1, 1], [-1, 1], [-1, 1])  # (8, 3)
 
 # --- geometry -------------------------------------------------------------------------------------
 
+
 def solid(sim, name):
     """Indices of the colliding geoms of an object or fixture, its moving parts included, (G,)."""
     m = sim.model
     root = m.body_rootid[sim.env.obj_body_id[name]]
     collides = (m.geom_contype | m.geom_conaffinity) > 0
     return np.flatnonzero((m.body_rootid[m.geom_bodyid] == root) & collides)
+
+
+def pose(sim, name):
+    """Position (3,) in metres and rotation (3, 3) of an object."""
+    body = sim.env.obj_body_id[name]
+    return sim.data.xpos[body].copy(), sim.data.xmat[body].reshape(3, 3).copy()
 
 
 def boxes(sim, geoms):
@@ -82,7 +86,7 @@ def distance(sim, points, geoms):
     """points (..., 3), geoms (G,) -> metres to the nearest of their boxes, 0 inside, (...)."""
     centre, R, half = boxes(sim, geoms)
     local = np.einsum("gij,...gi->...gj", R, points[..., None, :] - centre)  # (..., G, 3)
-    return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1).min(-1)
+    return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1).min(-1, initial=np.inf)
 
 
 def top_beside(sim, geoms, start, end, radius):
@@ -105,7 +109,7 @@ def turned(yaw):
 def leaning(axis, out, angle):
     """The hand with its fingers along `axis` (3,), horizontal, leaning over by `angle` radians: its
     back towards `out`."""
-    return Rotation.from_rotvec(angle * np.cross([0, 0, 1], out)).as_matrix() @ turned(yaw_of(axis))
+    return Rotation.from_rotvec(angle * np.cross(UP, out)).as_matrix() @ turned(yaw_of(axis))
 
 
 def yaw_of(axis):
@@ -119,6 +123,7 @@ def yaw_of(axis):
 
 
 # --- grasps ---------------------------------------------------------------------------------------
+
 
 def pinches(boxed, yaws, axes):
     """Ways to pinch an object across.  boxed (G, 8, 3) corners, yaws (Y,), axes (Y, 3).
@@ -149,9 +154,7 @@ def pinches(boxed, yaws, axes):
 def rims(boxed, yaws, axes):
     """Ways to hold an object by its rim, one finger inside.  All else as for `pinches`.
 
-    A tilted bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips
-    (first attempts at a bowl tipped by 50 degrees: 110 of 120 held within 60 degrees of its highest
-    point, 35 of 120 opposite).
+    A tilted bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips.
     """
     points = boxed.reshape(-1, 3)
     middle, floor = (points.min(0) + points.max(0)) / 2, points[:, 2].min()
@@ -240,22 +243,18 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
     others = others[away < 0.25 + sim.model.geom_rbound[others]]
     yaws = np.radians(np.arange(-75, 105, 5))  # (Y,)
     axes = np.stack([-np.sin(yaws), np.cos(yaws), 0 * yaws], -1)  # (Y, 3)
-    narrow = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min() < OPENING
-    body = without_handle(boxed)
-    width = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min()
+    width, body = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min(), without_handle(boxed)
     handled = width > TIGHT and not body.all() and not is_hollow(boxed[body])
+    # the handle of a thing that fell over may be out of reach
     found = list(handles(boxed, body, yaws, axes)) if handled else []
-    handled = bool(found)  # of a thing that fell over it may be out of reach
-    found = found or (pinches(boxed, yaws, axes) if narrow
-                      else rims(boxed[body], yaws[1::2], axes[1::2]))
+    by_rim = not found and width >= OPENING
+    if not found:
+        found = rims(boxed[body], yaws[1::2], axes[1::2]) if by_rim else pinches(boxed, yaws, axes)
     cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
     hands = np.einsum("nij,kj->nki", np.stack([turned(y) for y in yaw]), HAND)
     hands = point[:, None] + hands  # (N, K, 3)
-    gap = np.full(len(yaw), np.inf)
-    if len(others):
-        gap = distance(sim, hands, others).min(1)
-    # the inner finger must not stand on the bottom, which a tilted bowl turns towards it
-    if not narrow and not handled:
+    gap = distance(sim, hands, others).min(1)  # (N,)
+    if by_rim:  # the inner finger must not stand on the bottom, which a tilted bowl turns to it
         gap = np.minimum(gap, distance(sim, hands[:, :len(FINGERS)], own).min(1))
     if last is not None:
         cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
@@ -265,9 +264,3 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
     best = np.argmin(cost + np.abs(yaw) + 300 * np.maximum(MARGIN - gap, 0) + 5 * (gap < TOUCH))
     p, R = pose(sim, name)
     return R.T @ (point[best] - p), R.T @ axis[best]
-
-
-def pose(sim, name):
-    """Position (3,) in metres and rotation (3, 3) of an object."""
-    body = sim.env.obj_body_id[name]
-    return sim.data.xpos[body].copy(), sim.data.xmat[body].reshape(3, 3).copy()

@@ -1,4 +1,4 @@
-"""A task's instruction in numbers, by a language model whose weights are on this computer."""
+"""A task's instruction as numbers, by a language model whose weights are on this computer."""
 
 from functools import cache
 
@@ -27,18 +27,16 @@ def text_model(name):
 
 
 def embed(sentence, name="minilm"):
-    """A sentence -> (D,) float32.
-
-    MiniLM's mean token at unit length, BERT's pooled output (as ATM), or CLIP's text features.
-    """
+    """A sentence -> (E,) float32: MiniLM's mean token at unit length, BERT's pooled output (as
+    ATM), or CLIP's text features."""
     import torch
     import torch.nn.functional as F
     tokenizer, network = text_model(name)
     words = tokenizer(sentence, return_tensors="pt")
     with torch.no_grad():
         if hasattr(network, "get_text_features"):
-            said = network.get_text_features(**words)
-            return getattr(said, "pooler_output", said)[0].numpy()
-        said = network(**words)
-        mean = F.normalize(said.last_hidden_state[0].mean(0), dim=0)
-        return (said.pooler_output[0] if name == "bert" else mean).numpy()
+            found = network.get_text_features(**words)
+            return getattr(found, "pooler_output", found)[0].numpy()
+        found = network(**words)
+        mean = F.normalize(found.last_hidden_state[0].mean(0), dim=0)
+        return (found.pooler_output[0] if name == "bert" else mean).numpy()

@@ -1,14 +1,14 @@
 """Where LIBERO's things are put: the place, how the hand turns for it, the way in from the front.
 
-`insert` is a part of the expert's plan (`experts.py`), a generator of actions; the other functions
-look at the scene as it is now.
+`insert` is a part of the demonstrator's plan (`libero.py`), a generator of actions; the other
+functions look at the scene as it is now.
 """
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from demos import fixtures
-from demos.grasp import SLIPPED, corners, handle_of, leaning, pose, solid
+from demos.grasp import SLIPPED, UP, corners, handle_of, leaning, pose, solid
 
 LEAN = 1.0  # radians by which the hand leans back to reach into a microwave or shelf
 INSIDE = 0.03  # metres before a region's centre at which a thing is put down inside
@@ -77,10 +77,10 @@ def floor_of(sim, target, where):
     return high[under, 2].max(initial=0.9)
 
 
-def aligned(expert, name, target, R):
+def aligned(arm, name, target, R):
     """The hand's rotation (3, 3) that turns a held object's long side along that of its region."""
-    sim = expert.sim
-    if not expert.careful or not is_region(sim, target):
+    sim = arm.sim
+    if not arm.careful or not is_region(sim, target):
         return R
     region = sim.env.object_sites_dict[target]
     boxed = corners(sim, solid(sim, name)).reshape(-1, 3)
@@ -101,48 +101,46 @@ def laid_down(sim, target, R):
         return R
     where, rack = destination(sim, target)
     back = (pose(sim, rack)[0] - where) * [0, 1, 0]
-    axis = np.cross([0, 0, 1], back / np.linalg.norm(back))
+    axis = np.cross(UP, back / np.linalg.norm(back))
     return Rotation.from_rotvec(SLOPE * axis).as_matrix() @ R
 
 
-def insert(expert, goal):
+def insert(arm, goal):
     """One attempt at putting a thing with a handle into a microwave or shelf, from the front.
 
     It is held by its handle, lifted to the height of the floor inside, turned before it, pushed in
     and set down.
     """
-    sim, (_, name, target) = expert.sim, goal
+    sim, (_, name, target) = arm.sim, goal
     where, container = destination(sim, target)
-    out = pose(sim, container)[1] @ [0, -1, 0]
-    local = handle_of(sim, name)
+    out, local = pose(sim, container)[1] @ [0, -1, 0], handle_of(sim, name)
 
     def handle():
         p, R = pose(sim, name)
         return p + R @ local
-    away = handle() - pose(sim, name)[0]
-    away = np.append(away[:2], 0) / np.linalg.norm(away[:2])
-    R = leaning(np.cross([0, 0, 1], away), away, LEAN)
-    yield from expert.travel(lambda: handle() + 0.05 * away + [0, 0, 0.03], R, -1)
-    yield from expert.approach(handle, R, -1)
-    yield from expert.squeeze(R)
-    R = leaning(np.cross([0, 0, 1], out), out, LEAN)
+    away = (handle() - pose(sim, name)[0])[:2]
+    away = np.append(away, 0) / np.linalg.norm(away)
+    R = leaning(np.cross(UP, away), away, LEAN)
+    yield from arm.travel(lambda: handle() + 0.05 * away + [0, 0, 0.03], R, -1)
+    yield from arm.approach(handle, R, -1)
+    yield from arm.squeeze(R)
+    R = leaning(np.cross(UP, out), out, LEAN)
     level = floor_of(sim, target, where) + 0.025
     for stage, far in enumerate((0.16, 0.16, INSIDE)):
         for step in range(70):
-            if np.linalg.norm(handle() - expert.grip) > SLIPPED:
+            if arm.away(handle()) > SLIPPED:
                 return
             shift = where + far * out - pose(sim, name)[0]
-            shift[2] = level - expert.lowest(name)
+            shift[2] = level - arm.lowest(name)
             if stage == 0:
                 shift[:2] = 0
-            twist = Rotation.from_matrix(R @ expert.hand.T).magnitude()
-            turned = stage == 0 or twist < 0.2 or step > 50
+            turned = stage == 0 or arm.turn_to(R).magnitude() < 0.2 or step > 50
             if np.linalg.norm(shift) < 0.015 and turned:
                 break
-            yield expert.towards(expert.grip + shift, R if stage else expert.hand, 1)
+            yield arm.towards(arm.grip + shift, R if stage else arm.hand, 1)
     for _ in range(25):
-        before = expert.lowest(name)
-        yield expert.towards(expert.grip + [0, 0, -0.02], R, 1)
-        if before - expert.lowest(name) < 0.0005:
+        before = arm.lowest(name)
+        yield arm.towards(arm.grip - 0.02 * UP, R, 1)
+        if before - arm.lowest(name) < 0.0005:
             break
-    yield from expert.leave(out, R)
+    yield from arm.leave(out, R)

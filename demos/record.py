@@ -1,11 +1,19 @@
-"""What every planner's program does around its training: data before, scores after."""
+"""Scripted demonstrations are recorded, in processes that other programs use, too.
+
+    ensure("libero_spatial", names, demos=20, data="data")    # makes the episodes that are missing
+    videos, held_out, note = load_videos(config)              # the same, then a planner's videos
+
+`Demonstrator` is the scripted policy as `rollout.py` plays it: the upper bound of every plan.
+"""
 
 import gc
+import json
 import os
 import sys
 import time
-from contextlib import contextmanager
-from multiprocessing import TimeoutError, active_children, get_context, parent_process
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
 
@@ -14,43 +22,75 @@ import numpy as np
 from tqdm import tqdm
 
 import sims
-from core.episodes import (Episodes, HELD_OUT, assemble, join, open_data, source_of,
+from core import draw
+from core.episodes import (CAMERAS, HELD_OUT, Episodes, assemble, join, open_data, source_of,
                            split_assembled, write_episode)
-from core.files import fail, stop_if_full, write
-from demos.libero import demonstrator
-from sims import metaworld
+from core.files import fail, stop_if_full
+from core.flags import suites
+from demos.language import embed
+from demos.libero import UNSOLVED, demonstrator
 from sims.camera import choose_opengl
 
-# tasks of LIBERO-90 that the demonstrator solves in fewer than half of their scenes (in none)
-UNSOLVED = {
-    "KITCHEN_SCENE1_open_the_bottom_drawer_of_the_cabinet",
-    "KITCHEN_SCENE5_put_the_ketchup_in_the_top_drawer_of_the_cabinet",
-    "KITCHEN_SCENE9_put_the_frying_pan_on_the_cabinet_shelf",
-    "KITCHEN_SCENE9_put_the_frying_pan_under_the_cabinet_shelf",
-    "STUDY_SCENE4_pick_up_the_book_in_the_middle_and_place_it_on_the_cabinet_shelf",
-    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf",
-    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf",
-}
-NOISE = 0.1  # on the executed motion, see `record`
-# episode i is sampled with seed i; if the expert fails there, with i + RETRY, and so on
+NOISE = 0.1  # on the executed motion, see `record`; 1 is full speed
+# episode i is sampled with seed i; if the demonstrator fails there, with i + RETRY, and so on
 RETRY = 100_000
+
+
+# --- one episode ----------------------------------------------------------------------------------
+
+
+def perturbed(action, noise, rng):
+    """An action (A,) with normal noise on its motion, not on its last number, the gripper's."""
+    return action + np.append(rng.normal(0, noise, len(action) - 1), 0)
+
+
+class Demonstrator:
+    """The scripted policy as an actor, see `rollout.play`.
+
+    noise  standard deviation of what is added to the motion numbers of each action
+    """
+
+    def __init__(self, sim, noise=0.0):
+        self.noise = noise
+
+    def reset(self, sim, scene):
+        """scene {"seed": s} or {"init": k}: the number decides the height of approach and the
+        noise."""
+        number, = scene.values()
+        self.policy, self.rng = demonstrator(sim, number), np.random.default_rng([number, 1])
+
+    def __call__(self, sim):
+        """The action for the current state, (A,): in [-1, 1] without the noise."""
+        return perturbed(self.policy(sim), self.noise, self.rng)
+
+    def finished(self, success):
+        """Whether the hand has let go and withdrawn; success alone does not end a demonstration."""
+        return self.policy.done
+
+    def draw(self, sim):
+        """Both cameras' pictures side by side, (., ., 3) uint8."""
+        frame = sim.frame()
+        return draw.row([("now", frame["agentview_rgb"]), ("wrist", frame["eye_in_hand_rgb"])])
+
+    def limit(self, sim):
+        """Steps at most: as when recorded, enough for a second attempt."""
+        return sim.max_demo_steps
 
 
 def record(sim, seed, noise):
     """Plays one scripted episode.  Returns its arrays, or None if the goal did not hold at the end.
 
     noise  standard deviation of what is added to the motion numbers of the executed action (after
-           DART, Laskey et al. 2017): the states stray as a learner's will, the recorded actions say
-           how to come back
+           DART, Laskey et al. 2017): the states stray as a learner's will, the recorded, clean
+           actions lead back
     """
     rng = np.random.default_rng(seed)
-    frame, expert = sim.reset(seed=seed), demonstrator(sim, seed)
+    frame, policy = sim.reset(seed=seed), demonstrator(sim, seed)
     rows = []
-    while not expert.done and len(rows) < sim.patience:
-        action = expert(sim)  # (7,)
+    while not policy.done and len(rows) < sim.max_demo_steps:
+        action = policy(sim)  # (A,)
         row = frame | {"actions": action, "states": sim.state()}
-        strayed = action + np.append(rng.normal(0, noise, sim.action_dim - 1), 0)
-        frame, success = sim.step(strayed)
+        frame, success = sim.step(perturbed(action, noise, rng))
         rows.append(row | {"rewards": float(success)})
     if not sim.success():
         return None
@@ -58,34 +98,78 @@ def record(sim, seed, noise):
     return episode | sims.tracks(sim, episode["states"], seed=seed)
 
 
-def extract_chunk(job):
-    """Worker: makes some episodes of one task.  The simulator is kept for the task's next chunk."""
-    suite, task, indices, folder, size, noise, render = job
-    key = suite, task, size, render
-    if getattr(extract_chunk, "key", None) != key:
-        if hasattr(extract_chunk, "sim"):
-            # a simulator with its textures takes over a gigabyte: never two at a time
-            extract_chunk.sim.close()
-            del extract_chunk.sim
-            gc.collect()
-        extract_chunk.sim, extract_chunk.key = sims.make(suite, task, size, render), key
-    for i in indices:
-        begin = time.time()
-        for seed in range(i, i + 20 * RETRY, RETRY):
-            episode = record(extract_chunk.sim, seed, noise)
-            if episode:
-                break
-        else:
-            raise RuntimeError(f"{task}: the expert failed 20 scenes in a row")
-        write_episode(Path(folder) / f"demo_{i}.hdf5", episode, seed=seed, noise=noise,
-                      render=render, seconds=time.time() - begin)
-        extract_chunk.progress.put(1)
+# --- processes ------------------------------------------------------------------------------------
 
 
-def start_worker(function, queue):
-    """Pool initialiser: where `function`'s worker reports; it ends when its parent is killed."""
-    function.progress = queue
+def run_jobs(function, jobs, workers, total, desc, opengl=True):
+    """Plays episodes in processes of one thread each and yields their results as they come.
+
+    function  a generator: function(job) makes one simulator, plays the job's episodes and yields a
+              (small) result after each
+    workers   number of processes, which end when this one is killed
+    total     number of episodes of all jobs, for the progress bar that `desc` names
+    opengl    whether the simulators render
+
+    Errors of a worker are raised here; a worker that was killed ends the program in one line.
+    """
+    choose_opengl(needed=opengl)
+    context = get_context("spawn")  # a fork would share OpenGL and torch's threads
+    queue, often = context.SimpleQueue(), 0.5 if sys.stderr.isatty() else 30
+    with (ProcessPoolExecutor(workers, context, start_worker, (queue,)) as pool,
+          tqdm(total=total, unit="episode", desc=desc, mininterval=often) as bar):
+        try:
+            left = submit(pool, function, jobs)
+            while left or not queue.empty():
+                done, left = wait(left, timeout=0.3, return_when=FIRST_COMPLETED)
+                for future in done:
+                    future.result()  # raises what the worker raised
+                while not queue.empty():
+                    bar.update()
+                    yield queue.get()
+        except BrokenProcessPool:
+            fail("a worker process was killed, perhaps for lack of memory: run again with fewer "
+                 "--workers; finished episodes are kept")
+        finally:  # interrupted, they would play all their jobs first
+            for process in active_children():
+                process.terminate()
+
+
+def submit(pool, function, jobs):
+    """The jobs as futures; the processes, which start with them, have one thread each."""
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
+    before = {key: os.environ.get(key) for key in one}
+    os.environ.update(one)  # inherited
+    try:
+        return [pool.submit(work, function, job) for job in jobs]
+    finally:
+        for key, value in before.items():
+            os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+
+reports = None  # in a worker: the queue of its results
+
+
+def start_worker(queue):
+    """Initialises a worker: where it reports; a thread ends it when its parent is killed."""
+    global reports
+    reports = queue
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
+
+def work(function, job):
+    """Worker: plays the episodes of one job and reports each."""
+    for result in function(job):
+        reports.put(result)
+    gc.collect()  # a simulator with its textures takes over a gigabyte: never two at a time
+
+
+def shares(episodes, tasks, workers):
+    """A task's episodes in pieces, a job each: those of few tasks are split among all processes."""
+    pieces = workers if tasks < 2 * workers else 1
+    return [episodes[k::pieces] for k in range(pieces) if episodes[k::pieces]]
+
+
+# --- data files -----------------------------------------------------------------------------------
 
 
 def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers=2, text="minilm"):
@@ -93,190 +177,143 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
 
     Episode i depends on (task, i) alone, so neither interruptions nor the number of processes
     change the data.
-    noise, render  None: those of the episodes that are there, else 0.1 and fast
+    size           height and width of the pictures, pixels
+    noise, render  None: those of the episodes that are there, else NOISE and fast
+    text           what embeds the instruction, one of `language.TEXTS`
     """
-    jobs, open_tasks = [], []
+    asked, jobs, unfinished = {"size": size, "noise": noise, "render": render}, [], {}
+    usual = {"size": size, "noise": NOISE if noise is None else noise, "render": render or "fast"}
     for task in tasks:
         path = Path(data) / suite / f"{task}.hdf5"
-        parts = path.with_suffix("")
-        there, look = NOISE if noise is None else noise, render or "fast"
-        if source_of(path) in ("video", "official"):
-            with open_data(path) as f:
-                found = f["data"].attrs["size"]
-            if found != size:
-                fail(f"{path} holds {found} px pictures, not {size} px: give --size {found}")
+        parts, (ready, made_with) = path.with_suffix(""), made_so_far(path, suite)
+        other = {key: f"--{key} {value}" for key, value in made_with.items()
+                 if asked[key] not in (None, value)}
+        if other:
+            fail(f"{path} holds episodes of {', '.join(other.values())}, not "
+                 f"{', '.join(f'--{key} {asked[key]}' for key in other)}: give "
+                 f"{' '.join(other.values())}, choose another --data folder or delete it")
+        if ready >= demos + HELD_OUT:
             continue
         if path.exists():
-            with open_data(path) as f:
-                have, attrs = len(f["data"]), dict(f["data"].attrs)
-                there = float(f["data/demo_0"].attrs["noise"])
-            if noise not in (None, there):
-                fail(f"{path} was made with --noise {there:g}, not {noise:g}: "
-                     "choose another --data folder or delete it")
-            if attrs["size"] != size or render not in (None, attrs["render"]):
-                fail(f"{path} holds {attrs['size']} px {attrs['render']} pictures, not {size} px "
-                     f"{render or ''}: choose another --data folder or delete it")
-            look = attrs["render"]
-            if have >= demos + HELD_OUT:
-                continue
             split_assembled(path, parts)
         parts.mkdir(parents=True, exist_ok=True)
-        there, look = unfinished(parts, size, noise, render) or (there, look)
-        open_tasks.append((task, look))
+        unfinished[task] = usual | made_with
         missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
-        # few tasks: split each among the processes
-        pieces = workers if len(tasks) < 2 * workers else 1
-        jobs += [(suite, task, missing[k::pieces], str(parts), size, there, look)
-                 for k in range(pieces) if missing[k::pieces]]
-    if open_tasks:
-        count = sum(len(job[2]) for job in jobs)
-        print(f"data: {count} scripted episodes of {len(open_tasks)} tasks of {suite}, "
-              f"{workers} processes -> {data}/")
-        try:
-            with pool(workers, extract_chunk) as (processes, queue):
-                made = processes.imap_unordered(extract_chunk, jobs)
-                for _ in watch(made, queue, len(jobs), count, "extract"):
-                    pass
-            for task, look in open_tasks:
-                path = Path(data) / suite / f"{task}.hdf5"
-                assemble(path, path.with_suffix(""), suite, task, size, look, text)
-        except OSError as error:
-            stop_if_full(error, data)
+        jobs += [(suite, task, share, parts, unfinished[task])
+                 for share in shares(missing, len(tasks), workers)]
+    if not unfinished:
+        return
+    total = sum(len(job[2]) for job in jobs)
+    print(f"data: {total} scripted episodes of {len(unfinished)} tasks of {suite}, "
+          f"{workers} processes -> {data}/")
+    try:
+        for _ in run_jobs(record_episodes, jobs, workers, total, "record"):
+            pass
+        for task, made_with in unfinished.items():
+            path = Path(data) / suite / f"{task}.hdf5"
+            assemble(path, path.with_suffix(""), attributes(
+                suite, task, made_with["size"], made_with["render"], text, "scripted"))
+    except OSError as error:
+        stop_if_full(error, data)
 
 
-def unfinished(parts, size, noise, render):
-    """Noise and rendering of the episodes of an interrupted run, None if there are none; fails if
-    it had other flags."""
-    for part in sorted(parts.glob("demo_*.hdf5"))[:1]:
+def made_so_far(path, suite):
+    """Of a task's data file, or of what an interrupted run left of it: how many episodes are ready,
+    infinitely many if none can be added (films, official ones, a suite derived from this one); and
+    what they were made with, {size, noise, render}, without episodes {}."""
+    if path.exists():
+        with open_data(path) as f:
+            about = f["data"].attrs
+            made_with = {"size": int(about["size"])}
+            if about["source"] != "scripted" or about["env"] != suite:
+                return np.inf, made_with
+            noise = float(f["data/demo_0"].attrs["noise"])
+            return len(f["data"]), made_with | {"noise": noise, "render": about["render"]}
+    for part in sorted(path.with_suffix("").glob("demo_*.hdf5"))[:1]:
         with h5py.File(part) as one:
             if "noise" not in one.attrs:
-                fail(f"{parts}/ holds an interrupted import: finish it with --source official, "
-                     "choose another --data folder or delete it")
-            found, look = one["masks"].shape[1], one.attrs["render"]
-            there = float(one.attrs["noise"])
-        if found != size or noise not in (None, there) or render not in (None, look):
-            fail(f"{parts}/ holds an interrupted extraction of {found} px, {look} and noise "
-                 f"{there:g}, not {size} px, {render or look} and {noise or there:g}: "
-                 "choose another --data folder or delete it")
-        return there, look
+                fail(f"{part.parent}/ holds an interrupted import: finish it with --source "
+                     "official, choose another --data folder or delete it")
+            return 0, {"size": one["masks"].shape[1], "noise": float(one.attrs["noise"]),
+                       "render": one.attrs["render"]}
+    return 0, {}
 
 
-@contextmanager
-def pool(workers, function, opengl=True):
-    """Processes of one thread each for `function`, and the queue on which they report episodes."""
-    choose_opengl(needed=opengl)
-    # inherited by the children
-    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
-    before = {k: os.environ.get(k) for k in one}
-    os.environ.update(one)
-    context = get_context("spawn")  # a fork would share OpenGL and torch's threads
-    queue = context.SimpleQueue()
-    try:
-        with context.Pool(workers, start_worker, (function, queue)) as processes:
-            yield processes, queue
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
+def record_episodes(job):
+    """Worker: some episodes of one task, a file each; yields each one's number when it is made."""
+    suite, task, indices, folder, made_with = job
+    sim = sims.make(suite, task, made_with["size"], made_with["render"])
+    for i in indices:
+        begin = time.time()
+        for seed in range(i, i + 20 * RETRY, RETRY):
+            episode = record(sim, seed, made_with["noise"])
+            if episode:
+                break
+        else:
+            raise RuntimeError(f"{task}: the demonstrator failed 20 scenes in a row")
+        write_episode(folder / f"demo_{i}.hdf5", episode, seed=seed, noise=made_with["noise"],
+                      render=made_with["render"], seconds=time.time() - begin)
+        yield i
+    sim.close()
 
 
-def watch(results, queue, jobs, total, what):
-    """Yields the results of `jobs` jobs as they come, with a progress bar over `total` episodes."""
-    workers = active_children()
-    often = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=total, unit="episode", desc=what, mininterval=often) as bar:
-        while jobs:
-            try:
-                yield results.next(timeout=0.3)  # an exception of the worker is raised here
-                jobs -= 1
-            except TimeoutError:
-                # the pool itself would wait for ever
-                dead = [w.exitcode for w in workers if w.exitcode]
-                if 2 in dead:
-                    raise SystemExit(2)  # it has said why
-                if dead:
-                    fail(f"a worker process was killed (exit code {dead[0]}), perhaps for lack of "
-                         "memory: run again with fewer --workers; finished episodes are kept")
-            while not queue.empty():
-                bar.update(queue.get())
+def attributes(suite, task, size, render, text, source, exhausted=False):
+    """The attributes of a simulator's data file, a dict, see core/episodes.py.
+
+    text       what embeds the instruction, one of `language.TEXTS`
+    source     scripted or official
+    exhausted  whether the source has no more episodes
+    """
+    language, objects, _ = sims.describe(suite, task)
+    arguments = {"env_name": suite, "type": 1, "env_kwargs": {"suite": suite, "task": task}}
+    return {"env": suite, "env_args": json.dumps(arguments), "task": task, "size": size,
+            "render": render, "source": source, "exhausted": exhausted, "objects": objects,
+            "language_instruction": language, "text": text, "text_embedding": embed(language, text),
+            "problem_info": json.dumps({"language_instruction": language}),
+            "cameras": list(CAMERAS), "goal_varies": sims.goal_varies(suite), "mask_source": "sim",
+            "track_source": "sim", "versions": json.dumps(sims.versions())}
 
 
-def is_video(path):
-    """Whether a data file holds annotated videos: no actions, no states, one camera."""
-    return source_of(path) == "video"
+# --- what there is --------------------------------------------------------------------------------
 
 
-def choose_tasks(suite, chosen, data):
-    """As sims.choose_tasks, without those that the expert mostly fails unless they are named; and
-    for a folder of annotated videos the names of its files."""
-    files = sorted((Path(data) / suite).glob("*.hdf5"))
-    if suite in sims.SUITES or suite in metaworld.METAWORLD or not files or not is_video(files[0]):
-        # of those there may be other demonstrations
-        poor = [] if chosen else [task for task in sims.choose_tasks(suite) if task in UNSOLVED and
-                source_of(Path(data) / suite / f"{task}.hdf5") != "official"]
-        for task in poor:
-            print(f"skipped, as the demonstrator does not solve it: {task}")
-        return [task for task in sims.choose_tasks(suite, chosen) if task not in poor]
-    names, picked = [p.stem for p in files], [w.strip() for w in chosen.split(",") if w.strip()]
-    picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in picked]
-    for word in picked:
+def task_names(suite, chosen, data):
+    """Names of a suite's tasks; of a folder of data files that no simulator makes, its files'.
+
+    chosen  numbers or names, comma-separated; empty: all but those of UNSOLVED of which there are
+            no other demonstrations
+    """
+    known = sims.simulator_of(suite).tasks(suite)
+    files = [path.stem for path in sorted((Path(data) / suite).glob("*.hdf5"))]
+    names = known or files or sims.tasks(suite)  # which fails, with a list of suites
+    words = [word.strip() for word in chosen.split(",") if word.strip()]
+    words = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in words]
+    for word in words:
         if word not in names:
             fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} "
                  f"or a name such as {names[0]}")
-    return picked or names
+    poor = [name for name in names if known and not words and name in UNSOLVED
+            and source_of(Path(data) / suite / f"{name}.hdf5") != "official"]
+    if poor:
+        print(f"left out, as the demonstrator does not solve them: {', '.join(poor)}")
+    return [name for name in names if name not in poor and (not words or name in words)]
 
 
-def sources(config):
-    """The suites whose videos a planner learns from, of other bodies too (ATM, section V-B), and
-    how many of each task's, {suite: videos}."""
-    chosen = {}
-    for word in (w.strip() for w in getattr(config, "videos", "").split(",")):
-        suite, _, number = word.partition(":")
-        if number and not (number.isdigit() and int(number)):
-            fail(f"--videos {word}: give a suite, or a suite and a number of videos per task "
-                      "such as libero_spatial:2")
-        if suite:
-            chosen[suite] = int(number or config.demos)
-    return chosen or {config.suite: config.demos}
+def load_videos(config):
+    """What a planner learns from; the episodes that are missing are made first.
 
-
-def run_path(config, name):
-    """<out>/<suite>/<name>.pt; what is learned from other videos than the suite's says so."""
-    if sources(config) == {config.suite: config.demos}:
-        config.videos = ""  # what is meant without it, in other words
-    else:
-        name += "-from-" + "+".join(suite + f"-{number}" * (number != config.demos)
-                                    for suite, number in sources(config).items())
-    return Path(config.out) / config.suite / f"{name}.pt"
-
-
-def prepare(config, path, program):
-    """Makes the data that is missing -> training episodes, of all sources, held-out ones, of the
-    suite, a line about them."""
-    names = choose_tasks(config.suite, config.tasks, config.data)
-    if config.show and not path.exists():
-        fail(f"no planner {path} to show: "
-                  f"train it with python {program}.py --suite {config.suite}")
-    wanted, parts = {config.suite: config.demos} | sources(config), []
-    known = {suite: choose_tasks(suite, "", config.data) for suite in wanted}
+    config  suite "a", or "a:2,b" for two videos per task of a and all of b; tasks of the first and,
+            where they have these, of the others; demos, data, size
+    -> training episodes of all suites, held-out ones of the first, a line about them
+    """
+    first, *_ = wanted = suites(config)  # {suite: videos per task}
+    names, parts = task_names(first, config.tasks, config.data), []
     for suite, number in wanted.items():
-        # the same tasks, where it has them
-        chosen = names if set(names) <= set(known[suite]) else known[suite]
-        ensure(suite, chosen, max(number, config.demos * (suite == config.suite)),
-                       config.data, config.size)
-        if suite in sources(config):
-            parts.append(Episodes(config.data, suite, chosen, number))
+        known = names if suite == first else task_names(suite, "", config.data)
+        chosen = names if set(names) <= set(known) else known
+        ensure(suite, chosen, number, config.data, config.size)
+        parts.append(Episodes(config.data, suite, chosen, number))
     videos = join(parts)
-    held_out = Episodes(config.data, config.suite, names, config.demos, split="valid")
+    held_out = Episodes(config.data, first, names, wanted[first], split="valid")
     note = f"{len(videos.length)} videos of {len(videos.tasks)} tasks, {len(videos)} frames"
     return videos, held_out, note
-
-
-def report(config, path, scores, picture):
-    """Prints the scores (text) and writes them beside the checkpoint; of a trained planner that
-    is shown, also `picture()`, (H, W, 3) uint8, which training draws itself."""
-    print(scores)
-    write(path.with_suffix(".txt"), scores + "\n")
-    if config.show:
-        import imageio.v3 as iio
-        iio.imwrite(path.with_suffix(".png"), picture())
-    print(f"picture: {path.with_suffix('.png')}   next: python executor.py --planner {path}")

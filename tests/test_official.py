@@ -1,26 +1,26 @@
-"""official.py: a file as LIBERO publishes them becomes one of ours; what is wrong with it is one line."""
+"""official.py: a file as LIBERO publishes them becomes one of ours; what is wrong with it is one
+line."""
 
 import json
 import shutil
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
+import torchvision  # noqa: F401: triton's LLVM, if loaded after OpenGL's, crashes
 
-from conftest import NETWORK, SUITE
+from conftest import ROOT, SUITE
 
-import extract
-import mask_planner
 import sims
-from core.episodes import Episodes, split_assembled
+from core.episodes import CAMERAS, Episodes, split_assembled
 from demos import official, record
 from demos.language import embed
 from demos.libero import demonstrator
-from sims.camera import CAMERAS
 
 SIZE, STEPS, DEMOS = 64, 16, 3
-ASKED = ["--preset", "laptop", "--suite", SUITE, "--tasks", "0", "--source", "official", "--workers", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -31,84 +31,102 @@ def sim():
     sim.close()
 
 
+@pytest.fixture(scope="module", autouse=True)
+def in_this_process(sim):
+    """Episodes are imported without processes of their own, with the module's simulator."""
+    class Kept:
+        close = lambda self: None
+        __getattr__ = lambda self, name: getattr(sim, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sims, "make", lambda *arguments: Kept())
+        patch.setattr(record, "run_jobs", lambda function, jobs, *rest: (
+            result for job in jobs for result in function(job)))
+        yield
+
+
 @pytest.fixture(scope="module")
 def played(sim):
-    """The start of some scripted episodes as create_dataset.py plays them: rows of the state before an action, the
-    action, what robosuite observes after it, and upright pictures of that; and the model with its fixtures."""
+    """The start of some scripted episodes as create_dataset.py plays them: rows of the state before
+    an action, the action, what robosuite observes after it, and upright pictures of that; and the
+    model with its fixtures."""
     import robosuite.utils.transform_utils as T
     env, episodes = sim.env, []
     for seed in range(DEMOS):
         sim.reset(seed=seed)
         for name in ("joint_pos", "gripper_qpos", "eef_pos", "eef_quat"):
             env._observables[f"robot0_{name}"].set_enabled(True)
-        env._get_observations(force_update=True)  # as in env.reset: it says when within a step they measure
-        expert, rows = demonstrator(sim, seed), []
+        # as in env.reset: it decides when within a step they measure
+        env._get_observations(force_update=True)
+        policy, rows = demonstrator(sim, seed), []
         for _ in range(STEPS):
-            row = {"actions": expert(sim), "states": sim.state()}
+            row = {"actions": policy(sim), "states": sim.state()}
             seen, *_ = env.step(row["actions"])
-            row |= {"joint_states": seen["robot0_joint_pos"], "gripper_states": seen["robot0_gripper_qpos"],
-                    "ee_states": np.append(seen["robot0_eef_pos"], T.quat2axisangle(seen["robot0_eef_quat"])),
-                    "robot_states": env.get_robot_state_vector(seen)}
-            rows.append(row | {f"{c}_rgb": sim.camera.picture(sim.data, v) for c, v in zip(CAMERAS, sim.cameras)})
+            turn = T.quat2axisangle(seen["robot0_eef_quat"])
+            row |= {"joint_states": seen["robot0_joint_pos"],
+                    "gripper_states": seen["robot0_gripper_qpos"],
+                    "ee_states": np.append(seen["robot0_eef_pos"], turn)}
+            rows.append(row | {f"{c}_rgb": sim.camera.picture(sim.data, view)
+                               for c, view in zip(CAMERAS, sim.cameras)})
         for observable in env._observables.values():
             observable.set_enabled(False)
-        episodes.append({k: np.stack([row[k] for row in rows]) for k in rows[0]} | {"model": env.sim.model.get_xml()})
+        episodes.append({k: np.stack([row[k] for row in rows]) for k in rows[0]}
+                        | {"model": env.sim.model.get_xml()})
     return episodes
 
 
-def publish(path, episodes, task):
-    """Writes what LIBERO's create_dataset.py writes."""
+def publish(path, episodes):
+    """Writes what LIBERO's create_dataset.py writes, as far as anybody reads it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with h5py.File(path, "w") as f:
-        data = f.create_group("data")
         for k, episode in enumerate(episodes):
-            demo, T = data.create_group(f"demo_{k}"), len(episode["actions"])
+            demo, T = f.create_group(f"data/demo_{k}"), len(episode["actions"])
             for camera in CAMERAS:
                 demo[f"obs/{camera}_rgb"] = episode[f"{camera}_rgb"][:, ::-1]
             for name in ("ee_states", "gripper_states", "joint_states"):
                 demo[f"obs/{name}"] = episode[name]
             demo["obs/ee_pos"], demo["obs/ee_ori"] = np.split(episode["ee_states"], 2, 1)
-            for name in ("actions", "states", "robot_states"):
-                demo[name] = episode[name]
+            demo["actions"], demo["states"] = episode["actions"], episode["states"]
             demo["rewards"] = demo["dones"] = np.append(np.zeros(T - 1, np.uint8), np.uint8(1))
-            demo.attrs.update(num_samples=T, model_file=episode["model"], init_state=episode["states"][0])
-        name = "libero_tabletop_manipulation"
-        language = {"problem_name": name, "domain_name": "robosuite", "language_instruction": task.replace("_", " ")}
-        kwargs = {"robots": ["Panda"], "camera_heights": SIZE, "camera_widths": SIZE, "control_freq": 20}
-        bddl = f"libero/libero/bddl_files/{SUITE}/{task}.bddl"
-        data.attrs.update(
-            env_name=name, problem_info=json.dumps(language), macros_image_convention="opengl", bddl_file_name=bddl,
-            bddl_file_content="(define ...)", num_demos=len(episodes), total=sum(len(e["actions"]) for e in episodes), tag="libero-v1",
-            env_args=json.dumps({"type": 1, "env_name": name, "problem_name": name, "bddl_file": bddl, "env_kwargs": kwargs}))
+            demo.attrs.update(num_samples=T, model_file=episode["model"])
+        f["data"].attrs.update(macros_image_convention="opengl", num_demos=len(episodes),
+                               env_args=json.dumps({"type": 1}), tag="libero-v1")
     return path
+
+
+def asked(folder, **other):
+    """As extract.py's Config."""
+    return SimpleNamespace(**{"data": str(folder), "suite": SUITE, "demos": 20, "download": False,
+                              "workers": 1, "text": "minilm"} | other)
 
 
 @pytest.fixture(scope="module")
 def imported(played, task, tmp_path_factory):
-    """Folder in which the command has made our file from the published one."""
+    """Folder in which our file was made from the published one."""
     folder = tmp_path_factory.mktemp("official") / "data"
-    publish(folder / "official" / SUITE / f"{task}_demo.hdf5", played, task)
-    extract.main([*ASKED, "--data", str(folder), "--show"])
+    publish(folder / "official" / SUITE / f"{task}_demo.hdf5", played)
+    official.import_official(asked(folder), [task])
     return folder
 
 
 @pytest.fixture
 def copied(imported, tmp_path, task):
     """A copy that a test may break -> its folder, the published file, ours."""
-    shutil.copytree(imported, tmp_path / "data")
-    folder = tmp_path / "data"
+    folder = shutil.copytree(imported, tmp_path / "data")
     return folder, folder / "official" / SUITE / f"{task}_demo.hdf5", folder / SUITE / f"{task}.hdf5"
 
 
 @pytest.fixture
-def here(sim, monkeypatch):
-    """import_task without a process of its own: the module's simulator."""
-    class Kept:
-        close = lambda self: None
-        __getattr__ = lambda self, name: getattr(sim, name)
+def source(copied):
+    """The published file, of which nothing is imported yet."""
+    copied[2].unlink()
+    return copied[1]
 
-    monkeypatch.setattr(sims, "make", lambda *arguments: Kept())
-    monkeypatch.setattr(official.import_task, "progress", type("Queue", (), {"put": lambda self, n: None})(), raising=False)
+
+@pytest.fixture
+def again(copied, task):
+    """Imports the task with one video, of three episodes."""
+    return lambda: official.import_official(asked(copied[0], demos=1), [task])
 
 
 # --- what is made ---------------------------------------------------------------------------------
@@ -116,39 +134,43 @@ def here(sim, monkeypatch):
 
 def test_our_file_holds_the_published_episodes(imported, played, sim, task):
     with h5py.File(imported / SUITE / f"{task}.hdf5") as f:
-        about, T = f["data"].attrs, STEPS - 1
-        assert (about["source"], about["size"], about["render"], about["mask_source"]) == ("official", SIZE, "faithful", "sim")
-        assert about["language_instruction"] == task.replace("_", " ") and about["total"] == DEMOS * T and about["exhausted"]
-        assert np.array_equal(about["text_embedding"], embed(task.replace("_", " ")))
+        about, T, language = dict(f["data"].attrs), STEPS - 1, task.replace("_", " ")
+        wanted = {"source": "official", "size": SIZE, "render": "faithful", "mask_source": "sim",
+                  "language_instruction": language, "total": DEMOS * T, "exhausted": True}
+        assert {key: about[key] for key in wanted} == wanted
+        assert np.array_equal(about["text_embedding"], embed(language))
         assert [n.decode() for n in f["mask/valid"]] == ["demo_0", "demo_1"]
         for k, episode in enumerate(played):
             demo = f[f"data/demo_{k}"]
             assert demo.attrs["original"] == f"demo_{k}" and demo.attrs["num_samples"] == T
-            for camera in CAMERAS:
-                assert demo[f"obs/{camera}_rgb"].dtype == np.uint8
-                assert np.array_equal(demo[f"obs/{camera}_rgb"], episode[f"{camera}_rgb"][:-1]), "upright, byte for byte"
+            for name in (f"{camera}_rgb" for camera in CAMERAS):
+                assert demo[f"obs/{name}"].dtype == np.uint8
+                assert np.array_equal(demo[f"obs/{name}"], episode[name][:-1]), "upright, exactly"
             assert np.array_equal(demo["states"], episode["states"][1:]), "before the action"
             np.testing.assert_allclose(demo["actions"], episode["actions"][1:], atol=1e-7)
-            assert demo["rewards"][:].tolist() == demo["dones"][:].tolist() == [0] * (T - 1) + [1]
+            for key in ("rewards", "dones"):
+                assert demo[key][:].tolist() == [0] * (T - 1) + [1]
             sim.reset(seed=k)  # its fixtures
             for t in (0, T // 2, T - 1):
-                sim.env.sim.set_state_from_flattened(episode["states"][1 + t])
-                sim.env.sim.forward()
+                sim.set_state(episode["states"][1 + t])
                 frame = sim.frame()
-                off = [np.abs(episode["agentview_rgb"][i].astype(int) - frame["agentview_rgb"]).mean() for i in (t, t + 1)]
-                assert off[0] < 1 and off[0] < 0.5 * off[1], "the state is the picture's, to 2 ms, not the next one's"
-                assert np.array_equal(demo["masks"][t], frame["masks"]) and set(np.unique(frame["masks"])) == {0, 1, 2, 3}
+                off = [np.abs(episode["agentview_rgb"][i].astype(int)
+                              - frame["agentview_rgb"]).mean() for i in (t, t + 1)]
+                assert off[0] < 1 and off[0] < 0.5 * off[1], "of the picture's state, to 2 ms"
+                assert np.array_equal(demo["masks"][t], frame["masks"])
+                assert set(np.unique(frame["masks"])) == {0, 1, 2, 3}
                 for name in ("ee_states", "joint_states", "gripper_states"):
                     np.testing.assert_allclose(demo[f"obs/{name}"][t], frame[name], atol=1e-5)
                 np.testing.assert_allclose(demo["hand"][t], frame["hand"], atol=1e-3)
 
 
 def test_tracks_stay_on_the_robot(imported, task):
-    """A point that starts on the arm is, wherever it is seen later, on the arm: its mask and its tracks are of the same instant."""
+    """A point that starts on the arm is, wherever it is seen later, on the arm: its mask and its
+    tracks are of the same instant."""
     with h5py.File(imported / SUITE / f"{task}.hdf5") as f:
         for demo in f["data"].values():
-            masks, tracks, seen = demo["masks"][:], demo["tracks/agentview"][:].astype(float), demo["visible/agentview"][:]
-            T = len(masks)
+            masks, T = demo["masks"][:], len(demo["masks"])
+            tracks, seen = demo["tracks/agentview"][:].astype(float), demo["visible/agentview"][:]
             assert tracks.shape == (T, 256, 2) and demo["visible/eye_in_hand"].shape == (T, 256)
             x, y = np.moveaxis((tracks * SIZE).astype(int).clip(0, SIZE - 1), -1, 0)  # (T, K)
             on = masks[np.arange(T)[:, None], y, x] == 1
@@ -159,15 +181,24 @@ def test_tracks_stay_on_the_robot(imported, task):
             assert hand.min() < 0.1, "some on the hand"
 
 
-def test_planners_train_on_it_unchanged(imported, task, tmp_path, refused):
-    """With as many videos as there are, and at the pictures' size."""
+def test_planners_read_it_as_their_own(imported, task, refused):
+    """With as many videos as there are, and at the pictures' size; scripted ones are not added."""
     videos = Episodes(imported, SUITE, [task], 20)
-    episode, t, _ = videos.draw(0, 8, seed=0)
-    assert len(videos.length) == 1 and videos.gather("obs/agentview_rgb", episode, t).shape == (8, SIZE, SIZE, 3)
-    argv = ["--preset", "laptop", "--suite", SUITE, "--tasks", "0", "--data", str(imported), "--out", str(tmp_path), "--steps", "2", *NETWORK]
-    mask_planner.main([*argv, "--size", str(SIZE)])
-    assert (tmp_path / SUITE / "mask.pt").exists()
-    refused(lambda: mask_planner.main([*argv, "--size", "96"]), f"{SIZE} px", "96 px", f"--size {SIZE}")
+    episode, t, _ = videos.sample_frames(0, 8, seed=0)
+    pictures = videos.gather("obs/agentview_rgb", episode, t)
+    assert len(videos.length) == 1 and pictures.shape == (8, SIZE, SIZE, 3)
+    before = (imported / SUITE / f"{task}.hdf5").stat().st_mtime_ns
+    record.ensure(SUITE, [task], 20, imported, SIZE)
+    assert (imported / SUITE / f"{task}.hdf5").stat().st_mtime_ns == before
+    refused(lambda: record.ensure(SUITE, [task], 1, imported, 96), f"--size {SIZE}", "--size 96")
+
+
+@pytest.mark.slow
+def test_the_command(source):
+    argv = ["extract.py", "--preset", "tiny", "--suite", SUITE, "--tasks", "0", "--source",
+            "official", "--workers", "1", "--data", str(source.parents[2])]
+    run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0 and "1 tasks, 1 videos of 15 steps" in run.stdout, run.stderr
 
 
 # --- upright --------------------------------------------------------------------------------------
@@ -177,47 +208,44 @@ def test_a_row_flip_turns_robosuites_observation_upright(sim, played):
     """robosuite's renderer and ours on the same state: equal after [::-1], and in no other way."""
     from robosuite.utils.binding_utils import MjRenderContextOffscreen
     sim.reset(seed=0)
-    sim.env.sim.set_state_from_flattened(played[0]["states"][9])
-    sim.env.sim.forward()
+    sim.set_state(played[0]["states"][9])
     context = MjRenderContextOffscreen(sim.env.sim, device_id=-1)
     context.vopt.geomgroup[0] = 0
-    seen = sim.frame()
+    frame = sim.frame()
     for camera, view in zip(CAMERAS, sim.cameras):
         raw = sim.env.sim.render(camera_name=view, width=SIZE, height=SIZE)
-        ours = seen[f"{camera}_rgb"].astype(int)
+        ours = frame[f"{camera}_rgb"].astype(int)
         off = lambda picture: np.abs(picture - ours).mean()
-        assert off(raw[::-1]) < 0.5 and min(off(raw), off(raw[::-1, ::-1]), off(raw[:, ::-1])) > 5, camera
+        assert off(raw[::-1]) < 0.5 and min(off(raw), off(raw[::-1, ::-1]), off(raw[:, ::-1])) > 5
 
 
-def test_pictures_that_are_upright_already_stay_so(copied, played, sim, task, here):
-    folder, source, ours = copied
+def test_pictures_that_are_upright_already_stay_so(copied, source, played, again):
     with h5py.File(source, "a") as f:
         f["data"].attrs["macros_image_convention"] = "opencv"
-    ours.unlink()
-    job, = official.plan(folder, SUITE, [task], 1, False)
-    official.import_task(job)
-    with h5py.File(folder / SUITE / task / "demo_0.hdf5") as f:
-        assert np.array_equal(f["obs/agentview_rgb"], played[0]["agentview_rgb"][:-1, ::-1])
+    again()
+    with h5py.File(copied[2]) as f:
+        upright = played[0]["agentview_rgb"][:-1, ::-1]
+        assert np.array_equal(f["data/demo_0/obs/agentview_rgb"], upright)
 
 
 # --- which picture goes with which state ----------------------------------------------------------
 
 
-def test_lag():
+def test_picture_offset():
     joints = np.cumsum(np.random.default_rng(0).normal(size=(30, 7)), 0)
     near = joints + 0.1 * np.random.default_rng(1).normal(size=joints.shape)
-    assert official.lag(near, joints) == 0 and official.lag(near[1:], joints[:-1]) == 1
-    assert official.lag(0 * joints, 0 * joints) == 0, "a robot at rest says nothing"
+    assert official.picture_offset(near, joints) == 0
+    assert official.picture_offset(near[1:], joints[:-1]) == 1
+    assert official.picture_offset(0 * joints, 0 * joints) == 0, "nothing is known of one at rest"
 
 
-def test_pictures_of_the_state_before_the_action(played, sim, tmp_path, task):
+def test_pictures_of_the_state_before_the_action(played, sim, tmp_path):
     """As in files that others made anew: nothing is lost."""
-    whole = played[1]
-    paired = {k: v if isinstance(v, str) else v[1:] if k in ("actions", "states") else v[:-1] for k, v in whole.items()}
-    publish(tmp_path / "x.hdf5", [paired], task)
-    with h5py.File(tmp_path / "x.hdf5") as f:
-        episode, why = official.annotate(sim, f["data/demo_0"], -1, seed=0)
-    assert why is None and len(episode["actions"]) == STEPS - 1
+    paired = {k: v if isinstance(v, str) else v[1:] if k in ("actions", "states") else v[:-1]
+              for k, v in played[1].items()}
+    with h5py.File(publish(tmp_path / "x.hdf5", [paired])) as f:
+        episode, error = official.convert_demo(sim, f["data/demo_0"], -1, seed=0)
+    assert error is None and len(episode["actions"]) == STEPS - 1
     for name in ("agentview_rgb", "states", "actions"):
         assert np.array_equal(episode[name], paired[name]), name
 
@@ -225,63 +253,60 @@ def test_pictures_of_the_state_before_the_action(played, sim, tmp_path, task):
 # --- what is wrong --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, row, off", [("joint_states", 5, 0.05), ("gripper_states", STEPS - 2, -0.01), ("ee_states", 0, 0.02),
-                                            ("joint_states", 3, np.nan)])
-def test_a_changed_robot_state_is_no_replay(copied, refused, here, task, name, row, off):
-    folder, source, ours = copied
+@pytest.mark.parametrize("name, row, off", [
+    ("joint_states", 5, 0.05), ("gripper_states", STEPS - 2, -0.01), ("ee_states", 0, 0.02),
+    ("joint_states", 3, np.nan)])
+def test_a_changed_robot_state_is_no_replay(copied, source, refused, again, name, row, off):
     with h5py.File(source, "a") as f:
         f[f"data/demo_1/obs/{name}"][row, 1] += off
-    ours.unlink()
-    job, = official.plan(folder, SUITE, [task], 1, False)
-    refused(lambda: official.import_task(job), source, "demo_1", f"{name} off by", f"step {row}")
-    assert not ours.exists() and not ours.with_suffix("").exists()
+    refused(again, source, "demo_1", f"{name} off by", f"step {row}")
+    assert not copied[2].exists() and not copied[2].with_suffix("").exists()
 
 
-def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, played, here, task, capsys):
-    folder, source, ours = copied
+def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source, again, capsys):
     with h5py.File(source, "a") as f:
         f["data"].copy("demo_2", "demo_10")
         f["data/demo_1/obs/joint_states"][5] += 0.05
-    ours.unlink()
-    job, = official.plan(folder, SUITE, [task], 1, False)
-    assert official.import_task(job) == (task, SIZE, True)
-    assert "left out" in (said := capsys.readouterr().out) and "demo_1 " in said
-    made = []
-    for k in range(3):
-        with h5py.File(folder / SUITE / task / f"demo_{k}.hdf5") as one:
-            made.append(one.attrs["original"])
-    assert made == ["demo_0", "demo_2", "demo_10"], "in the order of their numbers"
+    again()
+    out = capsys.readouterr().out
+    assert "left out" in out and "demo_1 " in out
+    with h5py.File(copied[2]) as f:
+        made = [f[f"data/demo_{k}"].attrs["original"] for k in range(3)]
+        assert made == ["demo_0", "demo_2", "demo_10"], "in the order of their numbers"
 
 
-def test_an_interrupted_import_goes_on(copied, here, task, refused):
+def test_an_interrupted_import_goes_on(copied, again, task, refused, capsys):
     folder, source, ours = copied
     parts = ours.with_suffix("")
     split_assembled(ours, parts)
     (parts / "demo_2.hdf5").unlink()
-    kept = [(parts / f"demo_{k}.hdf5").stat().st_mtime_ns for k in range(2)]
+    with h5py.File(parts / "demo_0.hdf5", "a") as f:
+        f.attrs["mark"] = "kept"
     refused(lambda: record.ensure(SUITE, [task], 1, folder, SIZE), parts, "--source official")
-    job, = official.plan(folder, SUITE, [task], 1, False)
-    official.import_task(job)
-    assert [(parts / f"demo_{k}.hdf5").stat().st_mtime_ns for k in range(2)] == kept
-    with h5py.File(parts / "demo_2.hdf5") as again, h5py.File(source) as f:
-        assert again.attrs["original"] == "demo_2" and np.array_equal(again["states"], f["data/demo_2/states"][1:])
+    again()
+    with h5py.File(ours) as f, h5py.File(source) as whole:
+        demo = f["data/demo_2"]
+        assert f["data/demo_0"].attrs["mark"] == "kept" and demo.attrs["original"] == "demo_2"
+        assert np.array_equal(demo["states"], whole["data/demo_2/states"][1:])
 
 
-def test_nothing_is_made_twice(imported, task, capsys):
-    assert official.plan(imported, SUITE, [task], 20, False) == [], "the published file holds no more"
+def test_nothing_is_made_twice(imported, task):
+    plan = official.plan(imported, SUITE, [task], 20, False)
+    assert plan == [], "the published file holds no more"
 
 
-def test_other_episodes_are_not_mixed(copied, task, refused):
-    folder, source, ours = copied
+def test_other_episodes_are_not_mixed(copied, again, refused):
+    ours = copied[2]
     with h5py.File(ours, "a") as f:
         f["data"].attrs["source"] = "scripted"
     before = ours.read_bytes()
-    refused(lambda: extract.main([*ASKED, "--data", str(folder)]), ours, "scripted", "--data")
+    refused(again, ours, "scripted", "--data")
     assert ours.read_bytes() == before
 
 
-@pytest.mark.parametrize("missing", [*official.NEEDED, "obs", "model_file", "macros_image_convention", "demos", "data"])
-def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, missing):
+@pytest.mark.parametrize("missing", [*official.NEEDED, "obs", "model_file",
+                                     "macros_image_convention", "demos", "data"])
+def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, again, missing):
     folder, source, ours = copied
     with h5py.File(source, "a") as f:
         if missing == "model_file":
@@ -290,22 +315,23 @@ def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, missin
             del f["data"].attrs[missing]
         elif missing == "data":
             del f["data"]
+        elif missing == "demos":
+            for name in list(f["data"]):
+                del f["data"][name]
         else:
-            for k in range(DEMOS) if missing == "demos" else [1]:
-                del f[f"data/demo_{k}" + f"/{missing}" * (missing != "demos")]
+            del f["data/demo_1"][missing]
     with h5py.File(ours, "a") as f:  # more are wanted than there are
         del f["data/demo_2"]
         f["data"].attrs["exhausted"] = False
     before = ours.read_bytes()
-    words = {"demos": "data/demo_0", "data": "data/demo_0", "obs": "data/demo_1/obs"}.get(missing, missing)
-    refused(lambda: extract.main([*ASKED, "--data", str(folder)]), source, f"lacks", words, "--download")
+    words = {"demos": "data/demo_0", "data": "data/demo_0", "obs": "data/demo_1/obs"}
+    refused(again, source, "lacks", words.get(missing, missing), "--download")
     assert ours.read_bytes() == before and not ours.with_suffix("").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "rows", "actions", "sizes", "floats", "data"])
-def test_a_broken_file_is_one_line(copied, refused, damage):
-    folder, source, ours = copied
-    ours.unlink()
+@pytest.mark.parametrize("damage", ["cut", "text", "rows", "actions", "sizes", "size of one",
+                                    "floats", "states of another scene", "data"])
+def test_a_broken_file_is_one_line(copied, source, refused, again, damage):
     whole = source.read_bytes()
     if damage in ("cut", "text"):
         source.write_bytes({"cut": whole[:len(whole) // 2], "text": b"hello" * 1000}[damage])
@@ -313,30 +339,24 @@ def test_a_broken_file_is_one_line(copied, refused, damage):
         with h5py.File(source, "w") as f:
             f["data"] = np.arange(5)
     else:
+        changed = {"rows": ("states", lambda v: v[:-1]), "actions": ("actions", lambda v: v[:, 1:]),
+                   "sizes": ("obs/eye_in_hand_rgb", lambda v: v[:, 1:, 1:]),
+                   "floats": ("obs/agentview_rgb", lambda v: v / 255),
+                   "size of one": ("obs/agentview_rgb", lambda v: v[:, 1:]),
+                   "states of another scene": ("states", lambda v: v[:, :-3])}
+        key, change = changed[damage]
         with h5py.File(source, "a") as f:
-            demo = f["data/demo_2"]
-            key = {"rows": "states", "actions": "actions"}.get(damage, "obs/eye_in_hand_rgb")
-            value = demo[key][:]
-            del demo[key]
-            demo[key] = {"rows": value[:-1], "floats": value / 255}.get(damage, value[:, :-1])
-    refused(lambda: extract.main([*ASKED, "--data", str(folder)]), source, "fetch it again")
-    assert not ours.exists()
+            for demo in f["data"].values():
+                value = demo[key][:]
+                del demo[key]
+                demo[key] = change(value)
+    word = "numbers" if damage == "states of another scene" else "fetch it again"
+    refused(again, source, word)
+    assert not copied[2].exists()
 
 
-def test_states_of_another_scene(copied, refused, here, task):
-    folder, source, ours = copied
-    ours.unlink()
-    with h5py.File(source, "a") as f:
-        for k in range(DEMOS):
-            states = f[f"data/demo_{k}/states"][:, :-3]
-            del f[f"data/demo_{k}/states"]
-            f[f"data/demo_{k}/states"] = states
-    job, = official.plan(folder, SUITE, [task], 1, False)
-    refused(lambda: official.import_task(job), source, "demo_2", "numbers")
-
-
-def test_only_libero_has_published_demonstrations(refused, tmp_path):
-    refused(lambda: extract.main(["--preset", "laptop", "--suite", "mt10", "--source", "official", "--data", str(tmp_path)]), "mt10", SUITE)
+def test_only_libero_has_published_demonstrations(refused):
+    refused(lambda: official.choose_tasks("mt10", ""), "mt10", SUITE)
 
 
 # --- fetching -------------------------------------------------------------------------------------
@@ -344,18 +364,22 @@ def test_only_libero_has_published_demonstrations(refused, tmp_path):
 
 def test_without_download_nothing_is_fetched(tmp_path, refused, task, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    argv = [*ASKED, "--data", str(tmp_path)]
-    refused(lambda: extract.main(argv), f"{task}_demo.hdf5", "--download", f"https://huggingface.co/datasets/{official.HUB}")
-    refused(lambda: extract.main([*argv, "--download"]), f"{task}_demo.hdf5", "pip install huggingface_hub", "https://")
+    fetch = lambda download: official.locate(tmp_path, SUITE, task, download)
+    refused(lambda: fetch(False), f"{task}_demo.hdf5", "--download",
+            f"https://huggingface.co/datasets/{official.HUB}")
+    refused(lambda: fetch(True), f"{task}_demo.hdf5", "pip install huggingface_hub", "https://")
     assert not list(tmp_path.rglob("*.hdf5"))
 
 
 def test_download(tmp_path, refused, task, monkeypatch):
     hub, calls = pytest.importorskip("huggingface_hub"), []
+    pytest.importorskip("huggingface_hub.constants")
+    fetch = lambda: official.locate(tmp_path, SUITE, task, True)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    refused(lambda: official.locate(tmp_path, SUITE, task, True), f"{task}_demo.hdf5", "https://huggingface.co", "network")
+    refused(fetch, f"{task}_demo.hdf5", "https://huggingface.co", "network")
     assert not list(tmp_path.rglob("*.hdf5"))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: calls.append((a, k)))
-    path = official.locate(tmp_path, SUITE, task, True)
+    path = fetch()
     assert path == tmp_path / "official" / SUITE / f"{task}_demo.hdf5"
-    assert calls == [((official.HUB, f"{SUITE}/{path.name}"), {"repo_type": "dataset", "local_dir": tmp_path / "official"})]
+    assert calls == [((official.HUB, f"{SUITE}/{path.name}"),
+                      {"repo_type": "dataset", "local_dir": tmp_path / "official"})]

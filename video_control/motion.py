@@ -1,9 +1,9 @@
-"""From where points are seen to how the thing that they are on moves (AVDC section 3.3).
+"""From where points are seen to how the object that they are on moves (AVDC section 3.3).
 
-Plain functions: the rigid motion behind the flow of one picture to the next, the dual motion of a
-camera, the chain of motions through a video, the subgoals that follow.
+The rigid motion behind the flow from one picture to the next, the dual motion of a camera, the
+chain of motions through a video, the subgoals that follow.
 
-Sizes: P points, K pictures to come.
+Sizes: P points, K future pictures.
 """
 
 import numpy as np
@@ -18,14 +18,15 @@ def rotation(w):
 
 
 def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
-    """The paper's L_trans: the rigid motion that brings points to where the picture shows them.
+    """The minimum of the paper's L_trans: the rigid motion that brings points to where the picture
+    shows them.
 
     points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
-    `cameras.project` wants them; noise: of a good target, in pictures; prior: how far, in radians
-    and metres, an object is expected to turn and move
+    for `camera.project`; noise: of a good target, in pictures; prior: how far, in radians and
+    metres, an object is expected to turn and move
     -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
 
-    differs: Gauss-Newton from standing still, for the authors' 50 starts of BFGS and RANSAC:
+    differs: Gauss-Newton from standing still, for the authors' RANSAC and 50 starts of BFGS:
     weights that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out,
     and the prior keeps depth, which a small object's picture hardly shows, from flying off.
     """
@@ -35,7 +36,7 @@ def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
     turn = np.zeros(3)
     for k in range(rounds):
         arm = (points - centre) @ R.T                                       # (P, 3)
-        local = (centre + arm + t - eye) @ axes.T  # (P, 3) right, down, ahead
+        local = (centre + arm + t - eye) @ axes.T                           # right, down, ahead
         X, Y, Z = local.T
         if (Z < 1e-3).any():                            # behind the camera: no such motion
             return np.eye(3), np.zeros(3), np.ones(len(points), bool)
@@ -76,12 +77,13 @@ def unproject(places, depth, view):
 
 
 def infer_motions(places, points, correspond, view, K, noise):
-    """Points of the object (P, 3), seen at places (P, 2), through a video of K pictures to come.
+    """Points of the object (P, 3), seen at places (P, 2), through a video of K future pictures.
 
     correspond(k, places (P', 2), kept (P',)) -> where these of the points are in the next picture
-    -> [(R, t)] * K, from each picture to the next: AVDC's incremental integration, in which the
-    points that the motion has moved are where the next flow is read.  A point that went another
-    way, as one that a hand has covered, is lost for good, as long as a fifth of all are left.
+    -> [(R, t)] * K.  differs: from each picture to the next, as the authors' code, and not from the
+    first to each: the points that the motion has moved are where the next flow is read.  A point
+    that went another way, as one that a hand has covered, is lost for good, as long as a fifth of
+    all are left.
     """
     motions, kept, whole = [], np.arange(len(points)), len(points)
     for k in range(K):
@@ -96,13 +98,14 @@ def infer_motions(places, points, correspond, view, K, noise):
 
 
 def grasp_point(points):
-    """The sample that is nearest to all others (P, 3) -> (3,): AVDC's medoid."""
+    """The medoid of points (P, 3), nearest to all others -> (3,).  differs: as the authors' code;
+    the paper samples a grasp at random."""
     return points[np.linalg.norm(points[:, None] - points, axis=-1).sum(1).argmin()]
 
 
 def subgoals(grasp, motions):
     """The grasp point and where each motion takes it -> (1 + K, 3)."""
-    way = [grasp]
+    path = [grasp]
     for R, t in motions:
-        way.append(R @ way[-1] + t)
-    return np.array(way)
+        path.append(R @ path[-1] + t)
+    return np.array(path)

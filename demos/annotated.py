@@ -1,0 +1,154 @@
+"""Data files whose masks or tracks are networks': of a recorded suite, or of films.
+
+`annotator` is extract.py's Annotator: annotator(config) loads the networks, and what it returns
+makes the arrays of one video, see there.  config is extract.py's.
+"""
+
+import time
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+import sims
+from core.episodes import CAMERAS, HELD_OUT, assemble, open_data, split_assembled, write_episode
+from core.files import fail
+from demos import films
+from demos.language import embed
+from demos.record import run_jobs, shares
+
+WORK = 384  # pixels: films are annotated at this size or at --size, the larger
+
+
+# --- a recorded suite -----------------------------------------------------------------------------
+
+
+def annotated_suite(config):
+    """The suite of these masks and tracks: libero_spatial, or by networks libero_spatial_sam,
+    libero_spatial_flow, libero_spatial_sam_cotracker, ..."""
+    return "_".join([config.suite, *(m for m in (config.masks, config.tracks) if m != "sim")])
+
+
+def annotate_suite(config, names, annotator):
+    """The recorded episodes of some tasks once more, as suite `annotated_suite`: masks and tracks
+    are networks', all else is kept.  Episodes that are there stay.
+
+    names  {task: what its objects look like, the robot first}
+    """
+    jobs, unfinished = [], {}
+    for task in names:
+        source, path = (Path(config.data) / suite / f"{task}.hdf5"
+                        for suite in (config.suite, annotated_suite(config)))
+        parts = path.with_suffix("")
+        with open_data(source) as f:
+            demos, about = f["data"], dict(f["data"].attrs)
+            wanted = [f"demo_{i}" for i in range(min(len(demos), HELD_OUT + config.demos))]
+            if path.exists():
+                with open_data(path) as old:
+                    check_same(path, old["data/demo_0"], demos["demo_0"])
+                    if len(old["data"]) >= len(wanted):
+                        continue
+                split_assembled(path, parts)
+            parts.mkdir(parents=True, exist_ok=True)
+            for part in parts.glob("demo_*.hdf5"):
+                with h5py.File(part) as old:
+                    check_same(part, old, demos[part.stem])
+        unfinished[path] = about | {"mask_source": config.masks, "track_source": config.tracks}
+        missing = [name for name in wanted if not (parts / f"{name}.hdf5").exists()]
+        jobs += [(annotator, config, source, parts, names[task], share)
+                 for share in shares(missing, len(names), config.workers)]
+    total = sum(len(job[-1]) for job in jobs)
+    if total:
+        print(f"data: {total} episodes of {config.suite} with masks by {config.masks}, tracks by "
+              f"{config.tracks}, {config.workers} processes -> {config.data}/")
+        for _ in run_jobs(annotate_episodes, jobs, config.workers, total, "annotate", opengl=False):
+            pass
+    for path, about in unfinished.items():
+        assemble(path, path.with_suffix(""), about)
+
+
+def check_same(path, old, new):
+    """Fails if two recordings of an episode differ: then the suite was recorded anew meanwhile."""
+    a, b = (demo["obs/agentview_rgb"] for demo in (old, new))
+    if a.shape != b.shape or (a[-1] != b[-1]).any():
+        fail(f"{path} was made from other pictures: delete it or choose another --data folder")
+
+
+def annotate_episodes(job):
+    """Worker: some episodes of one task, a file each; yields each one's name when it is made."""
+    annotator, config, source, parts, names, wanted = job
+    annotate = annotator(config)
+    with open_data(source) as f:
+        for name in wanted:
+            begin, demo, kept = time.time(), f["data"][name], {}
+            demo.visititems(lambda key, item: kept.update(
+                {key: item[()]} if isinstance(item, h5py.Dataset) else {}))
+            kept.pop("dones", None)  # write_episode adds it
+            views = {camera: kept[f"obs/{camera}_rgb"] for camera in CAMERAS}
+            made = annotate(views, names, int(name[5:]), f"{source.stem}, {name}")
+            about = {key: value for key, value in demo.attrs.items() if key != "num_samples"}
+            about["seconds"] = about.get("seconds", 0) + time.time() - begin
+            write_episode(parts / f"{name}.hdf5", kept | made, **about)
+            yield name
+
+
+# --- films ----------------------------------------------------------------------------------------
+
+
+def film_path(config):
+    """The data file that --video makes; fails on flags that make none."""
+    if "sim" in (config.masks, config.tracks):
+        fail("a film has no simulator: --masks sam, --tracks cotracker or flow")
+    if sims.simulator_of(config.suite).tasks(config.suite):
+        fail(f"--suite {config.suite} is a simulator's: give the films a name of their own, "
+             "such as --suite my_videos")
+    path = Path(config.data) / config.suite / f"{Path(config.video).stem.replace(' ', '_')}.hdf5"
+    if path.exists() or path.with_suffix("").exists():
+        fail(f"{path} exists: delete it, or choose another --suite or --data folder")
+    return path
+
+
+def annotate_films(config, path, names, annotator):
+    """--video -> the data file `path`, without actions; written when all is computed, so that
+    nothing is left of a failed run.
+
+    names  what the objects look like, the robot first
+    """
+    paths, made = films.episodes_of(config.video), []
+    lengths = [len(films.read_video(film, 32)) for film in paths]  # each can be read to its end
+    if len(paths) == 1 and lengths[0] < (HELD_OUT + 1) * films.SHORTEST:
+        fail(f"{paths[0]} has {lengths[0]} frames, which make no {HELD_OUT + 1} episodes of "
+             f"{films.SHORTEST}: give a longer one")
+    annotate = annotator(config)
+    for i, film in enumerate(paths):
+        begin, frames = time.time(), films.read_video(film, max(config.size, WORK))
+        arrays = annotate({"agentview": frames}, names, i, film)
+        pieces = min(films.PIECES, len(frames) // films.SHORTEST) if len(paths) == 1 else 1
+        episode, seconds = reduced(frames, arrays, config.size), (time.time() - begin) / pieces
+        made += [({key: value[rows] for key, value in episode.items()}, seconds)
+                 for rows in np.array_split(np.arange(len(frames)), pieces)]
+        print(f"{film}: {len(frames)} frames, " + ", ".join(
+            f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
+            for k, name in enumerate(names, 1)))
+    parts, language = path.with_suffix(""), path.stem.replace("_", " ")
+    parts.mkdir(parents=True)
+    for i, (episode, seconds) in enumerate(made):
+        write_episode(parts / f"demo_{i}.hdf5", episode, seconds=seconds)
+    assemble(path, parts, {
+        "env": config.suite, "goal_varies": False, "task": path.stem, "size": config.size,
+        "source": "video", "render": "video", "language_instruction": language,
+        "text_embedding": embed(language, config.text), "text": config.text, "objects": names,
+        "cameras": CAMERAS[:1], "mask_source": config.masks, "track_source": config.tracks})
+
+
+def reduced(frames, arrays, size):
+    """Frames (T, H, W, 3) and what annotates them -> arrays of an episode, pictures at `size`."""
+    import cv2
+    small = lambda pictures, how: np.stack(
+        [cv2.resize(p, (size, size), interpolation=how) for p in pictures])
+    masks = small(arrays["masks"], cv2.INTER_NEAREST)
+    # differs: the middle of the robot's mask, as nothing says where its hand is
+    hand = np.stack([(np.argwhere(m == 1).mean(0)[::-1] + 0.5) / size if (m == 1).any()
+                     else [-9, -9] for m in masks])
+    return arrays | {"obs/agentview_rgb": small(frames, cv2.INTER_AREA), "masks": masks,
+                     "hand": hand.astype(np.float16)}

@@ -1,0 +1,341 @@
+"""video_control: rigid motion from a picture, subgoals, the flow network, AVDC, UniPi."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy.spatial.transform import Rotation
+
+from conftest import EXECUTOR, SIZE, SUITE, TRAIN, equal, run_and_kill, trained
+
+import executor
+import rollout
+import sims
+from core import networks, training
+from core.flags import parse
+from sims import metaworld
+from sims.camera import project
+from video_control import avdc, flow, unipi
+from video_control.motion import (camera_motion, fit_motion, grasp_point, infer_motions, subgoals,
+                                  unproject)
+from video_planner import FRAMES
+
+# --- motion ---------------------------------------------------------------------------------------
+
+VIEW = (np.array([0.1, -0.9, 0.8]), Rotation.from_euler("x", -2.2).as_matrix(), 1.1)  # eye, axes, focal
+R, T = Rotation.from_rotvec([0.1, -0.2, 0.3]).as_matrix(), np.array([0.03, -0.05, 0.04])
+
+
+def scene(spread=0.25, P=1500):
+    """Points (P, 3) about a metre before the camera, and where it shows them."""
+    rng = np.random.default_rng(0)
+    points = VIEW[0] + VIEW[1][2] + rng.uniform(-spread, spread, (P, 3))
+    return points, project(points, *VIEW)[0], rng
+
+
+def spoilt(targets, rng):
+    """Half a pixel of noise (of 480) and 30 % outliers -> targets, which are outliers."""
+    targets = targets + rng.normal(0, 0.5 / 480, targets.shape)
+    wrong = rng.random(len(targets)) < 0.3
+    targets[wrong] = rng.random((wrong.sum(), 2))
+    return targets, wrong
+
+
+def angle(A, B):
+    return Rotation.from_matrix(A @ B.T).magnitude()
+
+
+def test_unproject_is_the_inverse_of_project():
+    points, places, _ = scene()
+    assert np.allclose(unproject(places, project(points, *VIEW)[1], VIEW), points)
+
+
+def test_motion_is_recovered():
+    points, _, _ = scene()
+    found, t, good = fit_motion(points, project(points @ R.T + T, *VIEW)[0], VIEW, 1e-4)
+    assert np.allclose(found, R, atol=1e-3) and np.allclose(t, T, atol=1e-3) and good.all()
+
+
+def test_motion_is_recovered_from_noise_and_outliers():
+    points, _, rng = scene(P=20000)
+    targets, wrong = spoilt(project(points @ R.T + T, *VIEW)[0], rng)
+    found, t, good = fit_motion(points, targets, VIEW, 0.5 / 480)
+    middle = points.mean(0)
+    assert angle(found, R) < 1e-3
+    assert np.linalg.norm(found @ middle + t - R @ middle - T) < 1e-3
+    assert good[~wrong].mean() > 0.95 and good[wrong].mean() < 0.05
+
+
+def test_camera_motion_is_recovered():
+    points, _, rng = scene(P=20000)
+    eye, axes, focal = VIEW
+    moved = (R @ eye + T, axes @ R.T, focal)        # the camera after its own rigid motion
+    targets, _ = spoilt(project(points, *moved)[0], rng)
+    found, t, _ = camera_motion(points, targets, VIEW, 0.5 / 480)
+    assert angle(found, R) < 1e-3 and np.linalg.norm(found @ eye + t - moved[0]) < 2e-3
+
+
+def test_a_small_object_does_not_fly_off():
+    """Fifty points within 2 cm and a pixel of noise of 96: the prior holds depth within 10 cm."""
+    points, places, rng = scene(spread=0.01, P=50)
+    found, t, _ = fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
+    assert np.linalg.norm(points @ found.T + t - points, axis=1).max() < 0.1
+
+
+def test_integration_follows_the_object_and_loses_covered_points():
+    points, places, _ = scene(spread=0.1, P=200)
+    world = [points]
+    for _ in range(3):
+        world.append(world[-1] @ R.T + T)
+    exact = [project(w, *VIEW)[0] for w in world]
+
+    def correspond(k, here, kept):
+        there = exact[k + 1][kept].copy()
+        there[kept < 60 * (k == 1)] = 0.5         # a hand covers some in the second step
+        return there
+
+    found = subgoals(grasp_point(points), infer_motions(places, points, correspond, VIEW, 3, 1e-4))
+    assert np.allclose(found, subgoals(grasp_point(points), [(R, T)] * 3), atol=1e-3)
+
+
+def test_grasp_point_is_the_medoid():
+    points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]], float)
+    assert grasp_point(points).tolist() == [0.2, 0.2, 0]
+
+
+# --- flow -----------------------------------------------------------------------------------------
+
+
+def net(network="own"):
+    torch.manual_seed(0)
+    return flow.FlowNet(flow.Config(size=32, width=32, depth=1, network=network))
+
+
+def test_sample_flow_reads_between_pixels():
+    field = np.zeros((4, 6, 2), np.float32)
+    field[1, 2] = [0.5, -0.25]
+    middle = np.array([[2.5 / 6, 1.5 / 4], [3.0 / 6, 1.5 / 4]])
+    assert np.allclose(flow.sample_flow(field, middle), [[0.5, -0.25], [0.25, -0.125]])
+
+
+@pytest.mark.parametrize("network", ["own", "raft"])
+def test_every_parameter_of_the_network_gets_a_gradient(network):
+    model = net(network)
+    for p in model.parameters() if network == "own" else ():    # zeros hide what lies before them
+        torch.nn.init.normal_(p, std=0.1)
+    pair = torch.randint(256, (2, 2, 32, 32, 3), dtype=torch.uint8)
+    batch = {"a": pair[0], "b": pair[1], "flow": torch.randn(2, 16, 16, 2) * 0.1,
+             "object": torch.rand(2, 16, 16) < 0.2}
+    model.loss(batch)[0].backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_cost_volume_is_of_shifted_pictures():
+    a, b = torch.randn(2, 2, 5, 6, 6)
+    near = flow.cost_volume(a, b, 2).view(2, 5, 5, 6, 6)
+    for i, j in ((0, 0), (2, 2), (4, 1)):
+        there = F.pad(b, (2,) * 4)[:, :, i:i + 6, j:j + 6]
+        assert torch.allclose(near[:, i, j], (a * there).sum(1), atol=1e-5)
+
+
+def test_flow_of_mirror_images_is_mirrored():
+    model = net().eval()
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    a, b = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
+    found, mirrored = model.flow(a, b), model.flow(a[:, ::-1], b[:, ::-1])
+    assert found.shape == (16, 16, 2) and abs(found).max() > 1e-3
+    assert np.allclose(mirrored[:, ::-1] * [-1, 1], found, atol=1e-5)
+
+
+def test_network_learns_a_shift():
+    """Noise moved by (6, -2) pixels of 32; the first guess is that nothing moves."""
+    model, generator = net().eval(), torch.Generator().manual_seed(0)       # neither blur nor noise
+    a = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    b = a.roll((-2, 6), (1, 2))
+    true = torch.tensor([6 / 32, -2 / 32]).expand(2, 16, 16, 2).clone()
+    true[:, :2], true[:, :, 12:] = torch.nan, torch.nan     # what has gone round the edge
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    losses = []
+    for step in range(70):
+        loss, _ = model.loss({"a": a, "b": b, "flow": true, "object": torch.zeros(2, 16, 16)})
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
+    found = model(a, b)[-1].detach()[0, :, 6:10, 3:8] * 32
+    assert abs(found - torch.tensor([6, -2]).view(2, 1, 1)).mean() < 1
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_degraded_pictures_are_blurred_and_noisy(share):
+    """Stripes of one pixel, black and white, become grey; a mean stays."""
+    stripes = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
+    stripes[:, :, ::2] = 255
+    rough = flow.degrade(stripes, share)
+    assert rough.dtype == torch.uint8 and abs(rough.float().mean() - 127.5) < 1
+    assert (rough.float().std((1, 2, 3)) < 10).float().mean() == share
+
+
+# --- AVDC in the simulator ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def button():
+    sim = sims.make("avdc", "button-press", 96)
+    yield sim
+    sim.close()
+
+
+def test_exact_flow_is_where_the_points_go(button):
+    button.reset(seed=5)
+    path = avdc.true_future(button, {"seed": 5})
+    assert len(path) > 20
+    view = metaworld.views()[0]
+    pair = flow.exact_pair(button, view, path[[0, len(path) - 1]])
+    known = np.isfinite(pair["flow"]).all(-1)
+    moved = np.linalg.norm(np.nan_to_num(pair["flow"]), axis=-1) > 0.01
+    robot = button.camera.mask(button.data, view, button.label)[::2, ::2] == 1  # now, as the simulator is
+    assert known[robot].mean() > 0.95 and moved[pair["object"]].mean() > 0.5
+    assert (moved & robot).sum() > 0.8 * robot.sum() and not moved[~robot & ~pair["object"]].mean() > 0.05
+    assert not np.array_equal(pair["a"], pair["b"])
+
+
+def test_exact_correspondence_solves_a_scene(button):
+    actor = avdc.Actor(button, "oracle")
+    success, ever, steps, pictures = rollout.play(button, actor, {"seed": 7}, film=True)
+    assert success and ever and steps < 200 and actor.mode == "push"
+    assert len(pictures) > 10 and pictures[0].shape[1] == 3 * 96
+
+
+def test_imagined_pictures_are_followed_by_their_flow(button):
+    """A video in which nothing moves, whatever its flow network sees: the hand pushes down in place."""
+    class Still:
+        def imagine(self, obs, generator):
+            assert obs["goal"].shape == (1, 96, 96, 3) and obs["text"].shape == (1, 384)
+            return obs["frames"].expand(1, FRAMES, 96, 96, 3)
+
+    actor = avdc.Actor(button, Still(), flow.dis_flow, replans=1)
+    actor.reset(button, {"seed": 7})
+    button.reset(seed=7)
+    assert actor(button).shape == (4,) and actor.plans_left == 1 and len(actor.pictures) == 1 + FRAMES
+    assert np.ptp(actor.planned, 0).max() < 0.01
+    for _ in range(avdc.PATIENCE):      # a hand that stands still
+        actor(button)
+    assert actor.plans_left == 0
+
+
+@pytest.mark.slow
+def test_true_and_imagined_videos_are_evaluated(tmp_path):
+    import video_planner
+    where = ["--preset", "tiny", "--suite", "button-press", "--device", "cpu", "--no-bf16",
+             "--data", str(tmp_path / "data"), "--out", str(tmp_path)]
+    flow.main(where)
+    assert "moving object" in (tmp_path / "button-press/flow.txt").read_text()
+    video_planner.main([*where, "--goal", "language", "--name", "video"])
+    (tmp_path / "avdc").mkdir()
+    (tmp_path / "button-press/flow.pt").rename(tmp_path / "avdc/flow.pt")
+    avdc.main(["oracle", "true", str(tmp_path / "button-press/video.pt"), "--suite", "button-press",
+               "--episodes", "1", "--workers", "1", "--out", str(tmp_path), "--results", str(tmp_path)])
+    names = {path.name for path in tmp_path.glob("*.json")}
+    assert names == {"button-press_flow-oracle_episodes1.json", "button-press_flow-true_episodes1.json",
+                     "button-press_flow-generated_tiny_d0_s0_language_episodes1.json"}, names
+
+
+def test_avdc_refuses_what_it_cannot_do(refused, tmp_path):
+    run = lambda *words: lambda: avdc.main([*words, "--out", str(tmp_path)])
+    refused(run(), "oracle")
+    refused(run("true"), "video_control.flow")
+    refused(run("oracle", "--suite", SUITE), "Meta-World")
+    refused(run(str(tmp_path / "video.pt")), "video_planner.py")
+
+
+# --- UniPi ----------------------------------------------------------------------------------------
+
+video_path = trained("video_planner", "video")
+
+
+@pytest.fixture(scope="module")
+def unipi_path(data, runs, video_path):
+    unipi.main([*EXECUTOR, "--planner", str(video_path), "--data", str(data), "--out", str(runs)])
+    return runs / SUITE / "video_tasks0_unipi.pt"
+
+
+def test_pictures_to_reach_lie_ahead_and_done_means_near(video_path, data, runs):
+    config = parse(executor.Config, "", [*EXECUTOR, "--planner", str(video_path), "--data", str(data),
+                                         "--out", str(runs)])
+    config.batch, config.history = 64, 1
+    model, demos, videos, _ = executor.prepare(config, unipi.InverseDynamics)
+    batches = unipi.SubgoalData(config, model, demos, videos)
+    episode, t, _ = demos.sample_frames(3, 64, 0)
+    batch, again = batches(3), batches(3)
+    assert batch["goal"].shape == (64, 1, SIZE, SIZE, 3) and np.array_equal(batch["goal"], again["goal"])
+    near = 0
+    for b in range(64):
+        ahead = demos.gather("obs/agentview_rgb", episode[b], t[b] + np.arange(1, unipi.FAR + 1))
+        which = [k + 1 for k in range(len(ahead)) if np.array_equal(ahead[k], batch["goal"][b, 0])]
+        left = demos.length[episode[b]] - 1 - t[b]
+        assert which and batch["arrived"][b, 0] == (min(which[0], left) <= batches.execute)
+        near += batch["arrived"][b, 0]
+    assert 10 <= near <= 40     # a tenth, and a quarter of the others
+
+
+def test_done_goes_on_to_the_next_picture_and_open_loop_imagines_once(unipi_path, sim):
+    actor, imagined = unipi.make_actor(unipi_path, "cpu", 0, None), []
+
+    def imagine(obs, generator):
+        imagined.append(obs)
+        count = torch.arange(FRAMES, dtype=torch.uint8).view(1, -1, 1, 1, 1)
+        return count.expand(1, FRAMES, SIZE, SIZE, 3)
+
+    model = actor.executor
+    model.video.imagine, execute = imagine, actor.execute
+    actor.reset(sim, {"seed": 0})
+    sim.reset(seed=0)
+    for sure, reached in ((-9.0, 0), (9.0, 3)):         # never done, then at every look
+        torch.nn.init.constant_(model.done.bias, sure)
+        torch.nn.init.zeros_(model.done.weight)
+        for _ in range(3 * execute):
+            actor(sim)
+        assert actor.video[0][0, 0, 0] == reached
+    assert len(imagined) == 1
+    for _ in range(10 * execute):
+        action = actor(sim)
+    assert len(actor.video) == 1 and len(imagined) == 1 and action.shape == (7,)    # the last one stays
+    actor.replan = actor.step = 2 * execute
+    for _ in range(5 * execute):
+        actor(sim)
+    assert len(imagined) == 4
+
+
+def test_unipi_follows_the_picture_and_learns_done(unipi_path):
+    model = executor.load_executor(unipi_path, Kind=unipi.InverseDynamics)
+    picture = torch.zeros(2, 1, SIZE, SIZE, 3, dtype=torch.uint8)
+    batch = {"state": torch.zeros(2, 1, 8), "picture": picture, "wrist": picture,
+             "frames": picture[:, :, None], "goal": torch.randint(256, picture.shape, dtype=torch.uint8)}
+    other = batch | {"goal": 255 - batch["goal"]}
+    assert not torch.allclose(model(batch)[1], model(other)[1])
+    batch |= {"action": torch.zeros(2, 1, model.config.chunk, 7), "waypoint": torch.zeros(2, 1, 3)}
+    losses = [model.loss(batch | {"arrived": torch.full((2, 1), x)})[1]["done"] for x in (True, False)]
+    assert abs(losses[0] - losses[1]) > 1e-6
+    trained = {n for n, p in unipi.InverseDynamics.__dict__.items()} and [
+        n for n, p in model.train().named_parameters() if p.requires_grad]
+    assert not model.video.training and not any(n.startswith("video") for n in trained)
+
+
+@pytest.mark.slow
+def test_unipi_is_evaluated(unipi_path, tmp_path, capsys):
+    for words in ([], ["--replan", "100"]):
+        unipi.main([str(unipi_path), "--episodes", "1", "--workers", "1", "--results", str(tmp_path), *words])
+    names = sorted(path.name for path in tmp_path.glob("*.json"))
+    assert len(names) == 2 and "_unipi_" in names[1] and "_unipi-replan_" in names[0], names
+
+
+@pytest.mark.slow
+def test_unipi_resumes_after_a_kill(unipi_path, video_path, data, tmp_path):
+    command = [*EXECUTOR, "--planner", str(video_path), "--data", str(data), "--out", str(tmp_path)]
+    run_and_kill("video_control.unipi", "step", command)
+    unipi.main(command)
+    whole, killed = (training.load(p) for p in (unipi_path, tmp_path / SUITE / unipi_path.name))
+    assert equal(whole["model"], killed["model"])
