@@ -25,7 +25,7 @@ from tqdm import tqdm
 from core import networks, training
 from core.episodes import Episodes, look_times
 from core.files import fail
-from core.flags import as_dict, differences, flag, from_dict, parse, run_path, suites
+from core.flags import as_dict, differences, flag, from_dict, parse, run_path
 from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
@@ -234,11 +234,8 @@ class Executor(nn.Module):
         return self.act(*self.look(batch), batch["state"], waypoint)
 
     def loss(self, batch):
-        """batch as for forward, and action (B, T, C, A) -> MSE of both, parts."""
-        return self.errors(batch, *self(batch)[1:])
-
-    def errors(self, batch, action, there):
-        """Predicted actions and waypoint beside the batch's -> scalar, parts."""
+        """batch as for forward, and action (B, T, C, A) -> MSE of actions and waypoint, parts."""
+        _, action, there = self(batch)
         error = F.mse_loss(action.float(), batch["action"], reduction="none")   # (B, T, C, A)
         waypoint = F.mse_loss(there / OFFSET_SCALE, batch["waypoint"] / OFFSET_SCALE)
         return error.mean() + 0.3 * waypoint, {
@@ -421,18 +418,13 @@ def load_policy(path, device="cpu"):
 
 # --- command --------------------------------------------------------------------------------------
 
-def load_data(config, planner):
+def load_data(config, of):
     """Episodes of the demonstrations and of the videos, made first if there are none; completes the
-    configuration by what they decide."""
+    configuration by what they decide.  of: a trained planner's configuration, a dict, or {}."""
     from demos.record import ensure, task_names
-    c, of = config, planner.config if planner else None
-    its = list(suites(of)) if planner else ["libero_spatial"]
-    c.suite = c.suite or its[0]
-    c.size = of.size if planner else c.size
-    names = task_names(c.suite, c.tasks or (of.tasks if planner and c.suite in its else ""), c.data)
-    if c.action_demos > c.demos:
-        fail(f"--action-demos {c.action_demos} is more than the {c.demos} videos: give --demos "
-             f"{c.action_demos}")
+    c, its = config, of.get("suite", "libero_spatial")
+    c.suite, c.size = c.suite or its.split(",")[0].split(":")[0], of.get("size", c.size)
+    names = task_names(c.suite, c.tasks or of.get("tasks", "") * (c.suite in its), c.data)
     ensure(c.suite, names, c.demos, c.data, c.size)
     demos, videos = (Episodes(c.data, c.suite, names, n) for n in (c.action_demos, c.demos))
     if c.size != videos.size:
@@ -445,36 +437,44 @@ def load_data(config, planner):
     return demos, videos
 
 
-def prepare(config, Kind=Executor, planner=None):
-    """-> a new executor (`Kind`), Episodes of the demonstrations and of the videos, the path of the
-    checkpoint.  planner: in place of config.planner."""
-    c = config
-    c.differs = differences(c, {"action_demos", "seed"})
-    if not planner and c.planner.endswith(".pt"):
-        planner = load_planner(c.planner, c.device)
-    demos, videos = load_data(c, planner)
-    stem = Path(c.planner).stem
-    if planner and c.suite not in suites(planner.config):
-        stem += f"_of-{planner.config.suite}"
-    planner = planner or untrained(c.planner, size=c.size, E=c.E, width=c.width, blocks=c.blocks,
-                                   channels=c.channels)
-    path = run_path(c, f"{stem}_{Kind.kind}")
-    c.form = c.form or planner.forms[0]
-    if c.form not in planner.forms:
+def check(config, planner):
+    """Refuses a planner, or a class of them, that does not go with the other flags."""
+    c, execute = config, min(config.execute, config.chunk)
+    if c.form not in (None, *planner.forms):
         fail(f"--form {c.form}: {c.planner} has {' and '.join(planner.forms)}")
-    execute = min(c.execute, c.chunk)
     if planner.history > 1 and planner.stride % execute:
         fail(f"the planner's frames are {planner.stride} steps apart, no multiple of the {execute} "
              "steps between looks: give another --chunk")
-    c.kind, c.planner_config = planner.kind, as_dict(planner.config)
+    if c.action_demos > c.demos:
+        fail(f"--action-demos {c.action_demos} is more than the {c.demos} videos: give --demos "
+             f"{c.action_demos}")
+
+
+def prepare(config, Kind=Executor):
+    """Planner and data of a configuration -> a new executor, Episodes of the demonstrations and of
+    the videos, the path of the checkpoint.  Kind: the executor's class."""
+    c, stem = config, Path(config.planner).stem
+    c.differs = differences(c, {"action_demos", "seed"})
+    trained = c.planner.endswith(".pt")
+    planner = load_planner(c.planner, c.device) if trained else untrained(c.planner)
+    check(c, planner)
+    of = as_dict(planner.config) if trained else {}
+    demos, videos = load_data(c, of)
+    if c.suite not in of.get("suite", c.suite):
+        stem += f"_of-{of['suite']}"
+    path = run_path(c, f"{stem}_{Kind.kind}")
+    if not trained:
+        planner = planner(planner.Config(size=c.size, E=c.E, width=c.width, blocks=c.blocks,
+                                         channels=c.channels))
+    c.form, c.kind = c.form or planner.forms[0], planner.kind
+    c.planner_config = as_dict(planner.config)
     torch.manual_seed(c.seed)
     executor = Kind(c, planner).to(c.device)
     executor.texts.copy_(torch.as_tensor(videos.text))
-    for k in range(len(c.task_names)):      # the latest videos: the first ones lend their actions
-        last = np.flatnonzero(videos.task == k)[::-1]
-        if c.goals:
-            executor.goals[k] = torch.as_tensor(
-                videos.last_frames(last[np.arange(c.goals) % len(last)]))
+    for k in range(len(c.task_names) if c.goals else 0):
+        last = np.flatnonzero(videos.task == k)[::-1]   # the first ones lend their actions
+        last = last[np.arange(c.goals) % len(last)]
+        executor.goals[k] = torch.as_tensor(videos.last_frames(last))
     return executor, demos, videos, path
 
 

@@ -165,14 +165,14 @@ def follow_masks(frames, t, masks, follower):
     import torch
     import torch.nn.functional as F
     model, processor = follower
-    session = processor.init_video_session(video=frames, inference_device=model.device,
-                                           video_storage_device="cpu")
+    video = processor.init_video_session(video=frames, inference_device=model.device,
+                                         video_storage_device="cpu")
     processor.add_inputs_to_inference_session(
-        session, frame_idx=t, obj_ids=list(range(1, len(masks) + 1)), input_masks=list(masks))
+        video, frame_idx=t, obj_ids=list(range(1, len(masks) + 1)), input_masks=list(masks))
     labels = np.zeros(frames.shape[:3], np.uint8)
     with torch.no_grad():
         for reverse in (False, True):
-            for output in model.propagate_in_video_iterator(session, start_frame_idx=t,
+            for output in model.propagate_in_video_iterator(video, start_frame_idx=t,
                                                             reverse=reverse):
                 score = output.pred_masks.float()  # (N, 1, H', W')
                 score = F.interpolate(score, frames.shape[1:3], mode="bilinear")[:, 0]  # (N, H, W)
@@ -247,7 +247,7 @@ def video_tracks(frames, track, rng, K=256):
     """Points are tried everywhere, K drawn anew around those that move, a grid among them, and
     followed by `track` -> tracks (T, K, 2) in [0, 1], visible (T, K).
 
-    differs: ATM stops if nothing moves; here the points are drawn uniformly then.
+    differs: ATM keeps 1,098 points, and stops if nothing moves: here they are drawn uniformly then.
     """
     T = len(frames)
     when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
@@ -264,10 +264,8 @@ def video_tracks(frames, track, rng, K=256):
 
 
 class Annotator:
-    """What --masks and --tracks ask for; missing weights end the run in one line.
-
-    config  has masks, tracks, weights, download, device
-    """
+    """The networks of --masks and --tracks; missing weights end the run.  config has masks, tracks,
+    weights, download, device."""
 
     def __init__(self, config):
         self.detector = self.track = None
@@ -288,7 +286,7 @@ class Annotator:
         masks = box_masks(frames[t], boxes, self.segmenter)  # (N, H, W)
         empty = [name for name, mask in zip(names, masks) if not mask.any()]
         if empty:
-            fail(f"{title}: Segment Anything sees nothing in the box of {', '.join(empty)}: "
+            fail(f"{title}: Segment Anything finds nothing in the box of {', '.join(empty)}: "
                  "name it otherwise in --objects")
         return follow_masks(frames, t, masks, self.follower)
 
@@ -333,10 +331,10 @@ class Config:
     size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
     render: str = flag("fast", "fast, or faithful: the simulators' own look, ten times slower",
                        choices=["fast", "faithful"])
-    masks: str | None = flag(None, "sim: the simulator's exact ones (of a suite); sam: Grounding "
-                             "DINO, Segment Anything, SAM 2 (of a film)", choices=["sim", "sam"])
-    tracks: str | None = flag(None, "sim: the simulator's exact ones (of a suite); cotracker (of a "
-                              "film); flow needs no weights", choices=["sim", "cotracker", "flow"])
+    masks: str = flag("", "sim: the simulator's, exact (default of a suite); sam: Grounding DINO, "
+                      "Segment Anything and SAM 2 (of a film)", choices=["sim", "sam"])
+    tracks: str = flag("", "sim: the simulator's, exact (default of a suite); cotracker (of a "
+                       "film); flow needs no weights", choices=["sim", "cotracker", "flow"])
     objects: str = flag("", "what to segment, the robot first, each name with a full stop; empty: "
                         "as the suite names them")
     video: str = flag("", "a film, a folder of its pictures, or a folder of films: no simulator")
@@ -344,7 +342,7 @@ class Config:
     download: bool = flag(False, "fetch what is missing: weights, the official files")
     text: str = flag("minilm", "what puts the instruction into numbers; bert and clip must be in "
                      "Hugging Face's cache", choices=list(TEXTS))
-    workers: int = flag(2, "processes", minimum=1)
+    workers: int = flag(2, "processes, each with networks of its own", minimum=1)
     data: str = flag("data", "folder of the data files")
     show: bool = flag(False, "write <data>/<suite>.png, a picture of the data, one row per task")
     device: str | None = flag(None, "of the networks")

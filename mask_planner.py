@@ -260,7 +260,7 @@ class MaskPlanner(Planner):
         future = m[:, 1:].flatten(0, 1)  # (B K, N, H, W)
         ce = bootstrapped_cross_entropy(logits, with_background(future).argmax(1),
                                         hardest_fraction(float(self.progress)))
-        # differs: the mean over tracked objects; XMem's counts those that are not as solved
+        # differs: the mean over tracked objects; XMem also counts the others, as solved
         counts = tracked[..., 0, 0].expand(-1, K, -1).flatten(0, 1)  # (B K, N)
         d = (dice(logits.softmax(1)[:, 1:], future) * counts).sum() / counts.sum().clamp(min=1)
         loss, parts = ce + d, {"ce": ce.item(), "dice": d.item()}

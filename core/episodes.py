@@ -251,7 +251,7 @@ def join(parts):
                      "of them again in another --data folder")
     whole.tasks = [task for p in parts for task in p.tasks]
     whole.seconds = sum(p.seconds for p in parts)
-    whole.objects = min((p.objects for p in parts), key=len)
+    whole.objects = max((p.objects for p in parts), key=len)
     first = np.cumsum([0] + [len(p.tasks) for p in parts])
     whole.task = np.concatenate([p.task + k for p, k in zip(parts, first)])
     for name in ("length", "text", "own_goal"):

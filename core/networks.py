@@ -198,7 +198,8 @@ def grid_places(side, view):
 
 
 class Standardise(nn.Module):
-    """Numbers (..., width) of the data, with mean 0 and variance 1 once `fit` has seen them."""
+    """Numbers (..., width) of the data, with mean 0 and variance 1 once `fit` has seen them, but
+    for those that never change."""
 
     def __init__(self, width):
         super().__init__()
@@ -207,8 +208,10 @@ class Standardise(nn.Module):
 
     def fit(self, x):
         """x (rows, width), array."""
-        self.mean.copy_(torch.as_tensor(x.mean(0, dtype="float64")))
-        self.std.copy_(torch.as_tensor(x.std(0, dtype="float64").clip(1e-3)))
+        mean, std = (torch.as_tensor(y) for y in (x.mean(0, dtype="float64"),
+                                                  x.std(0, dtype="float64")))
+        self.mean.copy_(torch.where(std > 1e-3, mean, 0))
+        self.std.copy_(torch.where(std > 1e-3, std, 1))
 
     def forward(self, x):
         return (x - self.mean) / self.std
@@ -220,16 +223,18 @@ class SpatialSoftmaxPool(nn.Module):
     def __init__(self, places, width, D, points=32):
         super().__init__()
         n = len(places)
-        points = points if n > 1 else 0     # a single token is where it is
-        self.points, self.thin = nn.Linear(width, points), nn.Linear(width, max(8, D // n))
-        self.out = nn.Linear(2 * points + n * self.thin.out_features, D)
+        self.points = nn.Linear(width, points) if n > 1 else None   # one token is where it is
+        self.thin = nn.Linear(width, max(8, D // n))
+        self.out = nn.Linear(2 * points * (n > 1) + n * self.thin.out_features, D)
         self.register_buffer("xy", 2 * places[:, 1:] - 1, persistent=False)
 
     def forward(self, x):
         """x (B, n, width) -> (B, D)."""
-        share = self.points(x).softmax(1)                               # (B, n, points)
-        where = (share.transpose(1, 2) @ self.xy.to(share.dtype)).flatten(1)    # (B, 2 points)
-        return self.out(torch.cat([where, self.thin(x).flatten(1)], -1))
+        parts = [self.thin(x).flatten(1)]                               # (B, n channels)
+        if self.points:
+            share = self.points(x).softmax(1)                           # (B, n, points)
+            parts.append((share.transpose(1, 2) @ self.xy.to(share.dtype)).flatten(1))
+        return self.out(torch.cat(parts, -1))
 
 
 def mlp(i, o):

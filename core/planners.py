@@ -43,11 +43,10 @@ def load_planner(path, device="cpu"):
     return planner.to(device).eval().requires_grad_(False)
 
 
-def untrained(kind, **fields):
-    """A planner that has no loss of its own, no stage 1, such as cloning."""
-    Planner = planner_class(kind) if kind in PLANNERS else None
-    if Planner is None or hasattr(Planner, "loss"):
-        named = ", ".join(k for k in PLANNERS if not hasattr(planner_class(k), "loss"))
+def untrained(kind):
+    """The class of a planner that has no loss of its own, no stage 1, such as cloning."""
+    without = [k for k in PLANNERS if not hasattr(planner_class(k), "loss")]
+    if kind not in without:
         fail(f"--planner {kind}: give a checkpoint of stage 1 (python mask_planner.py makes "
-             f"runs/<suite>/mask.pt), or {named}")
-    return Planner(Planner.Config(**fields))
+             f"runs/<suite>/mask.pt), or {', '.join(without)}")
+    return planner_class(kind)

@@ -4,6 +4,7 @@
 makes the arrays of one video, see there.  config is extract.py's.
 """
 
+import json
 import time
 from pathlib import Path
 
@@ -137,6 +138,7 @@ def annotate_films(config, path, names, annotator):
     assemble(path, parts, {
         "env": config.suite, "goal_varies": False, "task": path.stem, "size": config.size,
         "source": "video", "render": "video", "language_instruction": language,
+        "problem_info": json.dumps({"language_instruction": language}),
         "text_embedding": embed(language, config.text), "text": config.text, "objects": names,
         "cameras": CAMERAS[:1], "mask_source": config.masks, "track_source": config.tracks})
 

@@ -34,11 +34,8 @@ def grid(x, y, z):
 
 
 def open_hand():
-    """Points on the open hand in the frame of the grip site, metres: x opening axis, y width, z
-    towards the tips.
-
-    Returns fingers (36, 3) and palm with flange (165, 3).
-    """
+    """Points on the open hand in the frame of the grip site (x opening axis, y width, z towards the
+    tips), metres: fingers (36, 3), palm with flange (165, 3)."""
     levels = (0.053, 0.009), (0.059, -0.009), (0.064, -0.026)
     finger = np.concatenate([grid([0.039, x], [-0.01, 0, 0.01], [z]) for x, z in levels])  # (18, 3)
     levels = (0.019, PALM), (0.021, 0.06), (0.032, 0.095), (0.032, 0.12), (0.05, 0.15)
@@ -126,11 +123,11 @@ def yaw_of(axis):
 
 
 def pinches(boxed, yaws, axes):
-    """Ways to pinch an object across.  boxed (G, 8, 3) corners, yaws (Y,), axes (Y, 3).
+    """Ways to pinch an object across.  boxed (G, 8, 3) corners, yaws (Y,), axes (Y, 3); yields
+    (cost, yaw, axis, grip point).
 
-    Yields (cost, yaw, axis, grip point).  The cost prefers the narrow side, 1 rad of turning to 33
-    mm of width, and avoids seams: where two stacked boxes lie flush under a pad it wedges between
-    them and does not come free.
+    The cost prefers the narrow side, 1 rad of turning to 33 mm of width, and avoids seams: where
+    two stacked boxes lie flush under a pad it wedges between them and does not come free.
     """
     points = boxed.reshape(-1, 3)
     low, high = points.min(0), points.max(0)
@@ -142,8 +139,7 @@ def pinches(boxed, yaws, axes):
         seam = False
         for side in (axis, -axis):
             reach = (boxed @ side).max(1)
-            # flush: within 0.6 mm
-            touched = held & (reach > reach[held].max(initial=-np.inf) - 0.0006)
+            touched = held & (reach > reach[held].max(initial=-np.inf) - 0.0006)  # flush
             # stacked, not side by side
             seam |= touched.any() and bottom[touched].max() > top[touched].min() - 0.005
         if width < OPENING:
@@ -162,9 +158,8 @@ def rims(boxed, yaws, axes):
     flat, highest = points - middle, points[:, 2].max()
     for yaw, axis in zip(yaws, axes):
         for side in (axis, -axis):
-            along = flat @ side
-            # within 20 degrees
-            sector = (along > 0) & (np.abs(flat[:, :2] @ [-side[1], side[0]]) < 0.36 * along)
+            along, across = flat @ side, flat[:, :2] @ [-side[1], side[0]]
+            sector = (along > 0) & (np.abs(across) < 0.36 * along)  # within 20 degrees
             if not sector.any():
                 continue
             top = points[sector, 2].max()  # of the rim on this side: the object may be tilted
@@ -203,12 +198,9 @@ def handles(boxed, body, yaws, axes):
     parts = boxed[~body]
     away = np.linalg.norm((parts.mean(1) - boxed[body].mean((0, 1)))[:, :2], axis=1)
     for part in parts[away > away.max() - 0.012]:
-        middle = part.mean(0)
+        middle, width = part.mean(0), np.ptp(part @ axes.T, axis=0)
         near = np.linalg.norm((parts.mean(1) - middle)[:, :2], axis=1) < 0.025
-        top = parts[near][..., 2].max()
-        width = np.ptp(part @ axes.T, axis=0)
-        k = width.argmin()
-        z = top - 0.022
+        k, z = width.argmin(), parts[near][..., 2].max() - 0.022
         if width[k] < 0.035 and part[:, 2].min() - 0.005 < z < part[:, 2].max() + 0.005:
             yield 0.0, yaws[k], axes[k], np.array([*middle[:2], z])
 

@@ -104,10 +104,10 @@ class LiberoScript:
 
 
 class Arm:
-    """The arm in its scene, all of it as it is now, and its motions.
+    """The arm in its scene, as it is now, and its motions: generators of actions (7,).
 
-    A motion is a generator of actions (7,) float64.  point: a function that gives a target (3,) as
-    it is now, metres; R (3, 3) the rotation of the hand; gripper -1 open, +1 closed.
+    point: a function that gives a target (3,) as it is now, metres; R (3, 3) the rotation of the
+    hand; gripper -1 open, +1 closed.
     """
 
     def __init__(self, sim, seed):
@@ -293,7 +293,8 @@ def settle(arm, goal):
 def put(arm, goal):
     """One attempt at ['on', object, object] or ['in', object, region]; a drawer is opened first."""
     predicate, name, target = goal
-    if place.is_drawer(arm.sim, target):
+    kind = place.kind_of(arm.sim, target)
+    if kind == "drawer":
         part = fixtures.Part(arm.sim, target)
         if part.q > fixtures.AJAR:
             yield from clear(arm, name, part)
@@ -303,8 +304,7 @@ def put(arm, goal):
                 yield from fixtures.open_drawer(arm, target, fixtures.AJAR - 0.02)
         if fixtures.WIDE + 0.005 < part.q <= fixtures.AJAR and part.ceiling() < np.inf:
             yield from fixtures.widen_drawer(arm, target)
-    within = predicate == "in" and place.is_cave(arm.sim, target)
-    if within and handle_of(arm.sim, name) is not None:
+    if predicate == "in" and kind == "cave" and handle_of(arm.sim, name) is not None:
         yield from place.insert(arm, goal)
     else:
         yield from pick_and_place(arm, goal)
@@ -397,7 +397,7 @@ def carry(arm, goal, level, R, lost):
     shared = sum(g[-1] == target for g in sim.goal) > 1 and predicate == "on"
     near = NEAR / 2 if arm.careful else NEAR
     steep = 2 * STEEP if shared else STEEP  # past what already stands there
-    still, before = 0, np.inf
+    kind, still, before = place.kind_of(sim, target), 0, np.inf
     for _ in range(150):
         where, container = place.destination(sim, target, name)
         walls = place.walls(sim, target, container)
@@ -414,7 +414,7 @@ def carry(arm, goal, level, R, lost):
         still, before = still + 1 if stands else 0, bottom
         if arrived or lost() or still > 6:
             break
-        if arm.careful and place.is_region(sim, target):  # turned first
+        if arm.careful and kind in ("cave", "part"):  # turned first
             aside += max(arm.turn_to(R).magnitude() - 0.06, 0)
         fall = min(end + steep * max(aside - near, 0), level) - bottom
         yield arm.towards(arm.grip + [*shift, fall], R, 1)

@@ -12,14 +12,11 @@ numbers; T steps; what we do not need is left out):
                  gripper_states (T, 2) metres . ee_states (T, 6) metres and axis-angle
 
 Masks, tracks and the robot's states come from setting the simulator to `states`; nothing is
-simulated, so no version of mujoco or robosuite changes them.  That pictures and states belong
-together is checked by the robot's states that were observed with the pictures.
-
-That script stores the state before an action and the observation after it: picture t belongs to
-state t + 1 (to the last 2 ms, for which robosuite does not move what it draws), so what is seen
-before action t + 1 is picture t.  It observed by playing the actions again, and went on where that
-strayed from the recorded states; such a demonstration is left out.  Files that others made anew may
-pair pictures and states otherwise, see `picture_offset`.
+simulated, so no version of mujoco or robosuite changes them.  That script stores the state before
+an action and the observation after it: picture t belongs to state t + 1 (to the last 2 ms, for
+which robosuite does not move what it draws), so what is seen before action t + 1 is picture t.  It
+observed by playing the actions again, and went on where that strayed from the recorded states; such
+a demonstration is left out.  Files that others made may pair them otherwise (`picture_offset`).
 """
 
 import re
@@ -44,7 +41,9 @@ UPRIGHT = {"opengl": -1, "opencv": 1}  # step through the rows of a picture
 # than a pixel of 128 (8 mm on the table); a step moves it by up to 13 mm, the joints by 0.06 rad
 TOLERANCE = {"joint_states": (0.01, "rad"), "gripper_states": (0.004, "m"),
              "ee_states": (0.004, "m")}
-NEEDED = ("actions", "states", *VIEWS, *(f"obs/{name}" for name in TOLERANCE))
+# rows of what is read; of states as many numbers as the simulator has, of pictures (H, H, 3)
+ROWS = {"actions": (7,), "states": ("S",), "obs/joint_states": (7,), "obs/gripper_states": (2,),
+        "obs/ee_states": (6,)} | dict.fromkeys(VIEWS)
 
 
 def choose_tasks(suite, chosen):
@@ -103,18 +102,16 @@ def check(path):
 
 def misfit(demo):
     """What a demonstration lacks of the layout above, as text, or None."""
-    lacks = [f"/{key}" for key in NEEDED if not isinstance(demo.get(key), h5py.Dataset)]
+    lacks = [f"/{key}" for key in ROWS if not isinstance(demo.get(key), h5py.Dataset)]
     lacks += ["@model_file"] * ("model_file" not in demo.attrs)
     if lacks:
         return f"lacks {demo.name[1:]}{lacks[0]}"
     T, H, *_ = demo[VIEWS[0]].shape
-    layout = {key: ((T, H, H, 3), np.uint8) for key in VIEWS} | {
-        "states": ((T, *demo["states"].shape[1:]), None), "actions": ((T, 7), None),
-        "obs/joint_states": ((T, 7), None), "obs/gripper_states": ((T, 2), None),
-        "obs/ee_states": ((T, 6), None)}
-    for key, (shape, kind) in layout.items():
-        if demo[key].shape != shape or kind not in (None, demo[key].dtype):
-            return f"has {demo.name[1:]}/{key} {demo[key].shape} {demo[key].dtype}, not {shape}"
+    for key, row in ROWS.items():
+        shape, wanted = demo[key].shape, (T, *(row or (H, H, 3)))
+        if shape != wanted and key != "states" or len(demo[key]) != T or (
+                key in VIEWS and demo[key].dtype != np.uint8):
+            return f"has {demo.name[1:]}/{key} {shape} {demo[key].dtype}, not {wanted}"
     return None if T > 1 else f"has one row in {demo.name[1:]}"
 
 
@@ -141,11 +138,8 @@ def replay_error(demo, found):
 
 
 def convert_demo(sim, demo, rows_step, seed):
-    """A published demonstration -> its arrays as `record.record` has them, and None; or None and
-    why it cannot be used.
-
-    demo  an open group; rows_step  see UPRIGHT
-    """
+    """A published demonstration, an open group -> its arrays as `record.record` has them, and None;
+    or None and why it cannot be used.  rows_step: see UPRIGHT."""
     try:
         missing = sim.restore_fixtures(demo.attrs["model_file"])
     except ParseError as error:

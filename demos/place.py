@@ -16,23 +16,17 @@ BESIDE = 0.09  # metres, each way, between two things on one stove
 SLOPE = 0.9  # radians by which a bottle is laid down on the wine rack
 
 
-def is_cave(sim, target):
-    """Whether a region is reached from the front only."""
+def kind_of(sim, target):
+    """What a destination is: an object; or a region, of a drawer, of a cave (it is reached from the
+    front only), another part of a thing (such as a caddy's compartment), or of the table."""
     region = sim.env.object_sites_dict.get(target)
-    caves = ("microwave", "wooden_two_layer_shelf")
-    return region is not None and region.parent_name.startswith(caves)
-
-
-def is_drawer(sim, target):
-    """Whether a destination is inside of a drawer."""
-    region = sim.env.object_sites_dict.get(target)
-    return bool(region is not None and region.joints)
-
-
-def is_region(sim, target):
-    """Whether a destination is a part of a thing without joints, such as a caddy's compartment."""
-    region = sim.env.object_sites_dict.get(target)
-    return region is not None and not region.joints and region.parent_name in sim.env.obj_body_id
+    if region is None:
+        return "object"
+    if region.joints:
+        return "drawer"
+    if region.parent_name.startswith(("microwave", "wooden_two_layer_shelf")):
+        return "cave"
+    return "part" if region.parent_name in sim.env.obj_body_id else "table"
 
 
 def destination(sim, target, name=None):
@@ -64,7 +58,8 @@ def walls(sim, target, container):
     """Heights, metres, of the corners of what a destination is part of."""
     if container not in sim.env.obj_body_id:
         return np.zeros(1)
-    geoms = fixtures.Part(sim, target).geoms if is_drawer(sim, target) else solid(sim, container)
+    drawer = kind_of(sim, target) == "drawer"
+    geoms = fixtures.Part(sim, target).geoms if drawer else solid(sim, container)
     return corners(sim, geoms)[..., 2]
 
 
@@ -80,7 +75,7 @@ def floor_of(sim, target, where):
 def aligned(arm, name, target, R):
     """The hand's rotation (3, 3) that turns a held object's long side along that of its region."""
     sim = arm.sim
-    if not arm.careful or not is_region(sim, target):
+    if not arm.careful or kind_of(sim, target) not in ("cave", "part"):
         return R
     region = sim.env.object_sites_dict[target]
     boxed = corners(sim, solid(sim, name)).reshape(-1, 3)

@@ -31,7 +31,9 @@ from demos.language import embed
 from demos.libero import UNSOLVED, demonstrator
 from sims.camera import choose_opengl
 
-NOISE = 0.1  # on the executed motion, see `record`; 1 is full speed
+# Standard deviation of what is added to the executed motion (of 1) while recording, after DART
+# (Laskey et al., 2017): the states stray as a learner's will, the recorded, clean actions lead back.
+NOISE = 0.1
 # episode i is sampled with seed i; if the demonstrator fails there, with i + RETRY, and so on
 RETRY = 100_000
 
@@ -77,24 +79,19 @@ class Demonstrator:
         return sim.max_demo_steps
 
 
-def record(sim, seed, noise):
-    """Plays one scripted episode.  Returns its arrays, or None if the goal did not hold at the end.
-
-    noise  standard deviation of what is added to the motion numbers of the executed action (after
-           DART, Laskey et al. 2017): the states stray as a learner's will, the recorded, clean
-           actions lead back
-    """
-    rng = np.random.default_rng(seed)
+def record(sim, seed):
+    """Plays one scripted episode with NOISE.  Returns its arrays, each (T, ...), the actions
+    without the noise; or None if the goal did not hold at the end."""
+    rng, rows = np.random.default_rng(seed), []
     frame, policy = sim.reset(seed=seed), demonstrator(sim, seed)
-    rows = []
     while not policy.done and len(rows) < sim.max_demo_steps:
         action = policy(sim)  # (A,)
         row = frame | {"actions": action, "states": sim.state()}
-        frame, success = sim.step(perturbed(action, noise, rng))
+        frame, success = sim.step(perturbed(action, NOISE, rng))
         rows.append(row | {"rewards": float(success)})
     if not sim.success():
         return None
-    episode = {key: np.stack([row[key] for row in rows]) for key in rows[0]}  # each (T, ...)
+    episode = {key: np.stack([row[key] for row in rows]) for key in rows[0]}
     return episode | sims.tracks(sim, episode["states"], seed=seed)
 
 
@@ -113,12 +110,14 @@ def run_jobs(function, jobs, workers, total, desc, opengl=True):
     Errors of a worker are raised here; a worker that was killed ends the program in one line.
     """
     choose_opengl(needed=opengl)
+    # inherited; the libraries of this process have read theirs already
+    os.environ.update(OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1", LP_NUM_THREADS="0")
     context = get_context("spawn")  # a fork would share OpenGL and torch's threads
     queue, often = context.SimpleQueue(), 0.5 if sys.stderr.isatty() else 30
     with (ProcessPoolExecutor(workers, context, start_worker, (queue,)) as pool,
           tqdm(total=total, unit="episode", desc=desc, mininterval=often) as bar):
         try:
-            left = submit(pool, function, jobs)
+            left = [pool.submit(work, function, job) for job in jobs]
             while left or not queue.empty():
                 done, left = wait(left, timeout=0.3, return_when=FIRST_COMPLETED)
                 for future in done:
@@ -132,21 +131,6 @@ def run_jobs(function, jobs, workers, total, desc, opengl=True):
         finally:  # interrupted, they would play all their jobs first
             for process in active_children():
                 process.terminate()
-
-
-def submit(pool, function, jobs):
-    """The jobs as futures; the processes, which start with them, have one thread each."""
-    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "LP_NUM_THREADS": "0"}
-    before = {key: os.environ.get(key) for key in one}
-    os.environ.update(one)  # inherited
-    try:
-        return [pool.submit(work, function, job) for job in jobs]
-    finally:
-        for key, value in before.items():
-            os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-
-reports = None  # in a worker: the queue of its results
 
 
 def start_worker(queue):
@@ -172,17 +156,16 @@ def shares(episodes, tasks, workers):
 # --- data files -----------------------------------------------------------------------------------
 
 
-def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers=2, text="minilm"):
+def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="minilm"):
     """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
 
     Episode i depends on (task, i) alone, so neither interruptions nor the number of processes
     change the data.
-    size           height and width of the pictures, pixels
-    noise, render  None: those of the episodes that are there, else NOISE and fast
-    text           what embeds the instruction, one of `language.TEXTS`
+    size    height and width of the pictures, pixels
+    render  as of sims.make; None: that of the episodes that are there, else fast
+    text    what embeds the instruction, one of `language.TEXTS`
     """
-    asked, jobs, unfinished = {"size": size, "noise": noise, "render": render}, [], {}
-    usual = {"size": size, "noise": NOISE if noise is None else noise, "render": render or "fast"}
+    asked, jobs, unfinished = {"size": size, "render": render}, [], {}
     for task in tasks:
         path = Path(data) / suite / f"{task}.hdf5"
         parts, (ready, made_with) = path.with_suffix(""), made_so_far(path, suite)
@@ -197,7 +180,7 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
         if path.exists():
             split_assembled(path, parts)
         parts.mkdir(parents=True, exist_ok=True)
-        unfinished[task] = usual | made_with
+        unfinished[task] = {"size": size, "render": render or "fast"} | made_with
         missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
         jobs += [(suite, task, share, parts, unfinished[task])
                  for share in shares(missing, len(tasks), workers)]
@@ -209,10 +192,10 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
     try:
         for _ in run_jobs(record_episodes, jobs, workers, total, "record"):
             pass
-        for task, made_with in unfinished.items():
+        for task, look in unfinished.items():
             path = Path(data) / suite / f"{task}.hdf5"
-            assemble(path, path.with_suffix(""), attributes(
-                suite, task, made_with["size"], made_with["render"], text, "scripted"))
+            about = attributes(suite, task, **look, text=text, source="scripted")
+            assemble(path, path.with_suffix(""), about)
     except OSError as error:
         stop_if_full(error, data)
 
@@ -220,39 +203,36 @@ def ensure(suite, tasks, demos, data, size=128, noise=None, render=None, workers
 def made_so_far(path, suite):
     """Of a task's data file, or of what an interrupted run left of it: how many episodes are ready,
     infinitely many if none can be added (films, official ones, a suite derived from this one); and
-    what they were made with, {size, noise, render}, without episodes {}."""
+    what they look like, {size, render}, without episodes {}."""
     if path.exists():
         with open_data(path) as f:
             about = f["data"].attrs
-            made_with = {"size": int(about["size"])}
             if about["source"] != "scripted" or about["env"] != suite:
-                return np.inf, made_with
-            noise = float(f["data/demo_0"].attrs["noise"])
-            return len(f["data"]), made_with | {"noise": noise, "render": about["render"]}
+                return np.inf, {"size": int(about["size"])}
+            return len(f["data"]), {"size": int(about["size"]), "render": about["render"]}
     for part in sorted(path.with_suffix("").glob("demo_*.hdf5"))[:1]:
         with h5py.File(part) as one:
             if "noise" not in one.attrs:
                 fail(f"{part.parent}/ holds an interrupted import: finish it with --source "
                      "official, choose another --data folder or delete it")
-            return 0, {"size": one["masks"].shape[1], "noise": float(one.attrs["noise"]),
-                       "render": one.attrs["render"]}
+            return 0, {"size": one["masks"].shape[1], "render": one.attrs["render"]}
     return 0, {}
 
 
 def record_episodes(job):
     """Worker: some episodes of one task, a file each; yields each one's number when it is made."""
-    suite, task, indices, folder, made_with = job
-    sim = sims.make(suite, task, made_with["size"], made_with["render"])
+    suite, task, indices, folder, look = job
+    sim = sims.make(suite, task, **look)
     for i in indices:
         begin = time.time()
         for seed in range(i, i + 20 * RETRY, RETRY):
-            episode = record(sim, seed, made_with["noise"])
+            episode = record(sim, seed)
             if episode:
                 break
         else:
             raise RuntimeError(f"{task}: the demonstrator failed 20 scenes in a row")
-        write_episode(folder / f"demo_{i}.hdf5", episode, seed=seed, noise=made_with["noise"],
-                      render=made_with["render"], seconds=time.time() - begin)
+        write_episode(folder / f"demo_{i}.hdf5", episode, seed=seed, noise=NOISE,
+                      render=look["render"], seconds=time.time() - begin)
         yield i
     sim.close()
 
@@ -302,8 +282,8 @@ def task_names(suite, chosen, data):
 def load_videos(config):
     """What a planner learns from; the episodes that are missing are made first.
 
-    config  suite "a", or "a:2,b" for two videos per task of a and all of b; tasks of the first and,
-            where they have these, of the others; demos, data, size
+    config.suite  "a", or "a:2,b": two videos per task of a and config.demos of b; config.tasks are
+                  the first's and, where they have these, the others'
     -> training episodes of all suites, held-out ones of the first, a line about them
     """
     first, *_ = wanted = suites(config)  # {suite: videos per task}

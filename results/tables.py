@@ -1,182 +1,189 @@
-"""README's tables by task or annotator, from the JSON files: what the scripted demonstrators solve,
-what acting from flow does, what executors cost and how fast they train, how good annotators are."""
+"""All tables, made from the files in results/, between the markers of results/README.md and README.
+
+    python -m results.tables
+
+The unit is the training seed: with several, a row is the mean of their success rates with a 95 %
+t-interval; with one, k of n episodes with the file's own interval (Wilson's), which ranks nothing.
+"""
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-import rollout
-import sims
 from core.files import fail, write
-from results import figures
+from core.flags import flag, parse
+
+
+@dataclass
+class Config:
+    results: str = flag("results", "folder of the results")
+
+
+# --- evaluations ----------------------------------------------------------------------------------
+
+
+def read(folder, pattern):
+    """The JSON files of this pattern -> their contents, each with its file's name as `file`."""
+    return [json.loads(path.read_text()) | {"file": path.stem}
+            for path in sorted(Path(folder).glob(pattern))]
 
 
 def evaluations(folder):
-    """What the JSON files of evaluations hold; other results, such as extract.py's grades, are not
-    of policies."""
-    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("*.json"))]
-    return [r for r in found if "plan" in r]
+    """Results of rollouts; the demonstrator's have another word in files of older code."""
+    return [r | {"plan": "demonstrator" if r["plan"] == "expert" else r["plan"]}
+            for r in read(folder, "*.json") if "plan" in r]
 
 
-def pooled(folder):
-    """All results, training seeds pooled -> list of dicts with suite, plan, ..., seeds, success,
-    episodes, interval."""
-    rows = {}
+def t_interval(rates):
+    """95 % t-interval of the mean of success rates (n,) -> (low, high), within [0, 1]."""
+    from scipy.stats import t
+    half = t.ppf(0.975, len(rates) - 1) * np.std(rates, ddof=1) / np.sqrt(len(rates))
+    return float(max(0, np.mean(rates) - half)), float(min(1, np.mean(rates) + half))
+
+
+def cells(folder):
+    """One row of all evaluations that differ in the training seed alone: the first one's content,
+    with plan (its full name), seeds (how many), rate, interval, count, between (both in words).
+
+    A file's name holds all that differs from the presets, so names that agree but for the seed are
+    of one configuration.  Executors that share a planner of one seed are marked.
+    """
+    groups, rows = {}, []
     for r in evaluations(folder):
-        # another version of it is another simulator
-        r |= {"of": len(r["tasks"]), "mujoco": r["versions"]["mujoco"]}
-        names = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "of", "unseen",
-                 "mujoco")
-        key = tuple(r[name] for name in names)
-        row = rows.setdefault(key, dict(zip(names, key))
-                              | {"seeds": 0, "success": 0, "episodes": 0})
-        row["seeds"] += 1
-        row["success"] += r["success"]
-        row["episodes"] += r["episodes"]
-    for row in rows.values():
-        row["interval"] = rollout.wilson(row["success"], row["episodes"])
-    return sorted(rows.values(), key=lambda r: (r["suite"], r["action_demos"] or 99, r["plan"]))
+        seed, of = r["seed"], ((r.get("config") or {}).get("planner_config") or {}).get("seed")
+        plain = lambda name: re.sub(rf"_s{seed}(?=_|$)", "", name)
+        shared = f", planner of seed {of}" if of not in (None, seed) else ""
+        variant = f", unseen {r['unseen']}" if r["unseen"] else ""
+        r["plan"] = plain(r["plan"]) + r.get("differs", "") + shared + variant
+        groups.setdefault((plain(r["file"]), shared), []).append(r)
+    for r, *others in groups.values():
+        rates = [x["success"] / x["episodes"] for x in (r, *others)]
+        low, high = t_interval(rates) if others else r["interval"]
+        count = "" if others else f"{r['success']}/{r['episodes']} = "
+        rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
+                         "count": f"{count}{100 * np.mean(rates):.1f} %",
+                         "between": f"{100 * low:.1f} - {100 * high:.1f}"})
+    return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0, r["plan"]))
 
 
-def make_table(folder, readme="README.md"):
-    """Prints the results as a table, writes it between README's markers, and draws the plot."""
-    rows = pooled(folder)
-    if not rows:
-        fail(f"no results in {folder}/: python rollout.py <checkpoint> makes one")
-    lines = ["| suite | plan | tasks | videos per task | action demos per task | seeds | success "
-             "| 95 % interval | mujoco |",
-             "|---|---|---|---|---|---|---|---|---|"]
-    for r in rows:
-        low, high = r["interval"]
-        new = f", unseen {r['unseen']}" if r["unseen"] else ""
-        seeds = r["seeds"] if r["preset"] else "-"
-        rate = f"{r['success']}/{r['episodes']} = {100 * r['success'] / r['episodes']:.1f} %"
-        lines.append(f"| {r['suite']} | {r['plan']}{new} | {r['of']} | {r['videos'] or '-'} | "
-                     f"{r['action_demos'] or '-'} | {seeds} | {rate} | "
-                     f"{100 * low:.1f} - {100 * high:.1f} | {r['mujoco']} |")
-    print("\n".join(lines))
-    insert(readme, "results", lines)
-    insert(readme, "times", times(folder))
-    insert(readme, "experts", experts_table(folder))
-    insert(readme, "avdc", flow_table(folder))
-    insert(readme, "costs", cost_table(folder))
-    insert(readme, "paces", pace_table(folder))
-    insert(readme, "grade", grade_table(folder))
-    figures.plot(rows, Path(folder) / "curve.png")
+# --- tables: the folder's files -> lines, none where there is nothing -----------------------------
+
+
+def table(head, rows):
+    """Titles "a | b" and rows of cells -> lines of Markdown."""
+    line = lambda row: f"| {' | '.join('-' if x is None else str(x) for x in row)} |"
+    return [f"| {head} |", "|---" * (1 + head.count(" | ")) + "|", *map(line, rows)] * bool(rows)
+
+
+def overview(folder):
+    """A row per plan, preset and number of demonstrations, a column per suite, all of its tasks."""
+    found, suites = {}, []
+    for r in cells(folder):
+        if not r["unseen"] and r["scenes"] != "development" and "_tasks" not in r["file"]:
+            suites += [r["suite"]] * (r["suite"] not in suites)
+            seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
+            found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})[r["suite"]] = \
+                f"{100 * r['rate']:.1f} ({seeds}{r['between']})"
+    return table(" | ".join(["plan", "preset", "action demos", *suites]), [
+        (*key, *(row.get(suite, "") for suite in suites)) for key, row in found.items()])
+
+
+def policies(folder):
+    """Every evaluation but the demonstrator's, those of unseen variants and some tasks, too."""
+    columns = "suite", "plan", "preset", "videos", "action_demos", "scenes", "count", "between"
+    return table(
+        "suite | plan | preset | videos | action demos | scenes | success | 95 % interval | seeds",
+        [(*(r[k] for k in columns), r["seeds"] if r["preset"] else None)
+         for r in cells(folder) if not r["plan"].startswith("demonstrator")])
+
+
+def demonstrators(folder):
+    """A row per result, and one per task that was not always solved."""
+    rows = []
+    for r in (r for r in cells(folder) if r["plan"].startswith("demonstrator")):
+        name = r["suite"] + r["plan"].removeprefix("demonstrator")
+        rows.append((name, f"all {len(r['tasks'])}", r["counts"],
+                     f"{r['count']} ({r['between']})", None))
+        for task, t in r["tasks"].items() if not r["unseen"] else ():
+            ever = f", at any step {t['ever']}" if t.get("ever", 0) > t["success"] else ""
+            if t["success"] < t["episodes"]:
+                rows.append((name, task.replace("_", " "), "",
+                             f"{t['success']}/{t['episodes']}{ever}", f"{t['steps']:.0f}"))
+    return table("suite | task | counts | solved (95 % interval) | mean steps", rows)
+
+
+def avdc(folder):
+    """Acting from flow: a row per task, a column per result over all of AVDC's tasks."""
+    found = [r for r in cells(folder) if r["plan"].startswith("flow-") and len(r["tasks"]) == 11]
+    rate = lambda r, task: f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}"
+    return table(" | ".join(["task", *(f"{r['plan']}, {r['suite']}" for r in found)]), [
+        (task, *(rate(r, task) for r in found)) for task in found[0]["tasks"]] if found else [])
+
+
+def annotators(folder):
+    """Annotators beside the trivial answers, from `python -m results.annotators`."""
+    rows, measures = [], ("delta_avg", "occlusion_accuracy", "average_jaccard")
+    for r in read(folder, "*_grade.json"):
+        about = f"{r['suite']}: {r['frames']} frames of {r['size']} px, {r['points']} points"
+        rows += [(about, name, f"{s['J']:.3f}", f"{s['F']:.3f}", "", "", "")
+                 for name, s in r["masks"].items()]
+        for name in r["tracks"]["all"]:
+            both = [r["tracks"][which].get(name) for which in ("all", "moving")]
+            rows.append((about, name, "", "", *(
+                " / ".join(f"{s[m]:.3f}" if s else "-" for s in both) for m in measures)))
+    return table("suite | annotator | J | F | delta_avg, all / moving points | occlusion accuracy "
+                 "| average Jaccard", rows)
+
+
+def costs(folder):
+    """What 600 steps of each executor cost, from `python -m results.figures cost`."""
+    return table("suite | preset | executor | parameters, with planner | TFLOPs of 600 steps", [
+        (r["suite"], r["preset"], r["cost_of"], f"{r['parameters'] / 1e6:.1f} million",
+         f"{r['tflops']:.3f}") for r in read(folder, "*_cost.json")])
 
 
 def times(folder):
-    """What the steps took, as lines of a table: medians over the results, minutes."""
+    """Minutes of each step, medians over the results."""
     spent = {}
-    for r in evaluations(folder):
+    for r in (r for r in evaluations(folder) if r["preset"]):
         for step, seconds in r["seconds"].items():
-            if seconds and r["preset"] and len(r["tasks"]) == len(sims.tasks(r["suite"])):
-                of = {"data": "data, one core",
-                      "planner": "planner"}.get(step, f"{step}, {r['plan']}")
-                of += f", {r['episodes']} episodes" * (step == "rollout")
-                spent.setdefault((r["suite"], r["preset"], of), []).append(seconds / 60)
-    lines = ["| suite | preset | step | minutes |", "|---|---|---|---|"]
-    return lines + [f"| {' | '.join(key)} | {np.median(minutes):.1f} |"
-                    for key, minutes in spent.items()]
+            of = step if step == "data" else f"{step}, {r['plan']}"
+            of += f", {r['episodes']} episodes" * (step == "rollout")
+            spent.setdefault((r["suite"], r["preset"], of), []).append((seconds or 0) / 60)
+    return table("suite | preset | step | minutes", [
+        (*key, f"{np.median(minutes):.1f}") for key, minutes in spent.items() if any(minutes)])
 
 
-def insert(readme, name, lines):
-    """Replaces what stands between README's markers of that name."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    page = Path(readme).read_text() if Path(readme).exists() else ""
-    if begin in page and end in page:
-        write(readme,
-                   "\n".join([page.split(begin)[0] + begin, *lines, end + page.split(end)[1]]))
-
-
-def expert_results(folder="results"):
-    """Full results of LIBERO's expert -> {suite or 'suite, unseen variant': result}; of several of
-    a suite the one with the most episodes."""
-    found = {}
-    for path in sorted(Path(folder).glob("libero_*_expert_*.json")):
-        r = json.loads(path.read_text())
-        name = f"{r['suite']}, unseen {r['unseen']}" if r["unseen"] else r["suite"]
-        if name not in found or r["episodes"] > found[name]["episodes"]:
-            found[name] = r
-    return found
-
-
-def experts_table(folder="results"):
-    """Each task of the suites of ten, of LIBERO-90 all and those not always solved, of unseen
-    variants all and the worst -> lines of a table."""
-    lines = ["| suite | task | solved at the end | solved at any step | mean steps |",
-             "|---|---|---|---|---|"]
-    rate = lambda t, key="success": f"{t[key]}/{t['episodes']}" if key in t else ""
-    for name, r in expert_results(folder).items():
-        tasks = r["tasks"]
-        worst = min(tasks.values(), key=lambda t: t["success"] / t["episodes"])
-        if r["unseen"] or len(tasks) > 10:
-            lines.append(f"| {name} | all {len(tasks)} | {rate(r)}, worst task {rate(worst)} | | |")
-        if not r["unseen"]:
-            lines += [f"| {name} | {task.replace('_', ' ')} | {rate(t)} | {rate(t, 'ever')} | "
-                      f"{t['steps']:.0f} |" for task, t in tasks.items()
-                      if len(tasks) <= 10 or t["success"] < t["episodes"]]
-    return lines
-
-
-def flow_table(folder="results"):
-    """Success of acting from flow, a row per task and a column per kind of video -> lines."""
-    found = [json.loads(path.read_text()) for path in sorted(Path(folder).glob("avdc_flow-*.json"))]
-    found = [r for r in found if len(r["tasks"]) == 11]
-    if not found:
-        return []
-    head = "| task | " + " | ".join(r["plan"] for r in found) + " |"
-    lines = [head, "|---" * (1 + len(found)) + "|"]
-    for task in found[0]["tasks"]:
-        cells = [f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}" for r in found]
-        lines.append(f"| {task} | " + " | ".join(cells) + " |")
-    return lines
-
-
-def cost_table(folder="results"):
-    """What 600 steps of each executor cost, from `rollout.py --cost` -> lines."""
-    lines = ["| suite | preset | plan | parameters, planner and executor | TFLOPs of 600 steps |",
-             "|---" * 5 + "|"]
-    for path in sorted(Path(folder).glob("*_cost.json")):
-        r = json.loads(path.read_text())
-        lines.append(f"| {r['suite']} | {r['preset']} | {r['cost_of']} | "
-                     f"{r['parameters'] / 1e6:.1f} million | {r['tflops']:.3f} |")
-    return lines if len(lines) > 2 else []
-
-
-def pace_table(folder="results"):
-    """How fast the paper preset trains, from the last lines of results/paper_<network>_<precision>
-    .jsonl, which are logs of training -> lines."""
-    lines = ["| network | precision | samples per core-second | peak memory, GB |",
-             "|---" * 4 + "|"]
-    for path in sorted(Path(folder).glob("paper_*.jsonl")):
-        name, _, precision = path.stem.removeprefix("paper_").rpartition("_")
+def speeds(folder):
+    """How fast programs train: the last lines of their logs, speed_<program>_<where>.jsonl."""
+    rows, keys = [], ("samples_per_second", "gigabytes")
+    for path in sorted(Path(folder).glob("speed_*.jsonl")):
         last = json.loads(path.read_text().splitlines()[-1])
-        lines.append(f"| {name.replace('_', ' ')} | {precision} | "
-                     f"{last['samples_per_core_second']:.3g} | {last['gigabytes']:.1f} |")
-    return lines if len(lines) > 2 else []
+        rows.append((path.stem[6:].replace("_", " "), last["step"], *(f"{last[k]:.3g}" for k in keys)))
+    return table("program and machine | steps | samples per second | peak memory, GB", rows)
 
 
-def grade_table(folder="results"):
-    """Annotators beside the trivial answers, from `extract.py --grade` -> lines."""
-    known = {"sam": "Grounding DINO, SAM, SAM 2", "cotracker": "CoTracker",
-             "stay": "points that stay"}
-    lines = ["| suite | annotator | J | F | delta_avg, all / moving points | occlusion accuracy | "
-             "average Jaccard |", "|---" * 7 + "|"]
-    for path in sorted(Path(folder).glob("*_grade.json")):
-        r = json.loads(path.read_text())
-        about = f"{r['suite']}: {r['frames']} frames of {r['size']} px, {r['points']} points"
-        for name, s in r["masks"].items():
-            lines.append(f"| {about} | {known.get(name, name)} | {s['J']:.3f} | {s['F']:.3f} |"
-                         " | | |")
-        for name in r["tracks"]["all"]:
-            both = [r["tracks"][which].get(name) for which in ("all", "moving")]
-            cells = [" / ".join(f"{s[measure]:.3f}" if s else "-" for s in both)
-                     for measure in ("delta_avg", "occlusion_accuracy", "average_jaccard")]
-            lines.append(f"| {about} | {known.get(name, name)} | | | {' | '.join(cells)} |")
-    return lines if len(lines) > 2 else []
+TABLES = overview, policies, demonstrators, avdc, annotators, costs, times, speeds
+
+
+def main(argv=None):
+    """Command line: writes all tables into both pages, where these have markers for them."""
+    folder = Path(parse(Config, "Tables of the results.", argv).results).resolve()
+    made = {f.__name__: f(folder) for f in TABLES}
+    if not any(made.values()):
+        fail(f"no results in {folder}: python rollout.py <checkpoint> makes one")
+    for path in (p for p in (folder / "README.md", folder.parent / "README.md") if p.exists()):
+        page = path.read_text()
+        for name, lines in made.items():
+            text = "\n".join(lines or ["None yet."]) + "\n"
+            page = re.sub(f"(<!-- {name} -->\n).*?(<!-- /{name} -->)",
+                          lambda found: found[1] + text + found[2], page, flags=re.S)
+        write(path, page)
+        print(f"tables: {path}")
 
 
 if __name__ == "__main__":
-    make_table("results")
+    main()

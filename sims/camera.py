@@ -12,7 +12,6 @@ from copy import copy as copy_of
 
 import numpy as np
 
-from core.episodes import CAMERAS  # noqa: F401  OLD
 from core.files import fail
 
 

@@ -17,6 +17,7 @@ os.environ["OMP_NUM_THREADS"] = "1"     # before torch is imported
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import torch  # noqa: E402
+import torchvision  # noqa: E402, F401: imported after an OpenGL context, its libraries can crash
 
 torch.set_num_threads(1)
 

@@ -210,7 +210,6 @@ def test_tracks_follow_from_the_seed(played):
 
 
 def test_no_opengl_is_one_line(monkeypatch, refused):
-    """Neither a backend that fails nor a driver that hangs is one."""
     tried = []
 
     def run(*arguments, env, **keywords):

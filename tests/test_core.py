@@ -1,4 +1,4 @@
-"""core.py and train.py: attention, image encoder, training and its continuation, checkpoints, flags."""
+"""core: attention, image encoder, training and its continuation, checkpoints, command lines."""
 
 import dataclasses
 import json
@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 
 from core import networks, training
-from core.flags import as_dict, fast_products, flag, from_dict, parse
+from core.flags import (PlannerConfig, as_dict, fast_products, flag, flags_of, from_dict, parse,
+                        run_path)
 
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
@@ -31,13 +32,15 @@ class Config:
     clip: float = flag(1.0, "largest gradient norm, 0 = off")
     ema: float = flag(0.9, "decay per step, 0 = off")
     seed: int = flag(0, "random seed")
-    save_every: int = flag(4, "steps")
-    log_every: int = flag(4, "steps")
+    save_every: ClassVar = 4
+    log_every: ClassVar = 4
     mode: str = flag("plain", "what goes wrong", choices=["plain", "nan", "steep", "slow"])
     width: int | None = flag(None, "width in channels")
     device: str | None = flag("cpu", "cpu or cuda")
     bf16: bool | None = flag(False, "bf16 autocast")
-    sizes: tuple[int, ...] = flag((1, 2), "a list")
+    preset: str | None = flag(None, "sizes", choices=["laptop", "paper"])
+    files: tuple[str, ...] = flag((), "what is read", positional=True)
+    sizes: tuple[int, ...] = (1, 2)
 
 
 class Toy(nn.Module):
@@ -236,7 +239,8 @@ class Regression(nn.Module):
 
 
 def test_fit_overfits_one_batch(tmp_path, capsys):
-    config = Config(steps=300, lr=1e-2, ema=0.0, warmup=10, weight_decay=0.0, save_every=300)
+    config = Config(steps=300, lr=1e-2, ema=0.0, warmup=10, weight_decay=0.0)
+    config.save_every = 300
     x, y = torch.randn(2, 3, 16), torch.randn(2, 3, 16)
     pictures = []
 
@@ -247,10 +251,9 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
 
     model = Regression(config)
     path = tmp_path / "run.pt"
-    extra = {"objects": ["robot", "bowl"]}
     batch = {"x": x, "y": y}
-    model = training.fit(model, lambda step: batch, config, path, picture, "9 episodes", extra)
-    assert training.load(path, kind="regression")["extra"] == extra
+    model = training.fit(model, lambda step: batch, config, path, picture, "9 episodes")
+    assert training.load(path, kind="regression")["config"] == as_dict(config)
     lines = capsys.readouterr().out.splitlines()
     for word in ("cpu", f"{networks.count(model):,} trainable", "300 steps", "9 episodes", str(path)):
         assert word in lines[0]
@@ -300,11 +303,12 @@ def test_average_of_the_weights(tmp_path):
     assert not torch.equal(average, content["model"]["body.norm.weight"])
 
 
+@pytest.mark.slow
 def test_killed_run_continues_exactly(tmp_path):
     whole, broken = tmp_path / "whole.pt", tmp_path / "broken.pt"
     trained(whole)
     # "slow" sleeps in every step and changes nothing else: there is time to kill it between saves.
-    process = child(broken, mode="slow", log_every=1)
+    process = child(broken, mode="slow")
     while not broken.exists() and process.poll() is None:
         time.sleep(0.01)
     time.sleep(0.5)                                 # into the steps that will be made again
@@ -314,7 +318,7 @@ def test_killed_run_continues_exactly(tmp_path):
     assert 0 < step < 12
     with open(tmp_path / "broken.jsonl", "a") as file:
         file.write('{"step": 11, "lo')              # a line that the kill cut
-    out, err = child(broken, mode="slow", log_every=1).communicate()
+    out, err = child(broken, mode="slow").communicate()
     assert f"at step {step}: continuing" in out, err
     assert err == ""                                # no terminal, no progress bar
     one, other = training.load(whole), training.load(broken)
@@ -322,7 +326,7 @@ def test_killed_run_continues_exactly(tmp_path):
     for key in ("model", "ema", "optimizer"):
         assert equal(one[key], other[key]), key
     rows = [json.loads(line) for line in open(tmp_path / "broken.jsonl")]
-    assert [row["step"] for row in rows] == list(range(1, 13))
+    assert [row["step"] for row in rows] == [4, 8, 12]
     seconds = [row["seconds"] for row in rows]
     assert seconds == sorted(seconds)
 
@@ -330,7 +334,7 @@ def test_killed_run_continues_exactly(tmp_path):
 def test_finished_run_is_left_alone(tmp_path, capsys):
     model = trained(tmp_path / "run.pt")
     before = (tmp_path / "run.pt").read_bytes(), (tmp_path / "run.jsonl").read_bytes()
-    again = trained(tmp_path / "run.pt", log_every=1)
+    again = trained(tmp_path / "run.pt", device=None)
     assert "finished" in capsys.readouterr().out
     assert before == ((tmp_path / "run.pt").read_bytes(), (tmp_path / "run.jsonl").read_bytes())
     assert equal(dict(model.state_dict()), dict(again.state_dict()))
@@ -341,7 +345,7 @@ def test_another_configuration_is_refused(tmp_path, capsys):
     before = (tmp_path / "run.pt").read_bytes()
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        trained(tmp_path / "run.pt", lr=0.5, save_every=1)
+        trained(tmp_path / "run.pt", lr=0.5)
     assert stop.value.code == 2
     refused(capsys, "lr 0.003 there, 0.5 here", "--out", "delete")
     assert (tmp_path / "run.pt").read_bytes() == before
@@ -350,7 +354,7 @@ def test_another_configuration_is_refused(tmp_path, capsys):
 @pytest.mark.parametrize("mode", ["nan", "steep"])
 def test_non_finite_loss_or_gradient_stops_the_run(tmp_path, capsys, mode):
     with pytest.raises(SystemExit) as stop:
-        trained(tmp_path / "run.pt", mode=mode, save_every=2)
+        trained(tmp_path / "run.pt", mode=mode)
     assert stop.value.code == 2
     refused(capsys, "step 6", "--lr")
     content = training.load(tmp_path / "run.pt")
@@ -358,6 +362,7 @@ def test_non_finite_loss_or_gradient_stops_the_run(tmp_path, capsys, mode):
     assert all(v.isfinite().all() for v in content["model"].values())
 
 
+@pytest.mark.slow
 def test_two_processes_share_one_model(tmp_path):
     """Two processes with 4 samples each = one process with the 8 samples, without noise."""
     process = child(tmp_path / "two.pt", processes=2, seed=3)
@@ -443,19 +448,19 @@ def test_preset_fills_what_is_not_given(capsys, monkeypatch):
         "preset laptop (no CUDA device; --preset paper for the paper's sizes)"]
     assert parse(Config, "", ["--preset", "paper"]).width == 512
     assert capsys.readouterr().out.splitlines() == ["preset paper (asked for)"]
-    config = parse(Config, "", ["--width", "3", "--bf16", "--sizes", "4", "5", "--lr", "0.5"])
-    assert (config.width, config.bf16, config.sizes, config.lr) == (3, True, (4, 5), 0.5)
-    assert parse(Config, "", ["--no-bf16", "--save-every", "9"]).save_every == 9
+    config = parse(Config, "", ["a.pt", "b.pt", "--width", "3", "--bf16", "--lr", "0.5"])
+    assert (config.width, config.bf16, config.files, config.lr) == (3, True, ("a.pt", "b.pt"), 0.5)
 
 
 @pytest.mark.parametrize("argv, words", [
-    (["--steps", "0"], ["--steps 0", "1 or more"]),
+    (["--steps", "0"], ["--steps 0", "at least 1"]),
     (["--lr", "nan"], ["--lr nan"]),
     (["--speed", "3"], ["--speed", "--help"]),
     (["--step", "3"], ["--step", "--help"]),            # no abbreviations
     (["--steps", "many"], ["--steps", "many"]),
     (["--mode", "fast"], ["fast", "plain"]),
     (["--device", "abacus"], ["abacus"]),
+    (["--sizes", "3"], ["--sizes"]),                    # only presets set it
 ])
 def test_bad_flags_are_one_line(capsys, argv, words):
     with pytest.raises(SystemExit) as stop:
@@ -469,10 +474,36 @@ def test_help_tells_every_field(capsys):
         parse(Config, "what it does", ["--help"])
     assert stop.value.code == 0
     text = " ".join(capsys.readouterr().out.split())
-    for field in dataclasses.fields(Config):
-        assert "--" + field.name.replace("_", "-") in text
+    for field in flags_of(Config):
+        assert ("" if field.name == "files" else "--") + field.name.replace("_", "-") in text
         assert field.metadata["help"] in text
-    assert "(default: laptop: 8, paper: 512)" in text and "(default: 12)" in text
+    assert "(default: laptop 8, paper 512)" in text and "(default: 12)" in text
+    assert "--sizes" not in text
+
+
+def test_names_hold_what_differs_from_the_preset(monkeypatch):
+    """Two configurations that train differently never share a name; where the data lie and the
+    like is in none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+    @dataclasses.dataclass
+    class Planner(PlannerConfig):
+        objects: int = flag(3, "objects")
+        grounded: bool = flag(False, "a switch")
+        PRESETS: ClassVar = {"laptop": dict(demos=20, steps=2000, size=96, batch=32, lr=1e-3)}
+
+    def path(*argv):
+        return str(run_path(parse(Planner, "", ["--device", "cpu", *argv]), "mask"))
+
+    assert path() == path("--data", "elsewhere", "--demos", "20") == "runs/libero_spatial/mask.pt"
+    argvs = [["--objects", "1"], ["--objects", "2"], ["--grounded"], ["--seed", "1"], ["--lr", "1"],
+             ["--tasks", "0,1"], ["--steps", "9"], ["--demos", "5"], ["--size", "64"],
+             ["--suite", "libero_spatial:2,libero_goal"], ["--suite", "libero_spatial:2"],
+             ["--suite", "mt10"], ["--tasks", ",".join(map(str, range(90)))]]
+    names = [path(*argv) for argv in argvs]
+    assert len({path(), *names}) == len(names) + 1 and max(map(len, names)) < 120
+    assert names[0] == "runs/libero_spatial/mask_objects1.pt" and names[3].endswith("mask_s1.pt")
+    assert path("--name", "mine", "--lr", "1") == "runs/libero_spatial/mine.pt"
 
 
 def test_config_to_dict_and_back(capsys):

@@ -21,8 +21,7 @@ def test_region_and_boundary():
     assert annotators.region(a, a) == annotators.boundary(a, a) == 1
     assert annotators.region(a, box(20, 10)) == pytest.approx(200 / 600)
     assert annotators.region(a, far) == annotators.boundary(a, far) == 0
-    near = box(11, 10)
-    assert annotators.boundary(a, near) == 1 > annotators.region(a, near), "a pixel is tolerated"
+    assert annotators.boundary(a, box(11, 10)) == 1 > annotators.region(a, box(11, 10)), "tolerated"
     assert annotators.region(none, none) == annotators.boundary(none, none) == 1
     assert annotators.boundary(none, a) == 0
     assert annotators.boundary(np.ones_like(a), none) == 1, "the picture's border is no boundary"
@@ -34,16 +33,12 @@ def test_tracks_against_a_loop_over_points():
     found = true + rng.normal(0, 6 / 256, (T, K, 2))
     visible, seen, when = *(rng.random((2, T, K)) < 0.7), rng.integers(T - 1, size=K)
     later = [(t, k) for k in range(K) for t in range(when[k] + 1, T)]
-    delta, jaccard = [], []
+    shown, delta, jaccard = sum(visible[at] for at in later), [], []
     for limit in (1, 2, 4, 8, 16):
-        within = shown = hit = wrong = 0
-        for at in later:
-            near = np.hypot(*(256 * (found[at] - true[at]))) < limit
-            shown += visible[at]
-            within += visible[at] and near
-            hit += visible[at] and near and seen[at]
-            wrong += seen[at] and not (visible[at] and near)
-        delta.append(within / shown)
+        near = [at for at in later if np.hypot(*(256 * (found[at] - true[at]))) < limit]
+        hit = sum(visible[at] and seen[at] for at in near)
+        wrong = sum(seen[at] and not (visible[at] and at in near) for at in later)
+        delta.append(sum(visible[at] for at in near) / shown)
         jaccard.append(hit / (shown + wrong))
     right = np.mean([seen[at] == visible[at] for at in later])
     grade = annotators.grade_tracks(found, seen, true, visible, when)

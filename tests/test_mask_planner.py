@@ -244,7 +244,7 @@ def test_one_batch_is_overfitted():
 
 # --- interface ------------------------------------------------------------------------------------
 
-def test_the_plan_is_what_the_sets_say():
+def test_the_plan_matches_its_sets():
     planner, obs = small(history=2).eval(), batch_of(T=2)
     sets, plan = planner.sets("latent"), planner.plan(obs, "latent")
     assert (planner.size, planner.history, planner.stride, planner.frozen) == (64, 2, 4, True)

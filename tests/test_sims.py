@@ -8,6 +8,9 @@ import pytest
 
 from conftest import EXECUTOR, SIZE, SUITE, shapes_of_a_frame
 
+import executor
+import mask_planner
+import rollout
 import sims
 from demos.libero import demonstrator
 from demos.record import RETRY
@@ -296,9 +299,7 @@ def test_the_suites_are_the_packages(push):
 
 
 @pytest.mark.slow
-def test_a_task_from_data_to_success_rate(tmp_path, monkeypatch):
-    """Where each scene has a goal of its own."""
-    import executor, mask_planner, rollout
+def test_a_metaworld_task_from_data_to_success_rate(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     mask_planner.main([*EXECUTOR, "--suite", "reach"])
     executor.main([*EXECUTOR, "--planner", "runs/reach/mask.pt"])

@@ -31,14 +31,10 @@ def observation(B=2, size=SIZE):
 
 # --- diffusion ------------------------------------------------------------------------------------
 
-
-def test_schedule_falls_from_signal_to_noise():
+def test_schedule_falls_from_signal_to_noise_and_weights_rise():
     alpha_bar = video_planner.cosine_schedule(100)
     assert alpha_bar.shape == (100,) and (alpha_bar[1:] < alpha_bar[:-1]).all()
     assert alpha_bar[0] > 0.999 and alpha_bar[-1] < 1e-4
-
-
-def test_loss_weight_is_one_plus_the_signal_to_noise_ratio():
     alpha_bar = torch.tensor([0.0, 0.5, 0.9])       # signal to noise 0, 1 and 9
     assert torch.allclose(video_planner.loss_weight(alpha_bar), torch.tensor([1.0, 2, 5]))
 
@@ -62,7 +58,6 @@ def test_sampling_a_gaussian_with_its_exact_denoiser():
 
 
 # --- network --------------------------------------------------------------------------------------
-
 
 @pytest.mark.parametrize("downsample", [1, 2])
 def test_starts_as_an_image_network(downsample):
@@ -106,7 +101,6 @@ def test_every_parameter_gets_a_gradient(goal):
 
 # --- planner --------------------------------------------------------------------------------------
 
-
 def test_loss_is_the_weighted_error_of_the_clean_clip():
     planner, batch = small(condition_dropout=0.0), observation()
     torch.manual_seed(3)
@@ -126,12 +120,9 @@ def test_pictures_have_one_range_and_are_clipped_not_wrapped():
     assert planner.condition(obs)[0].eq(1).all() and to_unit(0 * obs["goal"]).eq(-1).all()
     x = torch.tensor([-3.0, -1, 0, 1, 3]).view(1, 5, 1).expand(3, 5, 1)
     assert video_planner.to_bytes(x)[:, 0, 0].tolist() == [0, 0, 128, 255, 255]
-
-
-def test_residual_and_back():
     clip = to_unit(observation()["clip"])
-    there = to_residual(clip[:, 1:], clip[:, 0])
-    assert torch.allclose(video_planner.from_residual(there, clip[:, 0]), clip[:, 1:], atol=1e-6)
+    residual = to_residual(clip[:, 1:], clip[:, 0])
+    assert torch.allclose(video_planner.from_residual(residual, clip[:, 0]), clip[:, 1:], atol=1e-6)
 
 
 def test_untrained_it_imagines_that_nothing_changes():
@@ -180,7 +171,6 @@ def test_plan_depends_on_the_task_and_the_picture_does_not(goal):
 
 # --- data, scores and the command -----------------------------------------------------------------
 
-
 def test_clips_end_with_the_episode():
     times = video_planner.clip_times(np.array([0, 60, 98]), np.array([71, 100, 100]))
     assert times.shape == (3, 1 + FRAMES)
@@ -213,6 +203,5 @@ def test_command_resumes_after_a_kill(data, tmp_path):
     folder = tmp_path / "whole" / SUITE
     assert "SSIM" in (folder / "video.txt").read_text() and (folder / "video.png").stat().st_size
     planner = load_planner(folder / "video.pt")
-    assert equal(planner.state_dict(), {k: v for k, v in whole["ema"].items()})
-    pictures = planner.draw(observation(1))
-    assert len(pictures) == 3 and all(p.shape == (SIZE, SIZE, 3) for _, p in pictures)
+    assert equal(planner.state_dict(), dict(whole["ema"]))
+    assert [p.shape for _, p in planner.draw(observation())] == [(SIZE, SIZE, 3)] * 3

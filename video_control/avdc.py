@@ -6,12 +6,11 @@
 
 Points of the task's object are followed through the video; where the picture shows them gives the
 object's motion, rigid in space, from their depth in the first picture alone.  A hand that holds or
-pushes the object must go there, too.  The learned flow is runs/avdc/flow.pt (`flow.py`).
+pushes the object must go there, too.
 
-differs: where the paper and its code do, as the code: seven future frames (the paper: eight), the
-most central point as grasp (a random one), each picture's motion from the one before (from the
-first), the simulator's mask and depth, and steps of standing still counted in all until a new video
-(consecutive ones).  Three upright cameras of our own.
+differs: as the authors' code, not the paper: seven future frames (eight), the simulator's mask and
+depth (a segmenter's), the most central point as grasp (a random one), motion from each picture to
+the next (from the first), steps of standing still counted in all until a new video (consecutive).
 
 Sizes: P points, K future pictures, H W pixels.
 """
@@ -27,17 +26,17 @@ import torch
 import rollout
 import sims
 from core import training
-from core.draw import row
+from core.draw import draw_tracks, row
 from core.files import fail
 from core.flags import differences, flag, parse, suites
 from core.planners import load_planner
 from sims.camera import Replay, cast, copy_state, project
 from video_control import flow
 from video_control.motion import grasp_point, infer_motions, subgoals
-from video_planner import FRAMES, VideoPlanner, clip_times
+from video_planner import FRAMES, VideoPlanner, clip_times, imagine
 
 POINTS = 300        # of the object that are followed; differs: the authors take 500
-NOISE = {"oracle": 0.1, "true": 0.7, "generated": 1.0}      # of a target, pixels
+NOISE = {"oracle": 0.1, "true": 0.7}    # of a target, pixels; 1 in imagined pictures
 LIFTS = 0.1         # metres: an object that rises this far is held, any other pushed
 HOVER, BACK, LOWER = 0.2, 0.08, 0.03    # metres: above a point; behind it and below it, to push
 SINK = 0.01         # metres below the points seen, which are of the upper side, to hold
@@ -48,23 +47,15 @@ LIMIT = 500         # steps of an episode, as AVDC's
 
 
 @dataclass
-class Config:
-    future: tuple[str, ...] = flag((), "where the video comes from: oracle, true, or checkpoints "
-                                   "of video_planner.py", positional=True)
-    suite: str = flag("", "suites of Meta-World, each from its camera: avdc,avdc_view1; empty: "
-                      "those that the video planner has learned from, else avdc")
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
+class Config(rollout.Config):
+    checkpoints: tuple[str, ...] = flag((), "where the video comes from: oracle, true, checkpoints "
+                                        "of video_planner.py", positional=True)
+    suite: str = flag("", "suites of Meta-World, each from its camera, such as avdc,avdc_view1; "
+                      "empty: the video planner's, or avdc")
     flow: str = flag("learned", "between pictures: learned (flow.py's <out>/avdc/flow.pt) or dis "
                      "(OpenCV's)", choices=["learned", "dis"])
     replans: int = flag(5, "videos imagined anew when the hand stands still", minimum=0)
-    episodes: int = flag(10, "episodes per task and camera", minimum=1)
-    scenes: str = flag("test", "test, development, or the first seed, as for rollout.py")
-    films: bool = flag(True, "an mp4 of each task's first success and first failure")
-    workers: int = flag(2, "processes", minimum=1)
     out: str = flag("runs", "folder of the runs")
-    results: str = flag("results", "folder of the results")
-    device: str | None = flag(None, "cpu or cuda")
-    unseen: str = ""    # LIBERO's variants of scenes; Meta-World has none
 
 
 # --- what is seen ---------------------------------------------------------------------------------
@@ -81,7 +72,7 @@ def object_points(sim, rng):
     places = places / len(mask)                                             # (P, 2)
     replay = Replay(sim.camera, sim.cameras[0], sim.model, sim.data.qpos[None])
     body, local = replay.pick(np.zeros(POINTS, int), places)
-    own = np.isin(body, np.unique(sim.model.geom_bodyid[sim.label == 2]))
+    own = np.isin(body, sim.model.geom_bodyid[sim.label == 2])
     own = own if own.any() else body >= 0
     points = replay.follow(body[own], local[own])[0][0]
     return places[own], points, (body[own], local[own])
@@ -89,7 +80,7 @@ def object_points(sim, rng):
 
 def has_room(sim, view, point):
     """Whether the picture shows nothing but robot before this point and 16 cm above it."""
-    column = point + np.outer([0.0, 0.04, 0.08, 0.12, 0.16], [0, 0, 1])     # (5, 3)
+    column = point + np.outer(np.linspace(0, 0.16, 5), [0, 0, 1])           # (5, 3)
     eye, axes, _ = view
     local = (column - eye) @ axes.T
     groups = np.array(sim.camera.option.geomgroup, np.uint8)
@@ -98,12 +89,9 @@ def has_room(sim, view, point):
     return bool((robot | (geom < 0) | (far > local[:, 2])).all())
 
 
-def true_future(sim, scene):
-    """Joint positions (T, nq) from now on until the package's own policy is done, from now (T = 1
-    if it does not get there).  A second simulator plays them."""
-    other = getattr(sim, "shadow", None)
-    if other is None:
-        other = sim.shadow = sims.make(sim.suite, sim.task, observe=False)
+def true_future(sim, other, scene):
+    """Joint positions (T, nq) from now on until the package's own policy is done; another simulator
+    of the task plays them."""
     other.reset(**scene)
     copy_state(other.model, sim.data, other.data)
     other.observation = other.env._get_obs()    # its script goes by the last one
@@ -129,6 +117,7 @@ class Actor:
     def __init__(self, sim, future, between=None, replans=5):
         self.sim, self.future, self.between, self.replans = sim, future, between, replans
         self.kind = future if isinstance(future, str) else "generated"
+        self.other = sims.make(sim.suite, sim.task, observe=False)      # plays true futures
 
     def reset(self, sim, scene):
         self.scene, self.rng = scene, np.random.default_rng(list(scene.values()))
@@ -136,8 +125,7 @@ class Actor:
         self.mode, self.stage, self.pictures, self.before = None, "over", [], np.inf
         if self.kind == "generated":
             from demos.language import embed
-            self.goal = {"goal": torch.as_tensor(sim.goal_image(**scene))[None],
-                         "text": torch.as_tensor(embed(sim.language))[None]}
+            self.task = {"goal": sim.goal_image(**scene)[None], "text": embed(sim.language)[None]}
 
     def correspondence(self, fixed):
         """The video from now on -> correspond(k, places, kept) as for `infer_motions`; `fixed`: see
@@ -145,11 +133,11 @@ class Actor:
         sim = self.sim
         if self.kind == "generated":
             now = sim.camera.picture(sim.data, sim.cameras[0])
-            obs = self.goal | {"frames": torch.as_tensor(now)[None, None]}
-            imagined = self.future.imagine(obs, torch.Generator().manual_seed(self.plans_left))
-            self.pictures = [now, *imagined[0].cpu().numpy()]
+            generator = torch.Generator().manual_seed(self.plans_left)
+            obs = self.task | {"frames": now[None, None]}
+            self.pictures = [now, *imagine(self.future, obs, generator)[0].numpy()]
         else:
-            path = true_future(sim, self.scene)
+            path = true_future(sim, self.other, self.scene)
             replay = Replay(sim.camera, sim.cameras[0], sim.model, path[clip_times(0, len(path))])
             if self.kind == "oracle":
                 exact = replay.follow(*fixed)[1]                            # (1 + K, P, 2)
@@ -165,7 +153,7 @@ class Actor:
         view = sim.camera.pose(sim.data, sim.cameras[0])
         places, points, fixed = object_points(sim, self.rng)
         motions = infer_motions(places, points, self.correspondence(fixed), view, FRAMES,
-                                NOISE[self.kind] / sim.camera.renderer.height)
+                                NOISE.get(self.kind, 1.0) / sim.camera.renderer.height)
         path = subgoals(grasp_point(points), motions)                       # (1 + K, 3)
         if self.mode is None:
             rise = np.abs(path[1:-1, 2] - path[0, 2]).max()
@@ -217,14 +205,11 @@ class Actor:
         return LIMIT
 
     def draw(self, sim):
-        """What happens, with the subgoals drawn in, beside the imagined picture of about now."""
-        import cv2
-        picture = sim.camera.picture(sim.data, sim.cameras[0]).repeat(3, 0).repeat(3, 1)
+        """What happens, with the subgoals' path drawn in, and the imagined picture of about now."""
+        picture = sim.camera.picture(sim.data, sim.cameras[0])
         places = project(self.planned, *sim.camera.pose(sim.data, sim.cameras[0]))[0]
-        for k, place in enumerate(np.nan_to_num(places, nan=-1).clip(-1, 2)):
-            centre, colour = np.rint(place * len(picture)), (40 + 30 * k, 255 - 30 * k, 60)
-            cv2.circle(picture, centre.astype(int).tolist(), 4, colour, -1 if k else 2, cv2.LINE_AA)
-        views = [(f"{self.mode}, {self.stage}", picture)]
+        places = np.nan_to_num(places, nan=-1).clip(-1, 2)[:, None]         # (1 + K, 1, 2)
+        views = [(f"{self.mode}, {self.stage}", draw_tracks(picture, places, [[True]], scale=3))]
         if self.pictures:
             k = FRAMES - len(self.path) if self.stage == "follow" else 0
             views.append((f"{self.kind} {k}", self.pictures[k].repeat(3, 0).repeat(3, 1)))
@@ -258,21 +243,20 @@ def push(sim, view, points, motions, path):
 
 # --- command --------------------------------------------------------------------------------------
 
-def make_actor(future, between, replans, sim):
+def make_actor(future, flow_name, config, sim):
     """Of names and paths: what a process of rollout.evaluate makes its actor from."""
-    between = None if future == "oracle" else flow.estimator(between)
-    known = future in ("oracle", "true")
-    return Actor(sim, future if known else load_planner(future), between, replans)
+    between = None if future == "oracle" else flow.estimator(flow_name)
+    video = future if future in NOISE else load_planner(future, config.device)
+    return Actor(sim, video, between, config.replans)
 
 
 def about_future(future):
     """-> what a result holds of where the video comes from; its suites; size of the pictures."""
     about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
     about |= {"differs": "", "seconds": {}, "plan": f"flow-{future}"}
-    if future in ("oracle", "true"):
+    if future in NOISE:
         return about, "avdc", 96
-    made_by = "python video_planner.py --suite avdc --goal language"
-    content = training.load(future, VideoPlanner.kind, made_by)
+    content = training.load(future, "video", "python video_planner.py --suite avdc --goal language")
     c = VideoPlanner.Config(**content["config"])
     about |= {"plan": "flow-generated", "preset": c.preset, "videos": c.demos, "action_demos": 0,
               "seed": c.seed, "differs": differences(c, {"seed"}), "config": content["config"],
@@ -283,21 +267,20 @@ def about_future(future):
 def main(argv=None):
     """Command line: episodes of every task from every camera, a JSON for each camera."""
     config = parse(Config, "Act from the flow of a video, without action labels.", argv)
-    if not config.future:
+    if not config.checkpoints:
         fail("give oracle, true, or a checkpoint of video_planner.py such as runs/avdc/video.pt")
-    for future in config.future:
+    for future in config.checkpoints:
         about, known, size = about_future(future)
-        between = config.flow
-        if future != "oracle" and between == "learned":
-            between = Path(config.out) / "avdc" / "flow.pt"
-            training.load(between, "flow", "python -m video_control.flow --suite avdc")
+        learned = Path(config.out) / "avdc" / "flow.pt"
+        if future != "oracle" and config.flow == "learned":
+            training.load(learned, "flow", "python -m video_control.flow")
+        actor = partial(make_actor, future, learned if config.flow == "learned" else "dis", config)
         for suite in (config.suite or known).split(","):
             if not sims.goal_varies(suite):
                 fail(f"--suite {suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
             begin, tasks = time.time(), sims.choose_tasks(suite, config.tasks)
-            found = rollout.evaluate(partial(make_actor, future, between, config.replans), config,
-                                     suite, tasks, size, "fast",
-                                     Path(config.out) / suite / f"{about['plan']}_films")
+            folder = Path(config.out) / suite / f"{about['plan']}_films"
+            found = rollout.evaluate(actor, config, suite, tasks, size, "fast", folder)
             rollout.report(config, about | {"suite": suite}, found, time.time() - begin)
 
 

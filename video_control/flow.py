@@ -1,48 +1,39 @@
 """AVDC section 3.2: the flow between the far-apart pictures of a video.
 
-    python -m video_control.flow --suite avdc       # makes the data first if there is none
+    python -m video_control.flow        # of AVDC's tasks and cameras; makes the data first if none
 
-differs: AVDC takes GMFlow with published weights; here a small network learns from the simulator,
-which knows where every point of a picture is in the next one.  Classical flow (OpenCV's DIS) fails
-between pictures this far apart.
+differs: AVDC takes GMFlow with published weights; here a small network learns from the simulator's
+exact tracks of points.  Classical flow (OpenCV's DIS) fails between pictures this far apart.
 
-Sizes: B batch, N pairs of pictures, H W pixels, h w cells of a flow.
+Sizes: B batch, P points, H W pixels, h w cells of a flow.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from tqdm import tqdm
 
-import sims
 from core import networks, training
-from core.draw import caption
-from core.episodes import HELD_OUT, open_data
+from core.draw import draw_tracks, row
 from core.files import fail
 from core.flags import PlannerConfig, flag, from_dict, parse, run_path
-from sims import metaworld
-from sims.camera import Replay
 from video_planner import FRAMES, clip_times, to_unit
-
-STRIDE = 2      # pixels between the points where the network's flow is compared with the true one
 
 
 @dataclass
 class Config(PlannerConfig):
-    suite: str = flag("avdc", "suite of Meta-World, or a task")
-    network: str = "own"    # or raft
-    pairs: int = 27         # pairs of pictures per video, of each camera a third
-    width: int = 96         # of the features that are matched
-    depth: int = 3          # transformer blocks over both pictures
+    suite: str = flag("avdc,avdc_view1,avdc_view2", "suites of videos with tracks")
+    name: str = flag("flow", "name of the run")
 
-    PRESETS = {
-        "tiny": dict(demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32, depth=1, pairs=3),
-        "laptop": dict(demos=20, steps=8000, size=96, batch=8, lr=1e-3),
-        "paper": dict(demos=50, steps=30000, size=128, batch=32, lr=5e-4)}
+    network: str = "own"    # or raft
+    width: int = 96         # of the features that are matched
+    val_pairs: int = 300    # held-out pairs to be scored by
+    PRESETS = {"tiny": dict(demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32, depth=1,
+                            val_pairs=9),
+               "laptop": dict(demos=20, steps=8000, size=96, batch=8, lr=1e-3),
+               "paper": dict(demos=50, steps=30000, size=128, batch=32, lr=5e-4)}
 
 
 # --- network --------------------------------------------------------------------------------------
@@ -104,8 +95,6 @@ class CoarseToFine(nn.Module):
         self.fine = nn.Sequential(conv(3, 32, 2), conv(32, 32))             # half resolution
         self.middle = nn.Sequential(conv(32, 64, 2), conv(64, 64))          # a quarter
         self.coarse = nn.Sequential(conv(64, D, 2), nn.Conv2d(D, D, 3, 1, 1))   # an eighth
-        if config.size % 8:
-            fail(f"--size {config.size} is not divisible by 8: choose a multiple")
         self.place = nn.Parameter(torch.randn((config.size // 8) ** 2, D) * 0.02)
         self.picture = nn.Parameter(torch.randn(2, 1, D) * 0.02)
         self.gpt = networks.Transformer(D, config.depth, 4)
@@ -165,23 +154,16 @@ class FlowNet(nn.Module):
         return self.net(*pair.chunk(2))
 
     def loss(self, batch):
-        """batch: a, b (B, H, W, 3) uint8, flow (B, h, w, 2) in pictures, object (B, h, w) bool
-        -> mean distance in pixels, parts.  Half of the pairs are blurred and noisy, as imagined
-        pictures are."""
-        a, b, true = batch["a"], batch["b"], batch["flow"].float().permute(0, 3, 1, 2)
-        if self.training:
-            a, b = degrade(a), degrade(b)
-        known = true.isfinite().all(1, keepdim=True) & (true.abs() < 1).all(1, keepdim=True)
-        total, parts, own = 0.0, {}, batch["object"][:, None].float()
+        """batch: as `make_pairs` -> mean distance in pixels, parts.  Half of the pairs are blurred
+        and noisy, as imagined pictures are."""
+        a, b = (degrade(batch[k]) if self.training else batch[k] for k in "ab")
+        # ours: what moves counts ten times, the object as much again; most of a picture is neither
+        moves = batch["flow"].norm(dim=-1) > 0.005                          # (B, P)
+        weight = batch["known"] * (1 + 9 * moves + 10 * batch["object"])
+        total, parts = 0.0, {}
         for k, flow in enumerate(self(a, b)):
-            here = lambda x: F.interpolate(x, size=flow.shape[-2:])
-            true_here = here(true.nan_to_num(0))
-            # ours: what moves counts ten times, the object as much again; most of a picture is
-            # neither
-            moves = true_here.norm(dim=1, keepdim=True) > 0.005
-            weight = here(known.float()) * (1 + 9 * moves + 10 * here(own))
-            off = (flow - true_here).square().sum(1, keepdim=True).add(1e-8).sqrt()
-            loss = self.config.size * (off * weight).sum() / weight.sum()
+            off = (read(flow.float(), batch["places"]) - batch["flow"]).square().sum(-1)   # (B, P)
+            loss = self.config.size * ((off + 1e-8).sqrt() * weight).sum() / weight.sum()
             total, parts[f"pixels {k}"] = total + loss, loss.item()
         return total, parts
 
@@ -196,6 +178,13 @@ class FlowNet(nn.Module):
         return ((flow + mirrored) / 2).permute(1, 2, 0).cpu().numpy()
 
 
+def read(flow, places):
+    """flow (B, 2, h, w) read between its cells at places (B, P, 2) in [0, 1] -> (B, P, 2)."""
+    grid = 2 * places[:, None] - 1                                          # (B, 1, P, 2)
+    x = F.grid_sample(flow, grid, padding_mode="border", align_corners=False)
+    return x[:, :, 0].transpose(1, 2)
+
+
 def degrade(images, share=0.5):
     """A share of the pictures (B, H, W, 3) uint8 at half the resolution and back, with noise."""
     x = images.permute(0, 3, 1, 2).float()
@@ -208,10 +197,9 @@ def degrade(images, share=0.5):
 # --- flow of two pictures -------------------------------------------------------------------------
 
 def sample_flow(flow, places):
-    """flow (H, W, 2) in pictures, read between the pixels at places (P, 2) in [0, 1] -> (P, 2)."""
-    grid = torch.as_tensor(2 * places - 1, dtype=torch.float32)[None, None]     # (1, 1, P, 2)
-    x = torch.as_tensor(flow).permute(2, 0, 1)[None].float()
-    return F.grid_sample(x, grid, padding_mode="border", align_corners=False)[0, :, 0].T.numpy()
+    """As `read`, of one flow (h, w, 2) at places (P, 2), arrays -> (P, 2)."""
+    flow, places = (torch.as_tensor(x).float()[None] for x in (flow, places))
+    return read(flow.permute(0, 3, 1, 2), places)[0].numpy()
 
 
 def dis_flow(a, b):
@@ -227,137 +215,90 @@ def estimator(source, device="cpu"):
     """dis, or the checkpoint of a FlowNet -> a function from two pictures to their flow."""
     if source == "dis":
         return dis_flow
-    content = training.load(source, FlowNet.kind, "python -m video_control.flow --suite avdc")
+    content = training.load(source, FlowNet.kind, "python -m video_control.flow")
     net = FlowNet(from_dict(Config, content["config"]))
     net.load_state_dict(content["model"])
     return net.to(device).eval().requires_grad_(False).flow
 
 
-# --- training on the simulator's own flow ---------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
-def recorded(config, name, split):
-    """The states (T, S) and the seed of each of a task's episodes, of 'train' or 'valid'."""
-    numbers = range(HELD_OUT) if split == "valid" else range(HELD_OUT, HELD_OUT + config.demos)
-    with open_data(Path(config.data) / config.suite / f"{name}.hdf5") as f:
-        return [(f[f"data/demo_{i}/states"][:], int(f[f"data/demo_{i}"].attrs["seed"]))
-                for i in numbers]
-
-
-def make_pairs(config, names, split):
-    """Pairs of pictures as far apart as AVDC's videos have them, from all three cameras, with the
-    true flow -> dict a, b (N, H, W, 3) uint8, flow (N, h, w, 2) f2 in pictures, nan where unknown,
-    object (N, h, w) bool.  Made once and kept in <out>/<suite>/flow_<split>.npz."""
-    path = Path(config.out) / config.suite / f"flow_{split}.npz"
-    count, each = (config.pairs, config.demos) if split == "train" else (30, HELD_OUT)
-    total = count * each * len(names)
-    if path.exists() and len((kept := dict(np.load(path)))["a"]) == total:
-        return kept
-    rows, rng = [], np.random.default_rng(config.seed)
-    bar = tqdm(total=total, desc=f"exact flow, {split}", mininterval=10)
-    for name in names:
-        sim, views = sims.make(config.suite, name, config.size), metaworld.views()
-        for states, seed in recorded(config, name, split):
-            sim.reset(seed=seed)
-            qpos = states[:, 1:1 + sim.model.nq]
-            for k in range(count):
-                times = clip_times(rng.integers(len(qpos) - 1), len(qpos))
-                i = rng.integers(FRAMES)
-                rows.append(exact_pair(sim, views[k % 3], qpos[times[i:i + 2]]))
-                bar.update()
-        sim.close()
-    kept = {k: np.stack([row[k] for row in rows]) for k in rows[0]}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path.with_suffix(".tmp.npz"), **kept)
-    path.with_suffix(".tmp.npz").replace(path)
-    return kept
+def make_pairs(episodes, step, batch, seed):
+    """Pairs of pictures that follow each other in AVDC's clips, with the exact tracks -> dict a, b
+    (B, H, W, 3) uint8, places (B, P, 2) in [0, 1] of points in a, flow (B, P, 2) to where they are
+    in b, known (B, P) bool: visible in a; object (B, P) bool: on the task's object."""
+    episode, t, rng = episodes.sample_frames(step, batch, seed)
+    times = clip_times(t, episodes.length[episode])                         # (B, 1 + F)
+    k = rng.integers(FRAMES, size=(batch, 1)) + [0, 1]
+    times = np.take_along_axis(times, k, 1)                                 # (B, 2)
+    a, b = episodes.gather("obs/agentview_rgb", episode[:, None], times).swapaxes(0, 1)
+    tracks = episodes.gather("tracks/agentview", episode[:, None], times).astype(np.float32)
+    places, flow = tracks[:, 0], tracks[:, 1] - tracks[:, 0]                # (B, P, 2)
+    masks = episodes.gather("masks", episode, times[:, 0])                  # (B, H, W)
+    x, y = (places * len(a[0])).astype(int).clip(0, len(a[0]) - 1).transpose(2, 0, 1)
+    return {"a": a, "b": b, "places": places, "flow": flow,
+            "known": episodes.gather("visible/agentview", episode, times[:, 0])
+            & (np.abs(flow) < 1).all(-1),
+            "object": masks[np.arange(batch)[:, None], y, x] == 2}
 
 
-def exact_pair(sim, view, qpos):
-    """Two moments qpos (2, nq) as a row of `make_pairs`."""
-    replay, side = Replay(sim.camera, view, sim.model, qpos), sim.camera.renderer.height // STRIDE
-    grid = networks.grid_points(side).numpy().astype(float)                 # (h w, 2)
-    body, local = replay.pick(np.zeros(len(grid), int), grid)
-    flow = replay.follow(np.maximum(body, 0), local)[1][1] - grid           # (h w, 2)
-    flow[body < 0] = np.nan
-    own = np.isin(body, np.unique(sim.model.geom_bodyid[sim.label == 2]))
-    a, b = (replay.at(t) or sim.camera.picture(replay.data, view) for t in range(2))
-    return {"a": a, "b": b, "object": own.reshape(side, side),
-            "flow": flow.reshape(side, side, 2).astype(np.float16)}
+def mirrored(pairs):
+    """The pairs as in a mirror."""
+    flip, edge = np.array([[-1, 1], [1, 0]], np.float32)
+    return pairs | {"a": pairs["a"][:, :, ::-1].copy(), "b": pairs["b"][:, :, ::-1].copy(),
+                    "places": edge + flip * pairs["places"], "flow": flip * pairs["flow"]}
 
 
-def end_point_error(net, pairs, size):
-    """Mean distance in pixels between a method's flow and the true one -> {method: {where:
-    pixels}}: everywhere, on the object, and where the object moves by over a pixel."""
-    true = pairs["flow"].astype(np.float32)                                 # (N, h, w, 2)
-    length = np.abs(np.nan_to_num(true, nan=9)).max(-1)
-    known = length < 1
-    moving = known & pairs["object"] & (size * np.linalg.norm(np.nan_to_num(true), axis=-1) > 1)
-    where = {"all": known, "object": known & pairs["object"], "moving object": moving}
-    grid, errors = networks.grid_points(true.shape[1]).numpy(), {}
+def end_point_error(net, pairs):
+    """Mean distance in pixels between a method's flow and the true one, as lines of text: of all
+    points, on the object, and where the object moves by over a pixel."""
+    known, size = pairs["known"], pairs["a"].shape[1]
+    own = known & pairs["object"]
+    where = {"all": known, "object": own,
+             "moving object": own & (size * np.linalg.norm(pairs["flow"], axis=-1) > 1)}
+    lines = ["pixels off" + " " * 14 + "".join(f"{name:>15s}" for name in where)]
     for name, between in (("none", lambda a, b: np.zeros((1, 1, 2))), ("DIS", dis_flow),
                           ("learned", net.flow)):
-        flows = [sample_flow(between(a, b), grid) for a, b in zip(pairs["a"], pairs["b"])]
-        off = size * np.linalg.norm(np.stack(flows).reshape(true.shape) - true, axis=-1)
-        errors[name] = {place: float(off[chosen].mean()) for place, chosen in where.items()}
-    return errors
+        flow = [sample_flow(between(a, b), places) for a, b, places in
+                zip(pairs["a"], pairs["b"], pairs["places"])]
+        off = size * np.linalg.norm(np.stack(flow) - pairs["flow"], axis=-1)    # (B, P)
+        lines.append(f"  {name:22s}" + "".join(f"{off[x].mean():15.2f}" for x in where.values()))
+    return lines
 
 
-def table(errors, what):
-    """The errors of `end_point_error` as lines of text; what: of which pictures, in a few words."""
-    lines = [f"{what + ', pixels off':32s}" + "".join(f"{w:>15s}" for w in errors["none"])]
-    return "\n".join(lines + [f"  {name:30s}" + "".join(f"{x:15.2f}" for x in row.values())
-                              for name, row in errors.items()])
-
-
-def colours(flow, size):
-    """flow (h, w, 2) -> (size, size, 3) uint8: direction as hue, length as strength."""
-    import cv2
-    flow = cv2.resize(np.nan_to_num(flow.astype(np.float32)), (size, size))
-    length, angle = cv2.cartToPolar(*flow.transpose(2, 0, 1))
-    strong = np.clip(length * 255 / 0.15, 0, 255)
-    hsv = np.stack([angle * 90 / np.pi, np.full_like(strong, 255), strong], -1).astype(np.uint8)
-    return cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-
-
-def show(net, pairs, rows=8):
-    """Rows of both pictures and the flow: true, learned, DIS -> (., ., 3) uint8."""
-    titles, size, lines = ("now", "then", "true", "learned", "DIS"), pairs["a"].shape[1], []
-    for k in np.linspace(0, len(pairs["a"]) - 1, rows).astype(int):
-        a, b = pairs["a"][k], pairs["b"][k]
-        flows = [colours(f, size) for f in (pairs["flow"][k], net.flow(a, b), dis_flow(a, b))]
-        lines.append(np.concatenate([a, b, *flows], 1))
-    head = [caption(np.full((1, size, 3), 255, np.uint8), title) for title in titles]
-    return np.concatenate([np.concatenate(head, 1), *lines])
+def show(net, pairs, rows=6):
+    """Rows of both pictures and where points go: truly, learned, DIS -> (., ., 3) uint8."""
+    lines = []
+    for a, b, places, flow, known in list(zip(*(pairs[k] for k in (
+            "a", "b", "places", "flow", "known"))))[:rows]:
+        flows = {"true": flow, "learned": sample_flow(net.flow(a, b), places),
+                 "DIS": sample_flow(dis_flow(a, b), places)}
+        drawn = [(name, draw_tracks(a, np.stack([places, places + way]), known[None]))
+                 for name, way in flows.items()]
+        lines.append(row([("now", a), ("then", b), *drawn], scale=2))
+    return np.concatenate(lines)
 
 
 def main(argv=None):
     """Command line: trains the flow network and compares it with DIS."""
-    from demos.record import ensure
-    config = parse(Config, "Flow between far-apart pictures, from the simulator's own.", argv)
-    names = sims.choose_tasks(config.suite, config.tasks)
-    if not sims.goal_varies(config.suite):
-        fail(f"--suite {config.suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
-    ensure(config.suite, names, config.demos, config.data, config.size)
-    train, held_out = (make_pairs(config, names, split) for split in ("train", "valid"))
+    from demos.record import load_videos
+    config = parse(Config, "Flow between far-apart pictures, from the simulator's tracks.", argv)
+    if config.size % 8:
+        fail(f"--size {config.size} is not divisible by 8: choose a multiple")
+    path = run_path(config, "flow")
+    videos, held_out, note = load_videos(config)
+    held_out = make_pairs(held_out, 0, config.val_pairs, 1)
 
     def batches(step):
-        """The pairs of one training step, half of the steps mirrored, given (seed, step)."""
-        rng = np.random.default_rng([config.seed, step])
-        chosen = rng.integers(len(train["a"]), size=config.batch)
-        batch = {k: v[chosen] for k, v in train.items()}
-        if rng.random() < 0.5:                  # as in a mirror
-            batch = {k: np.flip(v, 2).copy() for k, v in batch.items()}
-            batch["flow"][..., 0] *= -1
-        return batch
+        pairs = make_pairs(videos, step, config.batch, config.seed)
+        return mirrored(pairs) if step % 2 else pairs
 
     torch.manual_seed(config.seed)
-    path = run_path(config, "flow")
-    net = training.fit(FlowNet(config), batches, config, path, lambda n: show(n, held_out),
-                       f"{len(train['a'])} pairs of pictures")
-    rough = {k: degrade(torch.as_tensor(held_out[k]), 1.0).numpy() for k in ("a", "b")}
-    errors = [table(end_point_error(net, pairs, config.size), what) for what, pairs in
-              (("held out", held_out), ("blurred and noisy", held_out | rough))]
-    training.report(config, path, "\n".join(errors), lambda: show(net, held_out))
+    net = training.fit(FlowNet(config), batches, config, path, lambda n: show(n, held_out), note)
+    rough = {k: degrade(torch.as_tensor(held_out[k]), 1.0).numpy() for k in "ab"}
+    scores = ["held out", *end_point_error(net, held_out),
+              "blurred and noisy", *end_point_error(net, held_out | rough)]
+    training.report(config, path, "\n".join(scores), lambda: show(net, held_out))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,13 @@
 """UniPi (ATM's appendix A-B): imagine the video of the task being done, then follow its pictures.
 
-    python video_planner.py --suite mt10                            # first the video planner
-    python -m video_control.unipi --planner runs/mt10/video.pt      # the inverse dynamics model
-    python -m video_control.unipi runs/mt10/video_unipi.pt          # open loop: a video per episode
-    python -m video_control.unipi runs/mt10/video_unipi.pt --replan 8   # UniPi-Replan
+    python -m video_control.unipi --planner runs/mt10/video.pt  # the inverse dynamics model
+    python -m video_control.unipi runs/mt10/video_unipi.pt      # evaluated: a video per episode
+    python -m video_control.unipi runs/mt10/video_unipi.pt --replan 8       # UniPi-Replan
 
 A goal-conditioned inverse dynamics model pi(action, done | observation, picture to reach) learns
-from the few action-labelled demonstrations; when it predicts done, the next picture of the imagined
-video is the one to reach.  The network is the executor with cloning as its planner, the picture to
-reach in the goal picture's place.
+from a few action-labelled demonstrations; when it predicts done, the next picture of the imagined
+video is the one to reach.  The network is the executor on cloning, the picture to reach in the goal
+picture's place.
 
 Sizes: B batch, T looks, F future pictures, H W pixels.
 """
@@ -23,19 +22,17 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import executor
 import rollout
 import sims
 from baselines.cloning import Cloning
 from core import training
 from core.episodes import look_times
-from core.files import fail
 from core.flags import flag, parse
+from executor import ActionData, Config, Executor, Policy, load_executor, prepare
 
 FAR = 16        # steps to a picture to reach, at most: ATM's t_max of LIBERO-Object and -Spatial
 NEXT = 0.1      # share of the samples in which it is the next
 SURE = 0.5      # probability of done at which the next picture is the one to reach
-MADE_BY = "python -m video_control.unipi --planner runs/<suite>/video.pt"
 
 
 @dataclass
@@ -43,7 +40,7 @@ class Rollout(rollout.Config):
     replan: int = flag(0, "steps after which a new video is imagined; 0: never", minimum=0)
 
 
-class InverseDynamics(executor.Executor):
+class InverseDynamics(Executor):
     """pi(action, done | observation, picture to reach), beside the video planner to follow."""
     kind = "unipi"
 
@@ -74,7 +71,7 @@ class InverseDynamics(executor.Executor):
         return loss + 0.1 * done, parts | {"done": done.item()}
 
 
-class SubgoalData(executor.ActionData):
+class SubgoalData(ActionData):
     """Cloning's batches with a later frame of the same demonstration in the goal's place."""
 
     def __call__(self, step):
@@ -89,7 +86,7 @@ class SubgoalData(executor.ActionData):
                                          "arrived": then[:, None] - past <= self.execute}
 
 
-class UniPi(executor.Policy):
+class UniPi(Policy):
     """The closed loop of `Policy` from picture to picture of imagined videos; replan: steps after
     which a new one is imagined, 0: never.
 
@@ -127,43 +124,37 @@ class UniPi(executor.Policy):
 
 
 def make_actor(path, device, replan, sim):
-    return UniPi(executor.load_executor(path, device, InverseDynamics), replan)
-
-
-def train(argv):
-    """Command line: trains the inverse dynamics model for one video planner."""
-    config = parse(executor.Config, "UniPi: learn to reach the pictures of imagined videos.", argv)
-    training.load(config.planner, "video", "python video_planner.py --suite mt10")
-    model, demos, videos, path = executor.prepare(config, InverseDynamics)
-    data = SubgoalData(config, model, demos, videos)
-    note = f"{config.action_demos} action demonstrations per task, {len(demos)} frames"
-    training.fit(model, data, config, path, note=note)
-    print(f"next: python -m video_control.unipi {path}")
+    return UniPi(load_executor(path, device, InverseDynamics), replan)
 
 
 def evaluate(argv):
     """Command line: success rates of inverse dynamics models, a JSON each."""
     config = parse(Rollout, "UniPi: follow the pictures of imagined videos.", argv)
     for path in config.checkpoints:
-        content = training.load(path, InverseDynamics.kind, MADE_BY)
-        c = content["config"]
-        about = rollout.about_executor(path, content)
-        about["plan"] = "unipi-replan" if config.replan else "unipi"
+        content = training.load(path, InverseDynamics.kind, "python -m video_control.unipi "
+                                "--planner runs/<suite>/video.pt")
+        c, begin = content["config"], time.time()
         tasks = sims.choose_tasks(c["env"], config.tasks or ",".join(c["task_names"]))
-        begin = time.time()
-        found = rollout.evaluate(partial(make_actor, path, config.device, config.replan), config,
-                                 c["env"], tasks, c["size"], c["render"],
+        actor = partial(make_actor, path, config.device, config.replan)
+        found = rollout.evaluate(actor, config, c["env"], tasks, c["size"], c["render"],
                                  path.removesuffix(".pt") + "_films")
-        rollout.report(config, about, found, time.time() - begin)
+        plan = {"plan": "unipi-replan" if config.replan else "unipi"}
+        rollout.report(config, rollout.about_executor(path, content) | plan, found,
+                       time.time() - begin)
 
 
 def main(argv=None):
-    """Trains without a checkpoint as first word, evaluates with one."""
+    """Command line: trains an inverse dynamics model; given checkpoints, evaluates them instead."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and not argv[0].startswith("-"):
-        evaluate(argv)
-    else:
-        train(argv)
+        return evaluate(argv)
+    config = parse(Config, "UniPi: learn to reach the pictures of imagined videos.", argv)
+    training.load(config.planner, "video", "python video_planner.py --suite mt10")
+    model, demos, videos, path = prepare(config, InverseDynamics)
+    data = SubgoalData(config, model, demos, videos)
+    note = f"{config.action_demos} action demonstrations per task, {len(demos)} frames"
+    training.fit(model, data, config, path, note=note)
+    print(f"next: python -m video_control.unipi {path}")
 
 
 if __name__ == "__main__":

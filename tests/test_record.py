@@ -1,0 +1,427 @@
+"""Data files: recording in spite of interruptions, what is refused, the reader."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import h5py
+import numpy as np
+import pytest
+import torchvision  # noqa: F401: triton's LLVM, if loaded after OpenGL's, crashes
+
+from conftest import COMMON, ROOT, SIZE, SUITE
+
+import sims
+from core.episodes import (CAMERAS, HELD_OUT, Episodes, assemble, split_assembled, write_episode)
+from core.files import fail, stop_if_full
+from demos import record
+from demos.language import TEXTS, embed, text_model
+from demos.libero import UNSOLVED
+
+
+@pytest.fixture
+def copied(data, tmp_path, task):
+    """A copy of the data that a test may break -> its folder, its file."""
+    shutil.copytree(data, tmp_path / "data")
+    return tmp_path / "data", tmp_path / "data" / SUITE / f"{task}.hdf5"
+
+
+@pytest.fixture
+def again(copied, task):
+    """Asks for the copied data once more."""
+    return lambda **other: record.ensure(SUITE, [task], 2, copied[0], **{"size": SIZE} | other)
+
+
+def everything(path, skip=("seconds",)):
+    """All datasets and attributes of a file as {name: plain values}; `skip`: measured times."""
+    found = {}
+
+    def visit(name, item):
+        if isinstance(item, h5py.Dataset):
+            found[name] = item.dtype.str, item.shape, item[()].tobytes()
+        found.update({f"{name}@{k}": np.asarray(v).tolist() for k, v in item.attrs.items()
+                      if k not in skip})
+
+    with h5py.File(path) as f:
+        f.visititems(visit)
+    return found
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+def test_layout(data_file, task, sim):
+    picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
+    wanted = {"actions": ((7,), f4), "states": (sim.state().shape, np.float64), "hand": (
+        (2,), np.float16), "rewards": ((), np.float64), "dones": ((), np.uint8), "masks": (
+        (SIZE, SIZE), np.uint8), "obs/agentview_rgb": picture, "obs/eye_in_hand_rgb": picture,
+        "obs/ee_states": ((6,), f4), "obs/joint_states": ((7,), f4),
+        "obs/gripper_states": ((2,), f4)}
+    for c in CAMERAS:
+        wanted |= {f"tracks/{c}": ((256, 2), np.float16), f"visible/{c}": ((256,), np.bool_)}
+    with h5py.File(data_file) as f:
+        about, demos = f["data"].attrs, f["data"]
+        assert sorted(demos) == [f"demo_{i}" for i in range(4)]
+        language = task.replace("_", " ")
+        assert [about[k] for k in ("env", "size", "source", "render", "language_instruction")] == [
+            SUITE, SIZE, "scripted", "fast", language]
+        assert list(about["objects"]) == ["robot", "akita_black_bowl_1", "plate_1"]
+        assert list(about["cameras"]) == list(CAMERAS) and not about["goal_varies"]
+        # robomimic rebuilds the environment from it
+        assert {"env_name", "type", "env_kwargs"} <= json.loads(about["env_args"]).keys()
+        assert json.loads(about["problem_info"])["language_instruction"] == language
+        assert "mujoco" in json.loads(about["versions"])
+        assert {k: [n.decode() for n in f["mask"][k]] for k in f["mask"]} == {
+            "valid": ["demo_0", "demo_1"], "train": ["demo_2", "demo_3"]}
+        for demo in demos.values():
+            T, found = demo.attrs["num_samples"], {}
+            demo.visititems(lambda name, item: found.update(
+                {name: item} if isinstance(item, h5py.Dataset) else {}))
+            assert {k: (v.shape[1:], v.dtype) for k, v in found.items()} == wanted
+            assert 20 < T <= 2 * sim.horizon and all(len(v) == T for v in found.values())
+            assert demo["rewards"][-1] == 1 and demo["dones"][:].tolist() == [0] * (T - 1) + [1]
+            assert np.isfinite(demo["states"]).all() and np.isfinite(demo["actions"]).all()
+            assert set(np.unique(demo["masks"])) == {0, 1, 2, 3}
+
+
+def test_replaying_actions_and_noise_gives_the_states(data_file, sim):
+    """Row t is what is seen before action t; recorded is the clean action, executed the noisy."""
+    with h5py.File(data_file) as f:
+        demo = f["data/demo_2"]
+        seed, noise = int(demo.attrs["seed"]), float(demo.attrs["noise"])
+        assert seed % record.RETRY == 2 and noise == record.NOISE
+        rng, frame = np.random.default_rng(seed), sim.reset(seed=seed)
+        assert np.array_equal(demo["masks"][0], frame["masks"])
+        for name in ("agentview_rgb", "eye_in_hand_rgb", "ee_states"):
+            assert np.array_equal(demo[f"obs/{name}"][0], frame[name])
+        for t, action in enumerate(demo["actions"][:]):
+            assert np.array_equal(sim.state(), demo["states"][t]), t
+            if t == 30:
+                assert np.array_equal(sim.frame()["agentview_rgb"], demo["obs/agentview_rgb"][t])
+            sim.step(action + np.append(rng.normal(0, noise, 6), 0), observe=False)
+        assert sim.success()
+
+
+# --- making it ------------------------------------------------------------------------------------
+
+
+def processes(marker):
+    """Running processes with `marker` in their environment."""
+    found = []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            if marker.encode() in environ.read_bytes() and (
+                    environ.parent / "cmdline").read_bytes():
+                found.append(environ.parent.name)
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.slow
+def test_killed_recording_continues_and_ends_with_the_same_file(tmp_path, data_file, task):
+    """Killed with two processes at work; the unbroken one had one, and made an episode more."""
+    command = [sys.executable, os.path.join(ROOT, "extract.py"), *COMMON, "--demos", "1",
+               "--workers", "2", "--data", str(tmp_path)]
+    run = lambda: subprocess.Popen(command, env=os.environ | {"MARK": str(tmp_path)}, text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    broken, folder, marker = run(), tmp_path / SUITE / task, f"MARK={tmp_path}"
+    while not list(folder.glob("demo_*.hdf5")) and broken.poll() is None:
+        time.sleep(0.02)
+    assert len(processes(marker)) >= 3
+    broken.send_signal(signal.SIGKILL)
+    broken.wait()
+    deadline = time.time() + 180
+    while processes(marker) and time.time() < deadline:
+        time.sleep(0.1)
+    assert not processes(marker), "workers outlive their parent"
+    done = len(list(folder.glob("demo_*.hdf5")))
+    assert 1 <= done < 3 and not folder.with_suffix(".hdf5").exists()
+    out, err = run().communicate()
+    assert f"data: {3 - done} scripted episodes" in out, err
+    broken, whole = everything(tmp_path / SUITE / f"{task}.hdf5"), everything(data_file)
+    for i in range(3):
+        first, second = ({k: v for k, v in made.items() if k.startswith(f"data/demo_{i}")}
+                         for made in (whole, broken))
+        assert len(first) > 10 and first == second
+    assert os.listdir(tmp_path / SUITE) == [f"{task}.hdf5"], "nothing else is left"
+
+
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("when", ["second episode", "before the old file goes",
+                                  "before the new file comes", "before the parts go"])
+def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monkeypatch, when):
+    path, calls = copied[1], []
+    parts = path.with_suffix("")
+    with h5py.File(path) as f:
+        about = dict(f["data"].attrs)
+
+    def kill(*arguments):
+        calls.append(arguments)
+        if when != "second episode" or len(calls) == 2:
+            raise Killed
+        return real(*arguments)
+
+    def join_again():
+        if path.exists():
+            split_assembled(path, parts)  # as `ensure` does when more episodes are wanted
+        assemble(path, parts, about)
+
+    owner, name = {"before the old file goes": (os, "remove"),
+                   "before the parts go": (shutil, "rmtree")}.get(when, (os, "replace"))
+    if when in ("before the new file comes", "before the parts go"):
+        split_assembled(path, parts)
+    real = getattr(owner, name)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(owner, name, kill)
+        join_again()
+    join_again()
+    assert everything(path, skip=()) == everything(data_file, skip=())
+
+
+def test_nothing_is_made_twice(copied, again, capsys):
+    before = copied[1].stat().st_mtime_ns
+    again()
+    assert not capsys.readouterr().out and copied[1].stat().st_mtime_ns == before
+
+
+def test_a_scene_on_which_the_demonstrator_fails_is_replaced(tmp_path, monkeypatch):
+    rows = {"actions": np.zeros((3, 7)), "masks": np.zeros((3, 5)), "rewards": np.zeros(3)}
+    monkeypatch.setattr(sims, "make", lambda *_, **look: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(record, "record", lambda sim, seed: (
+        rows if seed > 2 * record.RETRY else None))
+    job = SUITE, "x", [1], tmp_path, {"size": SIZE, "render": "fast"}
+    assert list(record.record_episodes(job)) == [1]
+    with h5py.File(tmp_path / "demo_1.hdf5") as f:
+        assert f.attrs["seed"] == 1 + 2 * record.RETRY
+    monkeypatch.setattr(record, "record", lambda sim, seed: None)
+    with pytest.raises(RuntimeError, match="20 scenes"):
+        list(record.record_episodes(job))
+
+
+def play(job):
+    """A worker's job: what it yields, and how it ends."""
+    for k in job[1:]:
+        yield k, os.environ["OMP_NUM_THREADS"]
+    if job[0] == "killed":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif job[0] == "refused":
+        fail("no such thing: choose another")
+    elif job[0] == "crashed":
+        raise RuntimeError("exploded")
+
+
+def run(*jobs):
+    return list(record.run_jobs(play, jobs, 2, 3, "test", opengl=False))
+
+
+@pytest.mark.slow
+def test_processes(refused):
+    """One thread each; one that ends ends the run."""
+    assert sorted(run(("", 1, 2), ("", 3))) == [(1, "1"), (2, "1"), (3, "1")]
+    refused(lambda: run(("killed", 1)), "killed", "--workers")
+    refused(lambda: run(("refused", 1)), "no such thing")
+    with pytest.raises(RuntimeError, match="exploded"):
+        run(("crashed", 1))
+
+
+# --- what there is, what is asked -----------------------------------------------------------------
+
+
+def test_other_settings_are_not_mixed(copied, again, refused):
+    """Neither with a file nor with what an interrupted run left."""
+    path = copied[1]
+    for _ in range(2):
+        refused(lambda: again(size=96), f"--size {SIZE}", "--size 96", "--data")
+        refused(lambda: again(render="faithful"), "fast", "faithful", "--data")
+        before = sorted(os.listdir(path.parent))
+        if path.exists():
+            split_assembled(path, path.with_suffix(""))
+    assert before == [path.stem] and len(os.listdir(path.with_suffix(""))) == 4
+
+
+def test_unsolved_tasks_are_left_out_unless_named(tmp_path, data_file, refused, capfd):
+    everyone, poor = sims.tasks("libero_90"), sorted(UNSOLVED)
+    assert UNSOLVED < set(everyone)
+    names = record.task_names("libero_90", "", tmp_path)
+    assert names == [name for name in everyone if name not in UNSOLVED] and len(names) == 83
+    assert all(name in out for out in [capfd.readouterr().out] for name in poor)
+    assert record.task_names("libero_90", f"{poor[1]},0", tmp_path) == [everyone[0], poor[1]]
+    (tmp_path / "libero_90").mkdir()
+    with h5py.File(shutil.copy(data_file, tmp_path / "libero_90" / f"{poor[0]}.hdf5"), "a") as f:
+        f["data"].attrs["source"] = "official"
+    assert poor[0] in record.task_names("libero_90", "", tmp_path), "others demonstrate it"
+    refused(lambda: record.task_names(SUITE, "77", tmp_path), "77", "0 to 9")
+    refused(lambda: record.task_names("libero_space", "", tmp_path), "libero_space", *sims.SUITES)
+
+
+def test_a_suite_of_files_has_the_tasks_of_its_files(copied, task, refused):
+    folder = copied[0]
+    shutil.copytree(folder / SUITE, folder / "mine")
+    for chosen in ("", "0", task):
+        assert record.task_names("mine", chosen, folder) == [task]
+    record.ensure("mine", [task], 2, folder, SIZE)
+    refused(lambda: record.task_names("mine", "1", folder), "unknown task '1'", task)
+
+
+def test_videos_of_two_suites_are_mixed(copied, task):
+    """Pictures and goal of a sample are of one suite; what is held out is of the first alone."""
+    folder = copied[0]
+    (folder / "door-open").mkdir()
+    with h5py.File(shutil.copy(copied[1], folder / "door-open" / "door-open.hdf5"), "a") as f:
+        f["data"].attrs.update(env="door-open", goal_varies=True)
+        for demo in f["data"].values():
+            demo["obs/agentview_rgb"][:] //= 2
+    config = SimpleNamespace(suite=f"{SUITE}:1,door-open", tasks="0", demos=2, data=folder,
+                             size=SIZE)
+    videos, held_out, note = record.load_videos(config)
+    assert videos.tasks == [task, "door-open"] and held_out.tasks == [task]
+    assert videos.task.tolist() == [0, 1, 1] and note.startswith("3 videos of 2 tasks")
+    bright, dark = videos.gather("obs/agentview_rgb", np.array([0, 1]), 0)
+    assert np.array_equal(bright // 2, dark)
+    goals = videos.goal_of(np.arange(3), np.random.default_rng(0))
+    assert goals.tolist() == [0, 1, 2], "in Meta-World the scene's own"
+
+
+full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+
+
+@full
+def test_full_disk_while_joining(copied, again, refused):
+    folder, path = copied
+    split_assembled(path, path.with_suffix(""))
+    os.symlink("/dev/full", path.with_suffix(".tmp"))
+    refused(again, "full", folder)
+    assert len(os.listdir(path.with_suffix(""))) == 4 and not path.exists()
+
+
+@full
+def test_full_disk_while_writing_an_episode(tmp_path, refused):
+    """The error crosses from the worker to its parent by pickle."""
+    episode = {"actions": np.zeros((30, 7)), "masks": np.zeros((30, 64, 64), np.uint8)}
+    os.symlink("/dev/full", tmp_path / "demo_0.part")
+    with pytest.raises(OSError) as error:
+        write_episode(tmp_path / "demo_0.hdf5", episode, seed=0)
+    assert not (tmp_path / "demo_0.hdf5").exists()
+    carried = pickle.loads(pickle.dumps(error.value))
+    refused(lambda: stop_if_full(carried, "data"), "full", "data")
+
+
+# --- reading --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "no episodes"])
+def test_broken_file_is_one_line_and_stays(copied, again, refused, damage):
+    path = copied[1]
+    whole = path.read_bytes()
+    path.write_bytes({"cut": whole[:len(whole) // 2], "text": b"hello" * 1000}.get(damage, b""))
+    if damage == "no episodes":
+        with h5py.File(path, "w") as f:
+            f.attrs["made by"] = "somebody else"
+    before = path.read_bytes()
+    refused(again, path, "delete")
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", [*Episodes.KEYS, "obs", "tracks", "size", "env"])
+def test_what_is_missing_is_named(copied, task, refused, missing):
+    folder, path = copied
+    with h5py.File(path, "a") as f:
+        del (f["data"].attrs if missing in f["data"].attrs else f["data/demo_3"])[missing]
+    before = path.read_bytes()
+    refused(lambda: Episodes(folder, SUITE, [task], 2), path, missing, "delete")
+    assert path.read_bytes() == before
+
+
+def test_what_is_not_there(data, tmp_path, refused, task):
+    command = f"python extract.py --suite {SUITE}"
+    refused(lambda: Episodes(tmp_path, SUITE, [task], 1), tmp_path, command)
+    refused(lambda: Episodes(data, SUITE, [task], 3), "2 videos, not 3", f"{command} --demos 3")
+
+
+def test_gather_is_the_file(videos, data_file):
+    """Rows in any shape, ends repeated; pictures are not read before they are asked for."""
+    last = videos.length - 1
+    episode, t = np.array([[0, 1], [1, 0]]), np.array([[5, -3], [10_000, 0]])
+    with h5py.File(data_file) as f:
+        for key in Episodes.KEYS:
+            zero, one = f["data/demo_2"][key], f["data/demo_3"][key]
+            wanted = [[zero[5], one[0]], [one[last[1]], zero[0]]]
+            assert np.array_equal(videos.gather(key, episode, t), wanted), key
+    for key in ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks"):
+        for array in videos.arrays[key]:
+            assert isinstance(array, np.memmap) and not array.flags.writeable
+
+
+def test_every_frame_is_sampled_equally_often_and_by_seed_and_step(videos):
+    episode, t, rng = videos.sample_frames(0, 40_000, 0)
+    assert (t >= 0).all() and (t < videos.length[episode]).all()
+    count = np.bincount(videos.start[episode] + t, minlength=len(videos))
+    assert len(count) == len(videos) and count.min() > 0.75 * 40_000 / len(videos)
+    same, other, later = (videos.sample_frames(*k) for k in ((0, 40_000, 0), (0, 40_000, 1),
+                                                             (1, 40_000, 0)))
+    assert np.array_equal(same[:2], (episode, t)) and same[2].random() == rng.random()
+    assert not np.array_equal(other[1], t) and not np.array_equal(later[1], t)
+
+
+def test_goal_is_another_episode_of_the_task(videos):
+    many = Episodes.__new__(Episodes)
+    many.task, many.own_goal = np.repeat(np.arange(3), 4), np.zeros(12, bool)
+    episode = np.tile(np.arange(12), 20)
+    goal = many.goal_of(episode, np.random.default_rng(0))
+    assert (many.task[goal] == many.task[episode]).all() and (goal != episode).all()
+    assert all(len(set(goal[episode == e])) == 3 for e in range(12)), "each of the others"
+    many.task = np.array([0])
+    assert many.goal_of(np.array([0]), np.random.default_rng(0)).tolist() == [0], "the only one"
+    many.task, many.own_goal = np.zeros(4), np.ones(4, bool)
+    goal = many.goal_of(np.array([2, 0]), np.random.default_rng(0))
+    assert goal.tolist() == [2, 0], "its own, where goals differ between scenes"
+
+
+def test_training_and_validation_are_disjoint(videos, data, task):
+    held_out = Episodes(data, SUITE, [task], 2, split="valid")
+    assert len(held_out.length) == HELD_OUT and len(videos.length) == 2
+    for a in videos.arrays["obs/agentview_rgb"]:
+        assert not any(np.array_equal(a[0], b[0]) for b in held_out.arrays["obs/agentview_rgb"])
+
+
+# --- language -------------------------------------------------------------------------------------
+
+
+def test_sentences_that_mean_the_same_are_near(videos, task):
+    put, same, other = map(embed, ("pick up the black bowl and place it on the plate",
+                                   "put the black bowl on the plate", "open the door"))
+    assert put.shape == (384,) and np.linalg.norm(put) == pytest.approx(1, abs=1e-5)
+    assert put @ same > 0.9 > 0.5 > put @ other
+    assert np.array_equal(videos.text, embed(task.replace("_", " "))[None])
+
+
+def test_other_text_models(tmp_path, monkeypatch, refused):
+    """Of the same classes, small, with random weights; without weights one line is the way out."""
+    import transformers
+    text_model.cache_clear()
+    tokenizer, _ = text_model("minilm")
+    small = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+             "intermediate_size": 32}
+    text = small | {"vocab_size": len(tokenizer), "eos_token_id": 102}
+    vision = small | {"image_size": 32, "patch_size": 16}
+    networks = {"bert": transformers.BertModel(transformers.BertConfig(**text)),
+                "clip": transformers.CLIPModel(transformers.CLIPConfig(
+                    projection_dim=24, text_config=text, vision_config=vision))}
+    for name, network in networks.items():
+        refused(lambda: embed("open", name), TEXTS[name], "hf download", "--text minilm")
+        network.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        monkeypatch.setitem(TEXTS, name, str(tmp_path / name))
+    assert embed("open", "bert").shape == (32,) and embed("open", "clip").shape == (24,)
+    text_model.cache_clear()
