@@ -15,6 +15,7 @@ the state, E per sentence, H W pixels.
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -25,7 +26,8 @@ from tqdm import tqdm
 from core import networks, training
 from core.episodes import Episodes, look_times
 from core.files import fail
-from core.flags import as_dict, differences, flag, from_dict, parse, run_path
+from core.flags import (TrainingConfig, as_dict, differences, flag, from_dict, parse,
+                        run_path)
 from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
@@ -34,12 +36,11 @@ WAYPOINT_NOISE = 0.005  # metres, on the waypoint that the action head is condit
 OFFSET_SCALE = 0.1      # metres, the unit of offsets between hand and waypoint
 FOLLOW = 8              # steps in which the fingers follow a changed command
 DRAWS = 3               # goals per training frame for which a frozen planner's plan is kept
-IN_MEMORY = 4e9         # bytes of kept plans; more are mapped from a file
 CAMERA_OF = {"picture": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}    # views 0 and 1
 
 
 @dataclass
-class Config:
+class Config(TrainingConfig):
     planner: str = flag("", "checkpoint of stage 1; or none (cloning: the goal picture is the plan)"
                         " or none-language (the sentence is)")
     form: str | None = flag(None, "which of the planner's plans, such as latent or tracks; empty: "
@@ -49,43 +50,24 @@ class Config:
     fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
                        "or both (ATM, Table III)", choices=["early", "late", "both"])
     suite: str = flag("", "suite to act in; empty: the planner's (another: Mask2Act, Fig. 6)")
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the planner's")
-    demos: int | None = flag(None, "videos per task, whose ends are goal pictures", minimum=1)
     action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of "
                                     "the videos)", minimum=1)
-    preset: str | None = flag(None, "sizes: for a test, for two CPU cores, for one GPU",
-                              choices=["tiny", "laptop", "paper"])
-    steps: int | None = flag(None, "gradient steps", minimum=1)
     # differs: action chunks (ACT), of which half are executed; the papers predict one action
     chunk: int = flag(8, "actions C predicted at once (1: the papers)", minimum=1)
-    lr: float | None = flag(None, "peak learning rate", minimum=0)
-    seed: int = flag(0, "seed of weights and batches", minimum=0)
-    name: str = flag("", "name of the run; empty: made from the flags that were given")
-    data: str = flag("data", "folder of the data files")
-    out: str = flag("runs", "folder of the runs")
-    device: str | None = flag(None, "cpu or cuda")
-    bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
 
     batch: int = 32
-    width: int = 128
-    depth: int = 2                      # blocks over the tokens of one look
-    time_depth: int = 1                 # blocks over the looks
-    blocks: tuple[int, ...] = (1, 1, 1)
-    channels: int = 32
-    history: int = 1                    # looks T that the executor sees
+    time_depth: int = 1                 # blocks over the looks; `depth`: over the tokens of each
     execute: int = 4                    # actions executed before the next look, at most a chunk
     goals: int = 10                     # goal pictures per task that the checkpoint keeps
-    differs: str = ""                   # from the preset, for names of results
-    # of the data and the planner, so that a checkpoint can be rebuilt from itself alone
+    size: int = 0                       # of the pictures, pixels
+    # of the planner and the data, so that a checkpoint can be rebuilt from itself alone
     kind: str = ""
     planner_config: dict | None = None
     env: str = ""
     task_names: tuple[str, ...] = ()
-    size: int = 0
     render: str = ""
     S: int = 8
-    A: int = 0
-    E: int = 0
+    differs: str = ""                   # from the preset, for names of results
     seconds: dict | None = None
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
@@ -311,17 +293,11 @@ class ActionData:
                     for name, x in self.planner.plan(obs, self.c.form).items():
                         draws = 1 if name in CAMERA_OF else self.draws
                         if name not in kept:
-                            kept[name] = self.room((draws, N, *x.shape[1:]))
+                            kept[name] = np.memmap(TemporaryFile(), np.float16,
+                                                   shape=(draws, N, *x.shape[1:]))
                         if draw < draws:
                             kept[name][draw, part] = x.half().cpu().numpy()
         return kept
-
-    def room(self, shape):
-        """An empty float16 array, mapped from an unnamed file where it is large."""
-        if 2 * np.prod(shape, dtype=float) < IN_MEMORY:
-            return np.empty(shape, np.float16)
-        import tempfile
-        return np.memmap(tempfile.TemporaryFile(dir=self.c.out), np.float16, shape=shape)
 
     def __call__(self, step):
         """The batch of one training step, a function of (seed, step); see Executor.look, loss."""

@@ -34,17 +34,13 @@ def flag(default, help, choices=None, minimum=None, maximum=None, positional=Fal
 
 
 @dataclasses.dataclass
-class PlannerConfig:
-    """What all planners' programs have in common."""
-    suite: str = flag("libero_spatial", "suite of videos (README lists them), or several, a:2,b: "
-                      "two videos per task of a, all of b; validated on the first")
+class TrainingConfig:
+    """What all programs that train have in common."""
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
     demos: int | None = flag(None, "action-free videos per task", minimum=1)
     preset: str | None = flag(None, "sizes: for a test, for two CPU cores, for one GPU",
                               choices=["tiny", "laptop", "paper"])
     steps: int | None = flag(None, "gradient steps", minimum=1)
-    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
-    batch: int | None = flag(None, "samples per step", minimum=1)
     lr: float | None = flag(None, "peak learning rate", minimum=0)
     seed: int = flag(0, "seed of weights and batches", minimum=0)
     name: str = flag("", "name of the run; empty: made from the flags that were given")
@@ -52,17 +48,27 @@ class PlannerConfig:
     out: str = flag("runs", "folder of the runs")
     device: str | None = flag(None, "cpu or cuda")
     bf16: bool | None = flag(None, "train in bf16 where the machine is faster that way")
-    show: bool = flag(False, "only score and draw the trained planner on held-out videos")
 
     width: int = 128                    # of the transformer
     depth: int = 3                      # its blocks
     blocks: tuple[int, ...] = (1, 1, 1)     # residual blocks per stage of the image encoder
     channels: int = 32                  # of its first stage, doubled at each next one
-    history: int = 1                    # frames h that the planner sees
-    stride: int = 4                     # control steps between them
+    history: int = 1                    # frames that the network sees
     E: int = 0                          # numbers per sentence, from the data
     A: int = 0                          # numbers per action, from the data
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-4, 100, 1.0, 0.0, 500, 100
+
+
+@dataclasses.dataclass
+class PlannerConfig(TrainingConfig):
+    """What all planners' programs have in common."""
+    suite: str = flag("libero_spatial", "suite of videos (README lists them), or several, a:2,b: "
+                      "two videos per task of a, all of b; validated on the first")
+    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
+    batch: int | None = flag(None, "samples per step", minimum=1)
+    show: bool = flag(False, "only score and draw the trained planner on held-out videos")
+
+    stride: int = 4                     # control steps between the frames that it sees
 
 
 def flags_of(Config):

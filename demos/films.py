@@ -50,7 +50,7 @@ def read_video(path, size):
         fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
     if path.is_dir():
         return read_pictures(path, size)
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # what is wrong is said below, once
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported below
     film, frames = cv2.VideoCapture(str(path)), []
     announced = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
     while (found := film.read())[0]:

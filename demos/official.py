@@ -220,9 +220,8 @@ def import_episodes(job):
     sim.close()
     if made <= HELD_OUT:
         shutil.rmtree(folder)
-        fail(f"{why or path}; of {len(names)} demonstrations {made} can be used, {HELD_OUT} are "
-             f"held out, so {HELD_OUT + 1} or more are needed: fetch the file again, or was it made "
-             "with another version of LIBERO?")
+        fail(f"{why or path}; of {len(names)} demonstrations {made} can be used, {HELD_OUT + 1} or "
+             "more are needed: fetch the file again, or was it made with another LIBERO?")
 
 
 def import_official(config, tasks):

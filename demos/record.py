@@ -31,8 +31,8 @@ from demos.language import embed
 from demos.libero import UNSOLVED, demonstrator
 from sims.camera import choose_opengl
 
-# Standard deviation of what is added to the executed motion (of 1) while recording, after DART
-# (Laskey et al., 2017): the states stray as a learner's will, the recorded, clean actions lead back.
+# Standard deviation of what is added to the executed motion (of 1) while recording, as in DART
+# (Laskey et al., 2017): states stray as a learner's will, and the recorded, clean actions lead back
 NOISE = 0.1
 # episode i is sampled with seed i; if the demonstrator fails there, with i + RETRY, and so on
 RETRY = 100_000

@@ -1,9 +1,9 @@
 """Figures of results, and what an executor costs.
 
-    python -m results.figures curve     # success against action demonstrations, results/curve.png
+    python -m results.figures curve         # success against action demonstrations
+    python -m results.figures unseen        # scenes of libero_spatial, as in training and unseen
     python -m results.figures attention runs/libero_spatial/track_executor.pt   # ATM, Fig. 10
     python -m results.figures cost runs/libero_spatial/track_executor.pt        # ATM, Table IV
-    python -m results.figures unseen --tasks 0,4    # Mask2Act, Fig. 7: results/unseen.png
 """
 
 import json
@@ -18,27 +18,24 @@ import torch
 import rollout
 import sims
 from core import training
-from core.draw import caption, draw_heat, row, save_picture
+from core.draw import draw_heat, row, save_picture
 from core.files import fail, write
 from core.flags import flag, parse
-from executor import Executor, Policy, load_executor
+from executor import Executor, Policy, load_executor, load_policy
 from results import tables
 from video_control.unipi import InverseDynamics, UniPi
 
 
 @dataclass
 class Config:
-    what: tuple[str, ...] = flag((), "curve, attention, cost or unseen; then checkpoints of "
-                                 "executors", positional=True)
-    tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: all")
-    replan: int = flag(0, "UniPi's cost: steps after which it imagines anew; 0: never", minimum=0)
-    size: int = flag(192, "height and width of pictures of unseen variants, pixels", minimum=32)
+    what: tuple[str, ...] = flag((), "curve, unseen, attention or cost; of the last two the "
+                                 "executor's checkpoint", positional=True)
+    tasks: str = flag("0,4", "numbers or names of tasks, comma-separated; empty: all")
     results: str = flag("results", "folder of the results")
 
 
-def curve(config):
-    """Success against action demonstrations, one line per plan, one panel per suite, 95 %
-    intervals; of all evaluations on test scenes as they were trained on -> path of the picture."""
+def curve(config, _):
+    """Success on test scenes, a line per plan with 95 % intervals, a panel per suite."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
@@ -47,115 +44,30 @@ def curve(config):
     suites, plans = (sorted({r[key] for r in rows}) for key in ("suite", "plan"))
     if not rows:
         fail(f"no success rates in {config.results}/: python rollout.py <checkpoint> makes one")
-    figure, axes = plt.subplots(1, len(suites), figsize=(4.5 * len(suites) + 1.5, 3.6),
-                                squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(1, len(suites), squeeze=False, sharey=True, layout="constrained",
+                                figsize=(4.5 * len(suites) + 1.5, 3.6))
     for axis, suite in zip(axes[0], suites):
         for k, plan in enumerate(plans):
             line = [r for r in rows if (r["suite"], r["plan"]) == (suite, plan)]
             x = [r["action_demos"] * 1.02 ** (k - len(plans) / 2) for r in line]    # bars apart
-            y = 100 * np.array([r["rate"] for r in line])                           # (points,)
-            low, high = 100 * np.array([r["interval"] for r in line]).reshape(-1, 2).T
-            axis.errorbar(x, y, [y - low, high - y], marker="o", capsize=3, color=f"C{k}", label=plan)
-        axis.set(title=suite, xlabel="action demonstrations per task", ylabel="success, %",
-                 ylim=(0, 100), xscale="log")
-        ticks = sorted({r["action_demos"] for r in rows})
-        axis.set_xticks(ticks, [str(t) for t in ticks], minor=False)
+            y = np.array([r["rate"] for r in line])                                 # (points,)
+            low, high = np.array([r["interval"] for r in line]).reshape(-1, 2).T
+            axis.errorbar(x, y, [y - low, high - y], fmt=f"C{k % 10}o-", capsize=3, label=plan)
+        axis.set(title=suite, xlabel="action demonstrations per task", ylim=(0, 1), xscale="log")
+        axis.set_xticks(ticks := sorted({r["action_demos"] for r in rows}), ticks)
         axis.minorticks_off()
     figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right center")
-    figure.savefig(path := Path(config.results) / "curve.png", dpi=110)
+    figure.savefig(path := f"{config.results}/curve.png", dpi=110)
     return path
 
 
-def shares(transformer, x):
-    """How much the first token attends to each, mean over blocks and heads: x (1, L, D) -> (L,)."""
-    found = []
-    for block in transformer.blocks:
-        q, k, _ = block.split(x, 1)                                     # (1, heads, 1 or L, d)
-        score = q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        found.append(score.softmax(-1)[0, :, 0])                        # (heads, L)
-        x = block(x)
-    return torch.stack(found).mean((0, 1))
-
-
-class Attention(Policy):
-    """A policy whose films show where on the third-person picture its CLS token attends, with all
-    tokens and without the plan's (ATM, Fig. 10)."""
-
-    def __init__(self, executor):
-        super().__init__(executor)
-        executor.space.register_forward_pre_hook(lambda _, x: setattr(self, "tokens", x[0]))
-
-    @torch.no_grad()
-    def draw(self, sim):
-        e = self.executor
-        names = ["CLS", "state", *e.pool]                               # of each token (L,)
-        names += [k + "'s" for k, m in e.embed.items() for _ in m.places]
-        views = [("now", image := self.pictures[-1][0].cpu().numpy())]
-        for title, hidden in (("with the plan", ()), ("without", e.plans)):
-            kept = [i for i, name in enumerate(names) if name.removesuffix("'s") not in hidden]
-            share = shares(e.space, self.tokens[:, kept]).cpu().numpy()
-            cells = share[[names[i] == "picture's" for i in kept]]      # (n,)
-            views.append((title, draw_heat(image, cells)))
-        return row(views, 2)
-
-
-def attention(config, count=4, columns=3):
-    """A row per task, its first test scene up to about the grasp -> paths of the pictures."""
-    paths = [path.removesuffix(".pt") + "_attention.png" for path in config.what[1:]]
-    for path, made in zip(config.what[1:], paths):
-        actor, rows = Attention(load_executor(path)), []
-        if "picture" not in actor.executor.embed or not actor.executor.plans:
-            fail(f"{path} has no attention from a plan to a picture: train it with --read both")
-        known = ",".join(actor.c.task_names)
-        for task in sims.choose_tasks(actor.c.env, config.tasks or known)[:count]:
-            sim = sims.make(actor.c.env, task, actor.c.size, actor.c.render)
-            pictures = rollout.play(sim, actor, {"init": 0}, film=True)[3]
-            sim.close()
-            chosen = np.linspace(0, len(pictures) // 2, columns).astype(int)
-            rows.append(caption(np.concatenate([pictures[i] for i in chosen], 1), task))
-        save_picture(made, np.concatenate(rows))
-    return ", ".join(paths)
-
-
-def operations(path, replan=0, steps=600):
-    """Floating point operations of planner and executor in an episode of that length, counted by
-    torch, a multiplication and an addition as two -> operations, parameters of both."""
-    from torch.utils.flop_counter import FlopCounterMode
-    kind = training.load(path, ["executor", "unipi"], rollout.MADE_BY)["kind"]
-    policy = (Policy(load_executor(path)) if kind == Executor.kind else
-              UniPi(load_executor(path, Kind=InverseDynamics), replan))
-    black = np.zeros((policy.c.size, policy.c.size, 3), np.uint8)
-    seen = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float16),
-            "ee_states": np.zeros(6, np.float32), "gripper_states": np.zeros(2, np.float32)}
-    sim = SimpleNamespace(task=policy.c.task_names[0], goal_varies=True,
-                          goal_image=lambda **scene: black, frame=lambda masks: seen)
-    policy.reset(sim, {"init": 0})
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(steps):
-            policy(sim)
-    return counter.get_total_flops(), sum(p.numel() for p in policy.executor.parameters())
-
-
-def cost(config):
-    """A JSON for each checkpoint -> their paths."""
-    paths = []
-    for path in config.what[1:]:
-        (flops, parameters), c = operations(path, config.replan), training.load(path)["config"]
-        name = Path(path).stem + f"-replan{config.replan}" * bool(config.replan)
-        made = {"suite": c["env"], "preset": c["preset"], "cost_of": name, "tflops": flops / 1e12,
-                "parameters": parameters, "command": rollout.command(), "commit": rollout.commit()}
-        paths.append(f"{config.results}/{c['env']}_{name}_{c['preset']}_cost.json")
-        write(paths[-1], json.dumps(made, indent=1) + "\n")
-    return ", ".join(paths)
-
-
-def unseen(config):
-    """A row per task of libero_spatial: one scene as in training and in the unseen variants."""
+def unseen(config, _):
+    """A row per task: a scene as in training and in all unseen variants (Mask2Act, Fig. 7)."""
     rows = []
     for task in sims.choose_tasks("libero_spatial", config.tasks):
         views = []
         for variant in (None, *sims.UNSEEN):
-            sim = sims.make("libero_spatial", task, config.size, unseen=variant)
+            sim = sims.make("libero_spatial", task, 192, unseen=variant)
             views.append((variant or "as in training", sim.reset(seed=0)["agentview_rgb"]))
             sim.close()
         rows.append(row(views, 1))
@@ -163,14 +75,75 @@ def unseen(config):
     return path
 
 
+def shares(transformer, x):
+    """How much the first token attends to each, mean over blocks and heads: x (1, L, D) -> (L,)."""
+    found = []
+    for block in transformer.blocks:
+        q, k, _ = block.split(x)                                        # (1, heads, L, d)
+        score = q[:, :, 0:1] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
+        found.append(score.softmax(-1)[0, :, 0])                        # (heads, L)
+        x = block(x)
+    return torch.stack(found).mean((0, 1))
+
+
+@torch.no_grad()
+def attention(config, path):
+    """Where on the third-person picture the CLS token attends, in a task's first test scene up to
+    about the grasp, a row per task (ATM, Fig. 10: of its policy and of BC)."""
+    actor, looks, rows = load_policy(path), [], []
+    c, e = actor.c, actor.executor
+    if "picture" not in e.embed:
+        fail(f"{path} attends to no cells of a picture: give an executor of --read both")
+    sets = np.array([name for name, m in e.embed.items() for _ in m.places])    # of the last tokens
+    e.space.register_forward_pre_hook(lambda _, inputs: looks.append(inputs[0]))
+    for task in sims.choose_tasks(c.env, config.tasks):
+        sim = sims.make(c.env, task, c.size, c.render)
+        looks.clear()
+        rollout.play(sim, actor, {"init": 0})
+        sim.close()
+        views = []
+        for k in np.linspace(0, len(looks) // 2, 3).astype(int):
+            share = shares(e.space, looks[k]).cpu().numpy()[-len(sets):][sets == "picture"]  # (n,)
+            image = actor.pictures[k][0].cpu().numpy()
+            views += [(f"look {k}", image), (task, draw_heat(image, share))]
+        rows.append(row(views, 2))
+    save_picture(path := path.removesuffix(".pt") + "_attention.png", np.concatenate(rows))
+    return path
+
+
+def cost(config, path, steps=600):
+    """Floating point operations of planner and executor in an episode, by torch's counter, a
+    multiplication and an addition as two -> path of a JSON."""
+    from torch.utils.flop_counter import FlopCounterMode
+    kind = training.load(path, [Executor.kind, InverseDynamics.kind], rollout.MADE_BY)["kind"]
+    policy = (Policy(load_executor(path)) if kind == Executor.kind else
+              UniPi(load_executor(path, Kind=InverseDynamics)))
+    c, name, black = policy.c, Path(path).stem, np.zeros((policy.c.size, policy.c.size, 3), "u1")
+    frame = dict.fromkeys(("agentview_rgb", "eye_in_hand_rgb"), black)
+    frame |= {"hand": np.zeros(2, "f4"), "ee_states": np.zeros(6, "f4"),
+              "gripper_states": np.zeros(2, "f4")}
+    sim = SimpleNamespace(task=c.task_names[0], goal_varies=True, frame=lambda masks: frame,
+                          goal_image=lambda **scene: black)
+    policy.reset(sim, {"init": 0})
+    with FlopCounterMode(display=False) as counter:
+        for _ in range(steps):
+            policy(sim)
+    made = {"suite": c.env, "preset": c.preset, "cost_of": name, "command": rollout.command(),
+            "commit": rollout.commit(), "tflops": counter.get_total_flops() / 1e12,
+            "parameters": sum(p.numel() for p in policy.executor.parameters())}
+    path = f"{config.results}/{c.env}_{name}_{c.preset}_cost.json"
+    write(path, json.dumps(made, indent=1) + "\n")
+    return path
+
+
 def main(argv=None):
-    """Command line: makes one kind of figure."""
-    config, kinds = parse(Config, "Figures of results.", argv), (curve, attention, cost, unseen)
-    makers = {f.__name__: f for f in kinds}
-    name, *checkpoints = config.what or [""]
-    if name not in makers or bool(checkpoints) != (name in ("attention", "cost")):
-        fail(f"give {', '.join(makers)}; the two in the middle with executors' checkpoints")
-    print(f"{name}: {makers[name](config)}")
+    """Command line: makes one figure."""
+    config = parse(Config, "Figures of results.", argv)
+    makers = {f.__name__: f for f in (curve, unseen, attention, cost)}
+    name, path = (*config.what, "", "")[:2]
+    if name not in makers:
+        fail("give curve, unseen, attention <checkpoint> or cost <checkpoint>")
+    print(f"{name}: {makers[name](config, path)}")
 
 
 if __name__ == "__main__":

@@ -22,19 +22,10 @@ class Config:
     results: str = flag("results", "folder of the results")
 
 
-# --- evaluations ----------------------------------------------------------------------------------
-
-
-def read(folder, pattern):
+def read(folder, pattern="*.json"):
     """The JSON files of this pattern -> their contents, each with its file's name as `file`."""
     return [json.loads(path.read_text()) | {"file": path.stem}
             for path in sorted(Path(folder).glob(pattern))]
-
-
-def evaluations(folder):
-    """Results of rollouts; the demonstrator's have another word in files of older code."""
-    return [r | {"plan": "demonstrator" if r["plan"] == "expert" else r["plan"]}
-            for r in read(folder, "*.json") if "plan" in r]
 
 
 def t_interval(rates):
@@ -52,12 +43,13 @@ def cells(folder):
     of one configuration.  Executors that share a planner of one seed are marked.
     """
     groups, rows = {}, []
-    for r in evaluations(folder):
+    for r in (r for r in read(folder) if "plan" in r):
         seed, of = r["seed"], ((r.get("config") or {}).get("planner_config") or {}).get("seed")
         plain = lambda name: re.sub(rf"_s{seed}(?=_|$)", "", name)
         shared = f", planner of seed {of}" if of not in (None, seed) else ""
         variant = f", unseen {r['unseen']}" if r["unseen"] else ""
-        r["plan"] = plain(r["plan"]) + r.get("differs", "") + shared + variant
+        plan = "demonstrator" if r["plan"] == "expert" else r["plan"]      # the word of older files
+        r["plan"] = plain(plan) + r.get("differs", "") + shared + variant
         groups.setdefault((plain(r["file"]), shared), []).append(r)
     for r, *others in groups.values():
         rates = [x["success"] / x["episodes"] for x in (r, *others)]
@@ -93,11 +85,13 @@ def overview(folder):
 
 def policies(folder):
     """Every evaluation but the demonstrator's, those of unseen variants and some tasks, too."""
-    columns = "suite", "plan", "preset", "videos", "action_demos", "scenes", "count", "between"
-    return table(
-        "suite | plan | preset | videos | action demos | scenes | success | 95 % interval | seeds",
-        [(*(r[k] for k in columns), r["seeds"] if r["preset"] else None)
-         for r in cells(folder) if not r["plan"].startswith("demonstrator")])
+    columns = "preset", "videos", "action_demos", "scenes", "count", "between"
+    spent = lambda r: ", ".join(f"{k} {s / 60:.1f}" for k, s in r["seconds"].items() if s)
+    return table("suite | plan | preset | videos | action demos | scenes | success | 95 % interval "
+                 "| seeds | minutes | commit", [
+                     (r["suite"], r["plan"], *(r[k] for k in columns),
+                      r["seeds"] if r["preset"] else None, spent(r), r["commit"])
+                     for r in cells(folder) if not r["plan"].startswith("demonstrator")])
 
 
 def demonstrators(folder):
@@ -105,37 +99,32 @@ def demonstrators(folder):
     rows = []
     for r in (r for r in cells(folder) if r["plan"].startswith("demonstrator")):
         name = r["suite"] + r["plan"].removeprefix("demonstrator")
-        rows.append((name, f"all {len(r['tasks'])}", r["counts"],
-                     f"{r['count']} ({r['between']})", None))
-        for task, t in r["tasks"].items() if not r["unseen"] else ():
-            ever = f", at any step {t['ever']}" if t.get("ever", 0) > t["success"] else ""
-            if t["success"] < t["episodes"]:
-                rows.append((name, task.replace("_", " "), "",
-                             f"{t['success']}/{t['episodes']}{ever}", f"{t['steps']:.0f}"))
-    return table("suite | task | counts | solved (95 % interval) | mean steps", rows)
+        rows.append((name, f"all {len(r['tasks'])}",
+                     f"{r['count']} ({r['between']}), {r['counts']}"))
+        rows += [(name, task.replace("_", " "), f"{t['success']}/{t['episodes']}"
+                  + (f", at any step {t['ever']}" if "ever" in t else ""))
+                 for task, t in r["tasks"].items() if t["success"] < t["episodes"]]
+    return table("suite | task | solved (95 % interval)", rows)
 
 
 def avdc(folder):
     """Acting from flow: a row per task, a column per result over all of AVDC's tasks."""
     found = [r for r in cells(folder) if r["plan"].startswith("flow-") and len(r["tasks"]) == 11]
-    rate = lambda r, task: f"{r['tasks'][task]['success']}/{r['tasks'][task]['episodes']}"
     return table(" | ".join(["task", *(f"{r['plan']}, {r['suite']}" for r in found)]), [
-        (task, *(rate(r, task) for r in found)) for task in found[0]["tasks"]] if found else [])
+        (task, *("{success}/{episodes}".format(**r["tasks"][task]) for r in found))
+        for task in (found[0]["tasks"] if found else ())])
 
 
 def annotators(folder):
     """Annotators beside the trivial answers, from `python -m results.annotators`."""
-    rows, measures = [], ("delta_avg", "occlusion_accuracy", "average_jaccard")
+    rows = []
     for r in read(folder, "*_grade.json"):
         about = f"{r['suite']}: {r['frames']} frames of {r['size']} px, {r['points']} points"
-        rows += [(about, name, f"{s['J']:.3f}", f"{s['F']:.3f}", "", "", "")
-                 for name, s in r["masks"].items()]
-        for name in r["tracks"]["all"]:
-            both = [r["tracks"][which].get(name) for which in ("all", "moving")]
-            rows.append((about, name, "", "", *(
-                " / ".join(f"{s[m]:.3f}" if s else "-" for s in both) for m in measures)))
-    return table("suite | annotator | J | F | delta_avg, all / moving points | occlusion accuracy "
-                 "| average Jaccard", rows)
+        parts = [("masks", r["masks"])] + [(f"tracks, {k}", v) for k, v in r["tracks"].items()]
+        rows += [(about, what, name, ", ".join(f"{k.replace('_', ' ')} {x:.3f}"
+                                               for k, x in grades.items()))
+                 for what, by_name in parts for name, grades in by_name.items()]
+    return table("suite | of | annotator | grades", rows)
 
 
 def costs(folder):
@@ -145,28 +134,15 @@ def costs(folder):
          f"{r['tflops']:.3f}") for r in read(folder, "*_cost.json")])
 
 
-def times(folder):
-    """Minutes of each step, medians over the results."""
-    spent = {}
-    for r in (r for r in evaluations(folder) if r["preset"]):
-        for step, seconds in r["seconds"].items():
-            of = step if step == "data" else f"{step}, {r['plan']}"
-            of += f", {r['episodes']} episodes" * (step == "rollout")
-            spent.setdefault((r["suite"], r["preset"], of), []).append((seconds or 0) / 60)
-    return table("suite | preset | step | minutes", [
-        (*key, f"{np.median(minutes):.1f}") for key, minutes in spent.items() if any(minutes)])
-
-
 def speeds(folder):
     """How fast programs train: the last lines of their logs, speed_<program>_<where>.jsonl."""
-    rows, keys = [], ("samples_per_second", "gigabytes")
-    for path in sorted(Path(folder).glob("speed_*.jsonl")):
-        last = json.loads(path.read_text().splitlines()[-1])
-        rows.append((path.stem[6:].replace("_", " "), last["step"], *(f"{last[k]:.3g}" for k in keys)))
-    return table("program and machine | steps | samples per second | peak memory, GB", rows)
+    last = {path.stem[6:].replace("_", " "): json.loads(path.read_text().splitlines()[-1])
+            for path in sorted(Path(folder).glob("speed_*.jsonl"))}
+    return table("program and machine | steps | samples per second | peak memory, GB", [
+        (name, r["step"], r["samples_per_second"], r["gigabytes"]) for name, r in last.items()])
 
 
-TABLES = overview, policies, demonstrators, avdc, annotators, costs, times, speeds
+TABLES = overview, policies, demonstrators, avdc, annotators, costs, speeds
 
 
 def main(argv=None):

@@ -1,8 +1,7 @@
-"""Data files: recording in spite of interruptions, what is refused, the reader."""
+"""record.py: data files are made in spite of interruptions, and what is refused; language.py."""
 
 import json
 import os
-import pickle
 import shutil
 import signal
 import subprocess
@@ -19,8 +18,8 @@ import torchvision  # noqa: F401: triton's LLVM, if loaded after OpenGL's, crash
 from conftest import COMMON, ROOT, SIZE, SUITE
 
 import sims
-from core.episodes import (CAMERAS, HELD_OUT, Episodes, assemble, split_assembled, write_episode)
-from core.files import fail, stop_if_full
+from core.episodes import CAMERAS, split_assembled
+from core.files import fail
 from demos import record
 from demos.language import TEXTS, embed, text_model
 from demos.libero import UNSOLVED
@@ -154,41 +153,6 @@ def test_killed_recording_continues_and_ends_with_the_same_file(tmp_path, data_f
     assert os.listdir(tmp_path / SUITE) == [f"{task}.hdf5"], "nothing else is left"
 
 
-class Killed(BaseException):
-    pass
-
-
-@pytest.mark.parametrize("when", ["second episode", "before the old file goes",
-                                  "before the new file comes", "before the parts go"])
-def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monkeypatch, when):
-    path, calls = copied[1], []
-    parts = path.with_suffix("")
-    with h5py.File(path) as f:
-        about = dict(f["data"].attrs)
-
-    def kill(*arguments):
-        calls.append(arguments)
-        if when != "second episode" or len(calls) == 2:
-            raise Killed
-        return real(*arguments)
-
-    def join_again():
-        if path.exists():
-            split_assembled(path, parts)  # as `ensure` does when more episodes are wanted
-        assemble(path, parts, about)
-
-    owner, name = {"before the old file goes": (os, "remove"),
-                   "before the parts go": (shutil, "rmtree")}.get(when, (os, "replace"))
-    if when in ("before the new file comes", "before the parts go"):
-        split_assembled(path, parts)
-    real = getattr(owner, name)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(owner, name, kill)
-        join_again()
-    join_again()
-    assert everything(path, skip=()) == everything(data_file, skip=())
-
-
 def test_nothing_is_made_twice(copied, again, capsys):
     before = copied[1].stat().st_mtime_ns
     again()
@@ -293,106 +257,13 @@ def test_videos_of_two_suites_are_mixed(copied, task):
     assert goals.tolist() == [0, 1, 2], "in Meta-World the scene's own"
 
 
-full = pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-
-
-@full
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk_while_joining(copied, again, refused):
     folder, path = copied
     split_assembled(path, path.with_suffix(""))
     os.symlink("/dev/full", path.with_suffix(".tmp"))
     refused(again, "full", folder)
     assert len(os.listdir(path.with_suffix(""))) == 4 and not path.exists()
-
-
-@full
-def test_full_disk_while_writing_an_episode(tmp_path, refused):
-    """The error crosses from the worker to its parent by pickle."""
-    episode = {"actions": np.zeros((30, 7)), "masks": np.zeros((30, 64, 64), np.uint8)}
-    os.symlink("/dev/full", tmp_path / "demo_0.part")
-    with pytest.raises(OSError) as error:
-        write_episode(tmp_path / "demo_0.hdf5", episode, seed=0)
-    assert not (tmp_path / "demo_0.hdf5").exists()
-    carried = pickle.loads(pickle.dumps(error.value))
-    refused(lambda: stop_if_full(carried, "data"), "full", "data")
-
-
-# --- reading --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "no episodes"])
-def test_broken_file_is_one_line_and_stays(copied, again, refused, damage):
-    path = copied[1]
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:len(whole) // 2], "text": b"hello" * 1000}.get(damage, b""))
-    if damage == "no episodes":
-        with h5py.File(path, "w") as f:
-            f.attrs["made by"] = "somebody else"
-    before = path.read_bytes()
-    refused(again, path, "delete")
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("missing", [*Episodes.KEYS, "obs", "tracks", "size", "env"])
-def test_what_is_missing_is_named(copied, task, refused, missing):
-    folder, path = copied
-    with h5py.File(path, "a") as f:
-        del (f["data"].attrs if missing in f["data"].attrs else f["data/demo_3"])[missing]
-    before = path.read_bytes()
-    refused(lambda: Episodes(folder, SUITE, [task], 2), path, missing, "delete")
-    assert path.read_bytes() == before
-
-
-def test_what_is_not_there(data, tmp_path, refused, task):
-    command = f"python extract.py --suite {SUITE}"
-    refused(lambda: Episodes(tmp_path, SUITE, [task], 1), tmp_path, command)
-    refused(lambda: Episodes(data, SUITE, [task], 3), "2 videos, not 3", f"{command} --demos 3")
-
-
-def test_gather_is_the_file(videos, data_file):
-    """Rows in any shape, ends repeated; pictures are not read before they are asked for."""
-    last = videos.length - 1
-    episode, t = np.array([[0, 1], [1, 0]]), np.array([[5, -3], [10_000, 0]])
-    with h5py.File(data_file) as f:
-        for key in Episodes.KEYS:
-            zero, one = f["data/demo_2"][key], f["data/demo_3"][key]
-            wanted = [[zero[5], one[0]], [one[last[1]], zero[0]]]
-            assert np.array_equal(videos.gather(key, episode, t), wanted), key
-    for key in ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks"):
-        for array in videos.arrays[key]:
-            assert isinstance(array, np.memmap) and not array.flags.writeable
-
-
-def test_every_frame_is_sampled_equally_often_and_by_seed_and_step(videos):
-    episode, t, rng = videos.sample_frames(0, 40_000, 0)
-    assert (t >= 0).all() and (t < videos.length[episode]).all()
-    count = np.bincount(videos.start[episode] + t, minlength=len(videos))
-    assert len(count) == len(videos) and count.min() > 0.75 * 40_000 / len(videos)
-    same, other, later = (videos.sample_frames(*k) for k in ((0, 40_000, 0), (0, 40_000, 1),
-                                                             (1, 40_000, 0)))
-    assert np.array_equal(same[:2], (episode, t)) and same[2].random() == rng.random()
-    assert not np.array_equal(other[1], t) and not np.array_equal(later[1], t)
-
-
-def test_goal_is_another_episode_of_the_task(videos):
-    many = Episodes.__new__(Episodes)
-    many.task, many.own_goal = np.repeat(np.arange(3), 4), np.zeros(12, bool)
-    episode = np.tile(np.arange(12), 20)
-    goal = many.goal_of(episode, np.random.default_rng(0))
-    assert (many.task[goal] == many.task[episode]).all() and (goal != episode).all()
-    assert all(len(set(goal[episode == e])) == 3 for e in range(12)), "each of the others"
-    many.task = np.array([0])
-    assert many.goal_of(np.array([0]), np.random.default_rng(0)).tolist() == [0], "the only one"
-    many.task, many.own_goal = np.zeros(4), np.ones(4, bool)
-    goal = many.goal_of(np.array([2, 0]), np.random.default_rng(0))
-    assert goal.tolist() == [2, 0], "its own, where goals differ between scenes"
-
-
-def test_training_and_validation_are_disjoint(videos, data, task):
-    held_out = Episodes(data, SUITE, [task], 2, split="valid")
-    assert len(held_out.length) == HELD_OUT and len(videos.length) == 2
-    for a in videos.arrays["obs/agentview_rgb"]:
-        assert not any(np.array_equal(a[0], b[0]) for b in held_out.arrays["obs/agentview_rgb"])
 
 
 # --- language -------------------------------------------------------------------------------------
