@@ -84,27 +84,6 @@ class Config(TrainingConfig):
 
 # --- network --------------------------------------------------------------------------------------
 
-class Embed(nn.Module):
-    """A token set -> tokens of the executor's width that hold their place, view and kind.
-
-    No norm per token: it would erase how far a tracked point goes.
-    """
-
-    def __init__(self, places, width, D):
-        super().__init__()
-        self.linear = nn.Linear(width, D)
-        self.view, self.kind = (nn.Parameter(0.02 * torch.randn(k, D)) for k in (3, 1))
-        self.register_buffer("places", places, persistent=False)
-
-    def forward(self, x, moved):
-        """x (B, n, width); moved (B, 3, 2): how far the picture of each view was shifted, in
-        widths -> (B, n, D)."""
-        view = self.places[:, 0].long()
-        xy = self.places[:, 1:] + moved[:, view]                        # (B, n, 2)
-        place = networks.sincos(16 * xy, self.kind.shape[1])            # (B, n, D)
-        return self.linear(x) + place + self.view[view] + self.kind
-
-
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan."""
     kind = "executor"
@@ -124,7 +103,7 @@ class Executor(nn.Module):
             sets[view] = networks.grid_places(encoder.cells(c.size), list(CAMERA_OF).index(view)), D
         early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
         modules = lambda Module, of: nn.ModuleDict({k: Module(*v, D) for k, v in of.items()})
-        self.embed = modules(Embed, early if c.read != "pooled" else {})
+        self.embed = modules(networks.Embed, early if c.read != "pooled" else {})
         self.pool = modules(networks.SpatialSoftmaxPool, early if c.read != "attention" else {})
         self.late = modules(networks.SpatialSoftmaxPool, {k: sets[k] for k in self.plans
                                                  if c.fusion != "early"})

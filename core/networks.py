@@ -1,4 +1,7 @@
-"""Network blocks: attention, transformer, image encoder, augmentation."""
+"""Network blocks: attention, transformer, image encoder, pooling, augmentation.
+
+Sizes: B batch, L tokens, D width, H W pixels, h w cells of a feature map.
+"""
 
 import math
 
@@ -91,7 +94,7 @@ class Transformer(nn.Module):
 
     def forward(self, x, mask=None, first=None):
         """x (B, L, D) float; mask (L, L) bool, True = may attend; first: how many of the tokens are
-        wanted, None: all.  What the last block would say of the others is not computed
+        wanted, None: all.  What the last block would output for the others is not computed
         -> (B, Q, D)."""
         for block in self.blocks[:-1]:
             x = block(x, mask)
@@ -131,8 +134,6 @@ class ImageEncoder(nn.Module):
                                        norm_layer=norm))
                 width = new
         self.body, self.head = nn.Sequential(*stem, *body), nn.Conv2d(width, dim, 1)
-        # see forward
-        self.cut, self.fine = len(stem) + sum(blocks[:2]), channels * 2 ** (len(blocks[:2]) - 1)
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -143,17 +144,11 @@ class ImageEncoder(nn.Module):
         """Height or width of the feature map of a picture of `size` pixels."""
         return -(-size // self.stride)
 
-    def forward(self, images, fine=False):
-        """(B, H, W, 3) uint8 in 0..255, or (B, 3, H, W) float in [-1, 1] -> (B, D, h, w) float.
-
-        fine: also what the second stage says, of stride 8 (B, `self.fine`, h', w').
-        """
+    def forward(self, images):
+        """(B, H, W, 3) uint8 in 0..255, or (B, 3, H, W) float in [-1, 1] -> (B, D, h, w) float."""
         if images.dtype == torch.uint8:
             images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
-        # (B, C, h', w')
-        x = self.body[:self.cut](images.contiguous(memory_format=torch.channels_last))
-        y = self.head(self.body[self.cut:](x))                              # (B, D, h, w)
-        return (y, x) if fine else y
+        return self.head(self.body(images.contiguous(memory_format=torch.channels_last)))
 
 
 def random_shift(images, pad=4):
@@ -215,6 +210,27 @@ class Standardise(nn.Module):
 
     def forward(self, x):
         return (x - self.mean) / self.std
+
+
+class Embed(nn.Module):
+    """A token set -> tokens of the executor's width that hold their place, view and kind.
+
+    No norm per token: it would erase how far a tracked point goes.
+    """
+
+    def __init__(self, places, width, D):
+        super().__init__()
+        self.linear = nn.Linear(width, D)
+        self.view, self.kind = (nn.Parameter(0.02 * torch.randn(k, D)) for k in (3, 1))
+        self.register_buffer("places", places, persistent=False)
+
+    def forward(self, x, moved):
+        """x (B, n, width); moved (B, 3, 2): how far the picture of each view was shifted, in
+        widths -> (B, n, D)."""
+        view = self.places[:, 0].long()
+        xy = self.places[:, 1:] + moved[:, view]                        # (B, n, 2)
+        place = sincos(16 * xy, self.kind.shape[1])            # (B, n, D)
+        return self.linear(x) + place + self.view[view] + self.kind
 
 
 class SpatialSoftmaxPool(nn.Module):

@@ -53,7 +53,7 @@ def cells(folder):
         groups.setdefault((plain(r["file"]), shared), []).append(r)
     for r, *others in groups.values():
         rates = [x["success"] / x["episodes"] for x in (r, *others)]
-        low, high = t_interval(rates) if others else r["interval"]
+        low, high = t_interval(rates) if others else tuple(r["interval"])
         count = "" if others else f"{r['success']}/{r['episodes']} = "
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
                          "count": f"{count}{100 * np.mean(rates):.1f} %",

@@ -1,0 +1,92 @@
+"""results/tables.py and figures.py: made-up results, intervals computed anew, attention, cost."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from baselines.cloning import Cloning
+from core import networks, training
+from core.flags import as_dict
+from executor import Config, Executor
+from results import figures, tables
+
+NOBODY = {"plan": "expert", "preset": None, "action_demos": None, "seed": None, "config": None}
+
+
+def made_up(folder, seed=0, success=3, planner_seed=0, **fields):
+    """One evaluation of 2 tasks x 5 scenes, as rollout.py writes it."""
+    tasks = {"reach": {"success": success - 1, "episodes": 5}, "push": {"success": 1, "episodes": 5}}
+    r = {"suite": "mt10", "plan": "mask" + f"_s{planner_seed}" * bool(planner_seed), "videos": 20,
+         "preset": "laptop", "action_demos": 2, "seed": seed, "differs": "", "scenes": "test",
+         "unseen": None, "counts": "ever succeeded", "success": success, "episodes": 10,
+         "interval": [0.1, 0.6], "config": {"planner_config": {"seed": planner_seed}},
+         "seconds": {"rollout": 90}, "commit": "abc", "tasks": tasks} | fields
+    name = f"{r['suite']}_{r['plan']}_laptop_d2_s{seed}{r['differs']}.json"
+    (folder / name).write_text(json.dumps(r))
+
+
+def test_seeds_are_the_unit(tmp_path):
+    """Mean and 95 % t-interval over seeds, each with a planner of its own; one seed keeps the
+    interval of its file; a shared planner and whatever else differs is a row of its own."""
+    for seed, success in enumerate((3, 5, 4)):
+        made_up(tmp_path, seed, success, planner_seed=seed)
+    made_up(tmp_path, seed=1, success=5)
+    made_up(tmp_path, differs="_early")
+    rows = {r["plan"]: r for r in tables.cells(tmp_path)}
+    assert set(rows) == {"mask", "mask, planner of seed 0", "mask_early"}
+    row, half = rows["mask"], 4.302653 * 0.1 / 3 ** 0.5     # t of 2 degrees of freedom, sd 0.1
+    assert row["seeds"] == 3 and row["rate"] == pytest.approx(0.4)
+    assert row["interval"] == pytest.approx((0.4 - half, 0.4 + half), abs=1e-6)
+    assert rows["mask_early"]["interval"] == (0.1, 0.6)
+    assert "| mask | laptop | 2 | 40.0 (3 seeds: 15.2 - 64.8) |" in tables.overview(tmp_path)
+    rates = np.random.default_rng(0).normal(0.5, 0.05, (1000, 3))
+    hits = [low <= 0.5 <= high for low, high in map(tables.t_interval, rates)]
+    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
+
+
+def test_pages(tmp_path, refused):
+    """Tables go between the markers of both pages, and again; the rest of a page stays."""
+    folder, mark = tmp_path / "results", "<!-- {0} -->\nold\n<!-- /{0} -->\nz\n"
+    folder.mkdir()
+    refused(lambda: tables.main(["--results", str(folder)]), "no results", "rollout.py")
+    made_up(folder)
+    made_up(folder, **NOBODY)
+    made_up(folder, **NOBODY, unseen="layout", suite="libero_spatial")
+    (tmp_path / "README.md").write_text("a\n" + mark.format("overview"))
+    (folder / "README.md").write_text("".join(mark.format(f.__name__) for f in tables.TABLES))
+    for _ in range(2):
+        tables.main(["--results", str(folder)])
+        page, own = (tmp_path / "README.md").read_text(), (folder / "README.md").read_text()
+        assert page.startswith("a\n<!-- overview -->\n| plan |") and page.endswith("-->\nz\n")
+        assert "| mask | laptop | 2 | 30.0 (one seed: 10.0 - 60.0) |" in page and "old" not in page
+        for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "| mt10 | push | 1/5 |",
+                     "| libero_spatial, unseen layout | all 2 | 3/10", "| rollout 1.5 | abc |",
+                     "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 |", "costs -->\nNone yet.\n<!--"):
+            assert part in own, part
+    figures.main(["curve", "--results", str(folder)])
+    assert (folder / "curve.png").stat().st_size > 1000
+
+
+def test_cost_and_attention(tmp_path, refused):
+    """Operations are counted for each look; attention of the first token is a softmax by hand."""
+    of = Cloning.Config(size=64, width=32, channels=16)
+    config = Config(planner="none", kind="none", env="mt10", task_names=("reach",), form="goal",
+                    A=4, planner_config=as_dict(of), **Config.PRESETS["tiny"])
+    training.save(path := str(tmp_path / "none_executor.pt"), kind="executor", step=5, ema=None,
+                  config=as_dict(config), model=Executor(config, Cloning(of)).state_dict(),
+                  version=training.VERSION)
+    config = figures.Config(results=str(tmp_path))
+    one, two = (json.loads(open(figures.cost(config, path, n)).read())["tflops"] for n in (1, 5))
+    assert 0 < 1.5 * one < two < 2.5 * one, "two looks in five steps"
+    refused(lambda: figures.main(["cost", "no.pt"]), "no.pt", "executor.py")
+    refused(lambda: figures.main(["costs"]), "curve")
+    net, x, total = networks.Transformer(32, 2, 4), torch.randn(1, 5, 32), torch.zeros(5)
+    found = figures.shares(net, x)
+    for block in net.blocks:
+        q, k, _ = block.qkv(block.norm1(x[0])).chunk(3, -1)             # (5, 32)
+        for part in (slice(8 * h, 8 * h + 8) for h in range(4)):
+            total += (k[:, part] @ q[0, part] / 8 ** 0.5).softmax(0) / 8
+        x = block(x)
+    torch.testing.assert_close(found, total)
