@@ -187,8 +187,8 @@ def about_executor(checkpoint, content):
     c = content["config"]
     return {"suite": c["env"], "plan": Path(c["planner"]).stem, "preset": c["preset"],
             "videos": c["demos"], "action_demos": c["action_demos"], "seed": c["seed"],
-            "steps": content["step"], "differs": c["differs"], "config": c, "seconds": (c["seconds"] or {})
-            | {"executor": training.last_seconds(checkpoint)}}
+            "steps": content["step"], "differs": c["differs"], "config": c,
+            "seconds": c["seconds"] | {"executor": training.last_seconds(checkpoint)}}
 
 
 def jobs_of(config):

@@ -34,13 +34,15 @@ LABELS = ("actions", "obs/ee_states", "obs/gripper_states")
 
 @dataclass
 class Config(PlannerConfig):
-    action_demos: int = flag(10, "action-labelled demonstrations per task (the first of the "
+    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of the "
                              "videos)", minimum=1)
 
-    PRESETS = {"tiny": dict(demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32, channels=16),
-               "laptop": dict(demos=20, steps=3000, size=96, batch=32, lr=1e-3),
-               "paper": dict(demos=50, steps=10000, size=128, batch=128, lr=5e-4, width=128,
-                             blocks=(2, 2, 2, 2), channels=64)}
+    PRESETS = {"tiny": dict(demos=2, action_demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32,
+                            blocks=(1, 1, 1), channels=16),
+               "laptop": dict(demos=20, action_demos=10, steps=3000, size=96, batch=32, lr=1e-3,
+                              width=128, blocks=(1, 1, 1), channels=32),
+               "paper": dict(demos=50, action_demos=10, steps=10000, size=128, batch=128, lr=5e-4,
+                             width=128, blocks=(2, 2, 2, 2), channels=64)}
 
 
 class InverseDynamics(nn.Module):

@@ -154,7 +154,7 @@ def keep_memory():
         mallopt(-1, -1)         # M_TRIM_THRESHOLD: never
 
 
-def say(line):
+def log_line(line):
     tqdm.write(line)        # above the progress bar, not through it
     sys.stdout.flush()
 
@@ -200,7 +200,7 @@ class Log:
             self.warm, self.core = now, time.process_time()
         if done == self.first + 11 and left:
             pace = (now - self.warm) / 10
-            say(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
+            log_line(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
         if done % self.config.log_every and left:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
@@ -210,7 +210,7 @@ class Log:
                  "samples_per_core_second": per(time.process_time() - self.core),
                  "gigabytes": peak_memory()}
         self.rows = []
-        say(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
+        log_line(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
         write(self.path, json.dumps(line) + "\n", append=True)
 
 
@@ -228,6 +228,16 @@ def take_step(compute_loss, batch, optimizer, parameters, config, done):
              f"checkpoint is untouched: try a lower --lr (now {config.lr}) or --no-bf16")
     optimizer.step()
     return row
+
+
+def announce(model, config, path, device, world, done, note):
+    """The first lines of a run: what is trained, where and how long; where it continues."""
+    log_line(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
+        + f": {count(model):,} trainable parameters, {config.steps} steps"
+        + (f", {note}" if note else "") + f" -> {path}")
+    if done:
+        log_line(f"{path} is at step {done}: "
+            + ("continuing" if done < config.steps else "finished, nothing to do"))
 
 
 def fit(model, batches, config, path, picture=None, note=""):
@@ -255,12 +265,7 @@ def fit(model, batches, config, path, picture=None, note=""):
         if average:
             average.load_state_dict(content["ema"])
     if rank == 0:
-        say(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
-            + f": {count(model):,} trainable parameters, {config.steps} steps"
-            + (f", {note}" if note else "") + f" -> {path}")
-        if done:
-            say(f"{path} is at step {done}: "
-                + ("continuing" if done < config.steps else "finished, nothing to do"))
+        announce(model, config, path, device, world, done, note)
     run = path.removesuffix(".pt")
     log = Log(run + ".jsonl", done, config) if rank == 0 and done < config.steps else None
     quiet = not log or not sys.stderr.isatty()

@@ -77,42 +77,35 @@ def overview(folder):
         if not r["unseen"] and r["scenes"] != "development" and "_tasks" not in r["file"]:
             suites += [r["suite"]] * (r["suite"] not in suites)
             seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
-            found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})[r["suite"]] = \
-                f"{100 * r['rate']:.1f} ({seeds}{r['between']})"
+            row = found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})
+            row.setdefault(r["suite"], f"{100 * r['rate']:.1f} ({seeds}{r['between']})")
     return table(" | ".join(["plan", "preset", "action demos", *suites]), [
         (*key, *(row.get(suite, "") for suite in suites)) for key, row in found.items()])
 
 
-def policies(folder):
-    """Every evaluation but the demonstrator's, those of unseen variants and some tasks, too."""
-    columns = "preset", "videos", "action_demos", "scenes", "count", "between"
+def evaluations(folder):
+    """Every evaluation, those of unseen variants and of some tasks, too."""
+    columns = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "counts", "count",
+               "between")
     spent = lambda r: ", ".join(f"{k} {s / 60:.1f}" for k, s in r["seconds"].items() if s)
-    return table("suite | plan | preset | videos | action demos | scenes | success | 95 % interval "
-                 "| seeds | minutes | commit", [
-                     (r["suite"], r["plan"], *(r[k] for k in columns),
-                      r["seeds"] if r["preset"] else None, spent(r), r["commit"])
-                     for r in cells(folder) if not r["plan"].startswith("demonstrator")])
+    return table("suite | plan | preset | videos | action demos | scenes | counts | success | 95 % "
+                 "interval | seeds | minutes | commit", [
+                     (*(r[k] for k in columns), r["preset"] and r["seeds"], spent(r), r["commit"])
+                     for r in cells(folder)])
 
 
-def demonstrators(folder):
-    """A row per result, and one per task that was not always solved."""
-    rows = []
-    for r in (r for r in cells(folder) if r["plan"].startswith("demonstrator")):
-        name = r["suite"] + r["plan"].removeprefix("demonstrator")
-        rows.append((name, f"all {len(r['tasks'])}",
-                     f"{r['count']} ({r['between']}), {r['counts']}"))
-        rows += [(name, task.replace("_", " "), f"{t['success']}/{t['episodes']}"
-                  + (f", at any step {t['ever']}" if "ever" in t else ""))
-                 for task, t in r["tasks"].items() if t["success"] < t["episodes"]]
-    return table("suite | task | solved (95 % interval)", rows)
-
-
-def avdc(folder):
-    """Acting from flow: a row per task, a column per result over all of AVDC's tasks."""
-    found = [r for r in cells(folder) if r["plan"].startswith("flow-") and len(r["tasks"]) == 11]
-    return table(" | ".join(["task", *(f"{r['plan']}, {r['suite']}" for r in found)]), [
-        (task, *("{success}/{episodes}".format(**r["tasks"][task]) for r in found))
-        for task in (found[0]["tasks"] if found else ())])
+def tasks(folder):
+    """Of the demonstrator and of AVDC a table per suite, a column per result, a row per task that
+    is not always solved."""
+    lines, of = [], [r for r in cells(folder) if not r["action_demos"]]
+    for suite in sorted({r["suite"] for r in of}):
+        plans = {r["plan"]: r["tasks"] for r in of if r["suite"] == suite}
+        found = {task.replace("_", " "): [one.get(task) for one in plans.values()]
+                 for task in next(iter(plans.values()))}
+        lines += [""] * bool(lines) + table(" | ".join([suite, *plans]), [
+            (task, *(t and f"{t['success']}/{t['episodes']}" for t in row))
+            for task, row in found.items() if any(t and t["success"] < t["episodes"] for t in row)])
+    return lines
 
 
 def annotators(folder):
@@ -142,7 +135,7 @@ def speeds(folder):
         (name, r["step"], r["samples_per_second"], r["gigabytes"]) for name, r in last.items()])
 
 
-TABLES = overview, policies, demonstrators, avdc, annotators, costs, speeds
+TABLES = overview, evaluations, tasks, annotators, costs, speeds
 
 
 def main(argv=None):

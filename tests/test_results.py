@@ -17,7 +17,7 @@ NOBODY = {"plan": "expert", "preset": None, "action_demos": None, "seed": None, 
 
 def made_up(folder, seed=0, success=3, planner_seed=0, **fields):
     """One evaluation of 2 tasks x 5 scenes, as rollout.py writes it."""
-    tasks = {"reach": {"success": success - 1, "episodes": 5}, "push": {"success": 1, "episodes": 5}}
+    tasks = {name: {"success": k, "episodes": 5} for name, k in zip("ab", (success - 1, 1))}
     r = {"suite": "mt10", "plan": "mask" + f"_s{planner_seed}" * bool(planner_seed), "videos": 20,
          "preset": "laptop", "action_demos": 2, "seed": seed, "differs": "", "scenes": "test",
          "unseen": None, "counts": "ever succeeded", "success": success, "episodes": 10,
@@ -61,12 +61,12 @@ def test_pages(tmp_path, refused):
         page, own = (tmp_path / "README.md").read_text(), (folder / "README.md").read_text()
         assert page.startswith("a\n<!-- overview -->\n| plan |") and page.endswith("-->\nz\n")
         assert "| mask | laptop | 2 | 30.0 (one seed: 10.0 - 60.0) |" in page and "old" not in page
-        for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "| mt10 | push | 1/5 |",
-                     "| libero_spatial, unseen layout | all 2 | 3/10", "| rollout 1.5 | abc |",
-                     "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 |", "costs -->\nNone yet.\n<!--"):
+        for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "costs -->\nNone yet.\n<!--",
+                     "| libero_spatial | demonstrator, unseen layout |\n|---|---|\n| a | 2/5 |",
+                     "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 | rollout 1.5 | abc |"):
             assert part in own, part
     figures.main(["curve", "--results", str(folder)])
-    assert (folder / "curve.png").stat().st_size > 1000
+    assert (folder / "curve.png").exists()
 
 
 def test_cost_and_attention(tmp_path, refused):
@@ -77,11 +77,10 @@ def test_cost_and_attention(tmp_path, refused):
     training.save(path := str(tmp_path / "none_executor.pt"), kind="executor", step=5, ema=None,
                   config=as_dict(config), model=Executor(config, Cloning(of)).state_dict(),
                   version=training.VERSION)
-    config = figures.Config(results=str(tmp_path))
-    one, two = (json.loads(open(figures.cost(config, path, n)).read())["tflops"] for n in (1, 5))
+    count = lambda steps: figures.cost(figures.Config(results=str(tmp_path)), path, steps)
+    one, two = (json.loads(open(count(steps)).read())["tflops"] for steps in (1, 5))
     assert 0 < 1.5 * one < two < 2.5 * one, "two looks in five steps"
     refused(lambda: figures.main(["cost", "no.pt"]), "no.pt", "executor.py")
-    refused(lambda: figures.main(["costs"]), "curve")
     net, x, total = networks.Transformer(32, 2, 4), torch.randn(1, 5, 32), torch.zeros(5)
     found = figures.shares(net, x)
     for block in net.blocks:
