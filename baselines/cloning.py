@@ -63,7 +63,10 @@ class Cloning(nn.Module):
 
 
 class LanguageCloning(nn.Module):
-    """ATM's BC: the sentence's embedding as the plan, beside the executor's own encoders."""
+    """ATM's BC: the sentence's embedding as the plan, beside the executor's own encoders.
+
+    differs: the executor of all plans, without a plan; ATM's is its policy with tracks of zeros.
+    """
     kind, forms, frozen, history, stride = "none-language", ["sentence"], True, 1, 1
     Config = Config
 
