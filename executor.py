@@ -129,7 +129,7 @@ class Executor(nn.Module):
         """Random shifts of all pictures that a trained encoder sees, one draw for all looks of a
         window -> batch, by how much each view has moved (B, 3, 2), in widths."""
         moved = torch.zeros(len(batch["state"]), 3, 2, device=batch["state"].device)
-        for k in batch.keys() & {*self.encoders, "frames", "goal"}:
+        for k in [k for k in (*self.encoders, "frames", "goal") if k in batch]:
             beside = batch[k].flatten(1, -4).permute(0, 2, 3, 1, 4)     # (B, H, W, M, 3)
             images, pixels = networks.random_shift(beside.flatten(3))
             images = images.view(beside.shape).permute(0, 3, 1, 2, 4)   # (B, M, H, W, 3)
@@ -334,8 +334,9 @@ class Policy:
                      "picture": obs["frames"][:, -1:], "wrist": obs["wrist"][:, None]}
             batch |= {f"set/{k}": v[:, None]
                       for k, v in self.planner.plan(obs, self.c.form).items()}
-            self.looks.append((*self.executor.look(batch), batch["state"]))
-            self.looks = self.looks[-self.c.history:]
+            look = *self.executor.look(batch), batch["state"]
+            # before an episode's first look there is none: it is repeated, as in training
+            self.looks = ((self.looks or [look] * self.c.history) + [look])[-self.c.history:]
             cls, late, states = (torch.cat(x, 1) for x in zip(*self.looks))     # (1, T, .)
             chunk = self.executor.act(cls, late, states)[1][0, -1]              # (C, A)
             self.queue = list(chunk.float().clamp(-1, 1).cpu().numpy()[:self.execute])

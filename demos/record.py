@@ -126,6 +126,7 @@ def run_jobs(function, jobs, workers, total, desc, opengl=True):
                     bar.update()
                     yield queue.get()
         except BrokenProcessPool:
+            bar.close()  # which ends its line
             fail("a worker process was killed, perhaps for lack of memory: run again with fewer "
                  "--workers; finished episodes are kept")
         finally:  # interrupted, they would play all their jobs first

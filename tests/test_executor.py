@@ -333,12 +333,14 @@ def run(policy, sim, steps, scene={"init": 0}):
 
 
 def test_policy_executes_its_chunk_in_order(executor_path, videos):
-    policy, chunks = executor.load_policy(executor_path), []
+    policy, chunks, looks = executor.load_policy(executor_path), [], []
     act = policy.executor.act
-    policy.executor.act = lambda *x: chunks.append(act(*x)) or chunks[-1]
+    policy.executor.act = lambda *x: (looks.append(x[0]), chunks.append(act(*x)))[1] or chunks[-1]
     sim = Recorded(videos, 0)
     actions = run(policy, sim, 9)
     assert sim.shown == [0, 4, 8]
+    assert torch.equal(looks[0][:, 0], looks[0][:, 1]), "the first look is repeated, as in training"
+    assert torch.equal(looks[2][:, 0], looks[1][:, 1])
     wanted = [c[1][0, -1].clamp(-1, 1).numpy() for c in chunks]
     assert np.array_equal(actions, np.concatenate([wanted[0][:4], wanted[1][:4], wanted[2][:1]]))
     again = run(policy, Recorded(videos, 0), 9)
