@@ -419,12 +419,12 @@ def prepare(config, Kind=Executor):
     if c.suite not in of.get("suite", c.suite):
         stem += f"_of-{of['suite']}"
     path = run_path(c, f"{stem}_{Kind.kind}")
+    torch.manual_seed(c.seed)
     if not trained:
         planner = planner(planner.Config(size=c.size, E=c.E, width=c.width, blocks=c.blocks,
                                          channels=c.channels))
     c.form, c.kind = c.form or planner.forms[0], planner.kind
     c.planner_config = as_dict(planner.config)
-    torch.manual_seed(c.seed)
     executor = Kind(c, planner).to(c.device)
     executor.texts.copy_(torch.as_tensor(videos.text))
     for k in range(len(c.task_names) if c.goals else 0):

@@ -174,9 +174,10 @@ class Layers(nn.ModuleList):
 
 
 class VideoUNet(nn.Module):
-    """The U-Net of Fig. 3a over all pictures of a clip at once, on patches of p x p pixels.
+    """The U-Net of Fig. 3a over all pictures of a clip at once.
 
-    differs: p = 1 is the paper's; larger patches (Hoogeboom et al., 2023) suit a laptop.
+    differs: small noisy pictures in, from means over p x p pixels, and clean ones of full size out:
+    UniPi's cascade in one network.  p = 1 is the paper's; a laptop needs larger ones.
     """
 
     def __init__(self, config, C, E):
@@ -188,7 +189,7 @@ class VideoUNet(nn.Module):
         self.embed = nn.Sequential(nn.Linear(base + E, D), nn.SiLU(), nn.Linear(D, D))
         # ours: which picture of the clip, of no effect at first
         self.frame = nn.Parameter(torch.zeros(FRAMES, D))
-        self.first = nn.Conv2d((3 + C) * p * p, base, 3, 1, 1)
+        self.first = nn.Conv2d(3 + C * p * p, base, 3, 1, 1)
         self.down, self.up, widths, width = nn.ModuleList(), nn.ModuleList(), [base], base
         levels = [(base * multiplier, p * 2 ** k in c.attention)
                   for k, multiplier in enumerate(c.channel_multipliers)]
@@ -213,13 +214,14 @@ class VideoUNet(nn.Module):
                                   zeroed(nn.Conv2d(width, 3 * p * p, 3, 1, 1)))
 
     def forward(self, x, pictures, text, t, features=False):
-        """x (B, F, 3, H, W) noisy; pictures (B, C, H, W) in [-1, 1], text (B, E): the condition;
+        """x (B, F, 3, H/p, W/p) noisy; pictures (B, C, H, W) in [-1, 1], text (B, E): the condition;
         t (B,) in 0..T-1 -> (B, F, 3, H, W); features: the bottleneck's, (B, F, width, h, w)."""
         level = networks.sincos(t[:, None].float(), self.base)              # (B, base)
         embedding = self.embed(torch.cat([level, text], 1))[:, None] + self.frame   # (B, F, D)
         embedding = embedding.flatten(0, 1)                                 # (B F, D)
+        pictures = F.pixel_unshuffle(pictures, self.p)                      # (B, C p p, H/p, W/p)
         x = torch.cat([x, pictures[:, None].expand(-1, FRAMES, -1, -1, -1)], 2).flatten(0, 1)
-        skips = [x := self.first(F.pixel_unshuffle(x, self.p))]             # (B F, base, H/p, W/p)
+        skips = [x := self.first(x)]                                        # (B F, base, H/p, W/p)
         for layers in self.down:
             skips.append(x := layers(x, embedding))
         x = self.middle(x, embedding)                                       # (B F, width, h, w)
@@ -249,6 +251,11 @@ def to_residual(pictures, now):
     differs: the change from the present picture, 0 where nothing moves, which is most of it.
     """
     return (pictures - now[:, None]) / RESIDUAL_STD
+
+
+def means(pictures, p):
+    """(B, F, 3, H, W) -> means over p x p pixels (B, F, 3, H/p, W/p)."""
+    return F.avg_pool2d(pictures.flatten(0, 1), p).unflatten(0, pictures.shape[:2])
 
 
 def from_residual(x, now):
@@ -295,8 +302,8 @@ class VideoPlanner(nn.Module):
         x0 = to_residual(to_unit(batch["clip"][:, 1:]), pictures[:, :3])    # (B, F, 3, H, W)
         keep = (torch.rand(B, device=x0.device) >= c.condition_dropout).float()
         t = torch.randint(c.noise_steps, (B,), device=x0.device)
-        alpha_bar, noise = self.alpha_bar[t], torch.randn_like(x0)
-        x = add_noise(x0, noise, alpha_bar.view(-1, 1, 1, 1, 1))
+        alpha_bar, small = self.alpha_bar[t], means(x0, c.downsample)
+        x = add_noise(small, torch.randn_like(small), alpha_bar.view(-1, 1, 1, 1, 1))
         # differs: the network predicts the clean clip; noise (the paper) and velocity (its code)
         # have as many dimensions as pixels, which a small network takes long to learn
         prediction = self.net(x, *self.unconditional(pictures, text, keep), t)
@@ -304,7 +311,8 @@ class VideoPlanner(nn.Module):
         return (loss_weight(alpha_bar) * error).mean(), {"plain": error.mean().item()}
 
     def predict(self, x, pictures, text, t):
-        """Noisy x (B, F, 3, H, W), step t (int) -> clean x0, guided (Ho and Salimans, eq. 6)."""
+        """Noisy small x, step t (int) -> clean x0 (B, F, 3, H, W), guided (Ho and Salimans, 2022,
+        eq. 6)."""
         when = torch.full((len(x),), t, device=x.device)
         x0 = self.net(x, pictures, text, when).float()
         if self.config.guidance:
@@ -319,11 +327,12 @@ class VideoPlanner(nn.Module):
         (B, F, H, W, 3) uint8.  differs: few steps of DDIM; the authors take 100 of DDPM."""
         c, (pictures, text) = self.config, self.condition(obs)
         B, _, H, W = pictures.shape
-        x = torch.randn(B, FRAMES, 3, H, W, generator=generator).to(pictures)
+        p = c.downsample
+        x = torch.randn(B, FRAMES, 3, H // p, W // p, generator=generator).to(pictures)
         times = torch.linspace(c.noise_steps - 1, 0, c.sample_steps).round().long().tolist()
         for t, then in zip(times, times[1:]):
-            x = ddim_step(x, self.predict(x, pictures, text, t), self.alpha_bar[t],
-                          self.alpha_bar[then])
+            x0 = means(self.predict(x, pictures, text, t), p)
+            x = ddim_step(x, x0, self.alpha_bar[t], self.alpha_bar[then])
         return to_bytes(from_residual(self.predict(x, pictures, text, times[-1]), pictures[:, :3]))
 
     def sets(self, form):
@@ -339,7 +348,8 @@ class VideoPlanner(nn.Module):
         obs -> plan (B, n, F width); their mean without the task, picture (B, n, width)."""
         pictures, text = self.condition(obs)
         B, _, H, W = pictures.shape
-        x = pictures.new_zeros(B, FRAMES, 3, H, W)
+        p = self.config.downsample
+        x = pictures.new_zeros(B, FRAMES, 3, H // p, W // p)
         t = torch.full((B,), self.config.noise_steps - 1, device=x.device)
         features = lambda *condition: self.net(x, *condition, t, features=True).flatten(3)
         picture = features(*self.unconditional(pictures, text)).mean(1)     # (B, width, n)

@@ -44,13 +44,9 @@ class Part:
         return self.sim.data.qpos[self.joint.qposadr[0]]
 
     @property
-    def anchor(self):
-        return self.sim.data.xanchor[self.joint.id].copy()
-
-    @property
-    def base(self):
-        """Rotation (3, 3) of the fixture."""
-        return pose(self.sim, self.fixture)[1]
+    def frame(self):
+        """Where the joint is (3,), metres, and the rotation of the fixture (3, 3)."""
+        return self.sim.data.xanchor[self.joint.id].copy(), pose(self.sim, self.fixture)[1]
 
     @property
     def outward(self):
@@ -71,9 +67,6 @@ class Part:
         near = np.abs(boxed.mean(1) - bar) @ np.abs(self.outward) < 0.02
         above = near & (boxed[..., 2].mean(1) > bar[2] + 0.03)
         return boxed[above][..., 2].min(initial=np.inf)
-
-
-# --- drawers --------------------------------------------------------------------------------------
 
 
 def open_drawer(arm, target, far):
@@ -101,8 +94,8 @@ def widen_drawer(arm, target):
     R = turned(yaw_of(np.cross(UP, out)))
     top = corners(arm.sim, part.geoms)[..., 2].max()
 
-    def inside(ahead):
-        return (part.handle()[0] + (ahead - 0.055) * out) * [1, 1, 0] + (top - 0.012) * UP
+    inside = lambda ahead: ((part.handle()[0] + (ahead - 0.055) * out) * [1, 1, 0]
+                            + (top - 0.012) * UP)
     yield from arm.travel(lambda: inside(0), R, 1)
     for _ in range(30):
         if part.q < WIDE + 0.002:
@@ -127,19 +120,17 @@ def close_drawer(arm, target):
     yield from arm.leave(out, R, 1)
 
 
-# --- doors and knobs ------------------------------------------------------------------------------
-
-
 def open_door(arm, target):
     """Swings the microwave's door open by its upright bar."""
     part = Part(arm.sim, target)
-    front = part.base @ [np.sin(part.q), -np.cos(part.q), 0]
+    anchor, base = part.frame
+    front = base @ [np.sin(part.q), -np.cos(part.q), 0]
     bar = part.geoms[(corners(arm.sim, part.geoms).mean(1) @ front).argmax()]
 
     def point(lead=0.0):
         boxed = corners(arm.sim, [bar])[0]
         swing = Rotation.from_euler("z", lead).as_matrix()
-        ahead = part.anchor + swing @ (boxed.mean(0) - part.anchor)
+        ahead = anchor + swing @ (boxed.mean(0) - anchor)
         return np.array([*ahead[:2], boxed[:, 2].max() - 0.02])
 
     began, start = part.q, yaw_of(np.cross(UP, front))
@@ -155,13 +146,13 @@ def open_door(arm, target):
 def close_door(arm, target):
     """Pushes the microwave's door shut with the closed hand, at its upper edge."""
     part = Part(arm.sim, target)
+    (anchor, base), R = part.frame, turned(0)
     top = corners(arm.sim, part.geoms)[..., 2].max()
-    R = turned(0)
 
     def before_door(ahead, gap):
         q = min(part.q + ahead, 0)
         along, front = np.array([np.cos(q), np.sin(q), 0]), np.array([np.sin(q), -np.cos(q), 0])
-        point = part.anchor + part.base @ (SIDE * along + gap * front)
+        point = anchor + base @ (SIDE * along + gap * front)
         return np.array([*point[:2], top - 0.02])
 
     yield from arm.travel(lambda: before_door(0, 0.1), R, 1)
@@ -169,18 +160,19 @@ def close_door(arm, target):
         yield arm.towards(before_door(0.35, 0.0), R, 1)
         if part.q > -0.002:
             break
-    yield from arm.leave(part.base @ [0, -1, 0], R, 1)
+    yield from arm.leave(base @ [0, -1, 0], R, 1)
 
 
 def turn_knob(arm, target, on):
     """Turns the stove's knob by its fin, pinched from above, to on or off."""
     part = Part(arm.sim, target)
+    anchor, base = part.frame  # a fixture that stands still
     fin = part.geoms[corners(arm.sim, part.geoms)[..., 2].max(1).argmax()]
 
     def point():
-        return np.array([*part.anchor[:2], corners(arm.sim, [fin])[..., 2].max() - 0.018])
+        return np.array([*anchor[:2], corners(arm.sim, [fin])[..., 2].max() - 0.018])
 
-    start = yaw_of(part.base @ [-np.sin(part.q), np.cos(part.q), 0])
+    start = yaw_of(base @ [-np.sin(part.q), np.cos(part.q), 0])
     yield from arm.travel(point, turned(start), -1)
     yield from arm.squeeze(turned(start))
     began, lead = part.q, 0.5 if on else -0.5
@@ -189,9 +181,6 @@ def turn_knob(arm, target, on):
             break
         yield arm.towards(point(), turned(start + part.q - began + lead), 1)
     yield from arm.let_go(arm.hand)
-
-
-# --- out of a drawer's way ------------------------------------------------------------------------
 
 
 def uncovered(sim, name, more=np.zeros((0, 8, 3)), spare=0.01):

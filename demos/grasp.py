@@ -49,9 +49,6 @@ HAND = np.concatenate([FINGERS, FLANGE])  # (201, 3)
 CORNERS = grid([-1, 1], [-1, 1], [-1, 1])  # (8, 3)
 
 
-# --- geometry -------------------------------------------------------------------------------------
-
-
 def solid(sim, name):
     """Indices of the colliding geoms of an object or fixture, its moving parts included, (G,)."""
     m = sim.model
@@ -117,9 +114,6 @@ def yaw_of(axis):
     """
     cut = np.radians(-77.5)
     return (np.arctan2(axis[1], axis[0]) - np.pi / 2 - cut) % np.pi + cut
-
-
-# --- grasps ---------------------------------------------------------------------------------------
 
 
 def pinches(boxed, yaws, axes):

@@ -21,7 +21,7 @@ from core import training
 from core.draw import draw_heat, row, save_picture
 from core.files import fail, write
 from core.flags import flag, parse
-from executor import Executor, Policy, load_executor, load_policy
+from executor import Executor, Policy, load_executor
 from results import tables
 from video_control.unipi import InverseDynamics, UniPi
 
@@ -79,9 +79,8 @@ def shares(transformer, x):
     """How much the first token attends to each, mean over blocks and heads: x (1, L, D) -> (L,)."""
     found = []
     for block in transformer.blocks:
-        q, k, _ = block.split(x)                                        # (1, heads, L, d)
-        score = q[:, :, 0:1] @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])
-        found.append(score.softmax(-1)[0, :, 0])                        # (heads, L)
+        q, k, _ = block.split(x, 1)                                     # (1, heads, 1 or L, d)
+        found.append((q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)[0, :, 0])
         x = block(x)
     return torch.stack(found).mean((0, 1))
 
@@ -90,18 +89,17 @@ def shares(transformer, x):
 def attention(config, path):
     """Where on the third-person picture the CLS token attends, in a task's first test scene up to
     about the grasp, a row per task (ATM, Fig. 10: of its policy and of BC)."""
-    actor, looks, rows = load_policy(path), [], []
+    actor, looks, rows = Policy(load_executor(path)), [], []
     c, e = actor.c, actor.executor
     if "picture" not in e.embed:
         fail(f"{path} attends to no cells of a picture: give an executor of --read both")
     sets = np.array([name for name, m in e.embed.items() for _ in m.places])    # of the last tokens
     e.space.register_forward_pre_hook(lambda _, inputs: looks.append(inputs[0]))
     for task in sims.choose_tasks(c.env, config.tasks):
-        sim = sims.make(c.env, task, c.size, c.render)
+        sim, views = sims.make(c.env, task, c.size, c.render), []
         looks.clear()
         rollout.play(sim, actor, {"init": 0})
         sim.close()
-        views = []
         for k in np.linspace(0, len(looks) // 2, 3).astype(int):
             share = shares(e.space, looks[k]).cpu().numpy()[-len(sets):][sets == "picture"]  # (n,)
             image = actor.pictures[k][0].cpu().numpy()
@@ -118,20 +116,20 @@ def cost(config, path, steps=600):
     kind = training.load(path, [Executor.kind, InverseDynamics.kind], rollout.MADE_BY)["kind"]
     policy = (Policy(load_executor(path)) if kind == Executor.kind else
               UniPi(load_executor(path, Kind=InverseDynamics)))
-    c, name, black = policy.c, Path(path).stem, np.zeros((policy.c.size, policy.c.size, 3), "u1")
+    c, black = policy.c, np.zeros((policy.c.size, policy.c.size, 3), np.uint8)
     frame = dict.fromkeys(("agentview_rgb", "eye_in_hand_rgb"), black)
-    frame |= {"hand": np.zeros(2, "f4"), "ee_states": np.zeros(6, "f4"),
-              "gripper_states": np.zeros(2, "f4")}
+    frame |= {key: np.zeros(n, np.float32)
+              for key, n in (("hand", 2), ("ee_states", 6), ("gripper_states", 2))}
     sim = SimpleNamespace(task=c.task_names[0], goal_varies=True, frame=lambda masks: frame,
                           goal_image=lambda **scene: black)
     policy.reset(sim, {"init": 0})
     with FlopCounterMode(display=False) as counter:
         for _ in range(steps):
             policy(sim)
-    made = {"suite": c.env, "preset": c.preset, "cost_of": name, "command": rollout.command(),
-            "commit": rollout.commit(), "tflops": counter.get_total_flops() / 1e12,
-            "parameters": sum(p.numel() for p in policy.executor.parameters())}
-    path = f"{config.results}/{c.env}_{name}_{c.preset}_cost.json"
+    made = {"suite": c.env, "preset": c.preset, "cost_of": Path(path).stem,
+            "parameters": sum(p.numel() for p in policy.executor.parameters()),
+            "tflops": counter.get_total_flops() / 1e12, "commit": rollout.commit()}
+    path = f"{config.results}/{c.env}_{made['cost_of']}_{c.preset}_cost.json"
     write(path, json.dumps(made, indent=1) + "\n")
     return path
 

@@ -78,9 +78,6 @@ def test_a_demonstrator_is_filmed_by_both_cameras(sim):
     assert np.array_equal(both, np.hstack([frame["agentview_rgb"], frame["eye_in_hand_rgb"]]))
 
 
-# --- the plan -------------------------------------------------------------------------------------
-
-
 def test_what_is_filled_is_shut_last_and_what_carries_comes_first():
     close, put = ["close", "microwave_1"], ["in", "mug_1", "microwave_1_heating_region"]
     assert in_order([close, put]) == [put, close]
@@ -122,9 +119,6 @@ def test_what_hangs_from_its_handle_is_moved_gently(pots):
         fastest[hand] = max(fastest[hand], np.abs(action[:3]).max())
         pots.step(action, observe=False)
     assert fastest["full"] == pytest.approx(GENTLE) and fastest["empty"] == 1
-
-
-# --- grasps ---------------------------------------------------------------------------------------
 
 
 def test_distance_to_boxes_agrees_with_their_corners(sim):

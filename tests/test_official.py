@@ -114,17 +114,16 @@ def imported(played, task, tmp_path_factory):
 
 @pytest.fixture
 def copied(imported, tmp_path, task):
-    """A copy that a test may break -> its folder, the published file, ours."""
+    """A copy that a test may break -> the published file, ours."""
     folder = shutil.copytree(imported, tmp_path / "data")
-    source = folder / "official" / SUITE / f"{task}_demo.hdf5"
-    return folder, source, folder / SUITE / f"{task}.hdf5"
+    return folder / "official" / SUITE / f"{task}_demo.hdf5", folder / SUITE / f"{task}.hdf5"
 
 
 @pytest.fixture
 def source(copied):
     """The published file, of which nothing is imported yet."""
-    copied[2].unlink()
-    return copied[1]
+    copied[1].unlink()
+    return copied[0]
 
 
 @pytest.fixture
@@ -132,10 +131,7 @@ def again(copied, task, monkeypatch):
     """Imports the task with one video, so three episodes, without following points."""
     none = {f"{what}/{camera}": np.zeros(1) for what in ("tracks", "visible") for camera in CAMERAS}
     monkeypatch.setattr(sims, "tracks", lambda *arguments, seed: none)
-    return lambda: official.import_official(asked(copied[0], demos=1), [task])
-
-
-# --- what is made ---------------------------------------------------------------------------------
+    return lambda: official.import_official(asked(copied[1].parents[1], demos=1), [task])
 
 
 def test_our_file_holds_the_published_episodes(imported, played, sim, task):
@@ -170,15 +166,11 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
                 np.testing.assert_allclose(demo["hand"][t], frame["hand"], atol=1e-3)
 
 
-def test_planners_read_it_as_their_own(imported, task, refused):
-    """With as many videos as there are, and at the pictures' size; scripted ones are not added."""
-    videos = Episodes(imported, SUITE, [task], 20)
-    episode, t, _ = videos.sample_frames(0, 8, seed=0)
-    pictures = videos.gather("obs/agentview_rgb", episode, t)
-    assert len(videos.length) == 1 and pictures.shape == (8, SIZE, SIZE, 3)
-    before = (imported / SUITE / f"{task}.hdf5").stat().st_mtime_ns
+def test_it_is_read_and_not_added_to(imported, task, refused):
+    """As many videos as there are, at the pictures' size."""
+    assert len(Episodes(imported, SUITE, [task], 20).length) == 1
+    assert official.plan(imported, SUITE, [task], 20, False) == [], "nothing is made twice"
     record.ensure(SUITE, [task], 20, imported, SIZE)
-    assert (imported / SUITE / f"{task}.hdf5").stat().st_mtime_ns == before
     refused(lambda: record.ensure(SUITE, [task], 1, imported, 96), f"--size {SIZE}", "--size 96")
 
 
@@ -188,9 +180,6 @@ def test_the_command(source):
             "official", "--workers", "1", "--data", str(source.parents[2])]
     run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "1 tasks, 1 videos of 15 steps" in run.stdout, run.stderr
-
-
-# --- upright --------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
@@ -214,12 +203,9 @@ def test_pictures_that_are_upright_already_stay_so(copied, source, played, again
     with h5py.File(source, "a") as f:
         f["data"].attrs["macros_image_convention"] = "opencv"
     again()
-    with h5py.File(copied[2]) as f:
+    with h5py.File(copied[1]) as f:
         upright = played[0]["agentview_rgb"][:-1, ::-1]
         assert np.array_equal(f["data/demo_0/obs/agentview_rgb"], upright)
-
-
-# --- which picture goes with which state ----------------------------------------------------------
 
 
 def test_picture_offset():
@@ -241,9 +227,6 @@ def test_pictures_of_the_state_before_the_action(played, sim, tmp_path):
         assert np.array_equal(episode[name], paired[name]), name
 
 
-# --- what is wrong --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name, row, off", [
     ("joint_states", 5, 0.05), slow("gripper_states", STEPS - 2, -0.01), slow("ee_states", 0, 0.02),
     slow("joint_states", 3, np.nan)])
@@ -251,7 +234,7 @@ def test_a_changed_robot_state_is_no_replay(copied, source, refused, again, name
     with h5py.File(source, "a") as f:
         f[f"data/demo_1/obs/{name}"][row, 1] += off
     refused(again, source, "demo_1", f"{name} off by", f"step {row}")
-    assert not copied[2].exists() and not copied[2].with_suffix("").exists()
+    assert not copied[1].exists() and not copied[1].with_suffix("").exists()
 
 
 def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source, again, capsys):
@@ -261,19 +244,19 @@ def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source
     again()
     out = capsys.readouterr().out
     assert "left out" in out and "demo_1 " in out
-    with h5py.File(copied[2]) as f:
+    with h5py.File(copied[1]) as f:
         made = [f[f"data/demo_{k}"].attrs["original"] for k in range(3)]
         assert made == ["demo_0", "demo_2", "demo_10"], "in the order of their numbers"
 
 
 def test_an_interrupted_import_goes_on(copied, again, task, refused):
-    folder, source, ours = copied
+    source, ours = copied
     parts = ours.with_suffix("")
     split_assembled(ours, parts)
     (parts / "demo_2.hdf5").unlink()
     with h5py.File(parts / "demo_0.hdf5", "a") as f:
         f.attrs["mark"] = "kept"
-    refused(lambda: record.ensure(SUITE, [task], 1, folder, SIZE), parts, "--source official")
+    refused(lambda: record.ensure(SUITE, [task], 1, ours.parents[1], SIZE), parts, "official")
     again()
     with h5py.File(ours) as f, h5py.File(source) as whole:
         demo = f["data/demo_2"]
@@ -281,13 +264,8 @@ def test_an_interrupted_import_goes_on(copied, again, task, refused):
         assert np.array_equal(demo["states"], whole["data/demo_2/states"][1:])
 
 
-def test_nothing_is_made_twice(imported, task):
-    plan = official.plan(imported, SUITE, [task], 20, False)
-    assert plan == [], "the published file holds no more"
-
-
 def test_other_episodes_are_not_mixed(copied, again, refused):
-    ours = copied[2]
+    ours = copied[1]
     with h5py.File(ours, "a") as f:
         f["data"].attrs["source"] = "scripted"
     before = ours.read_bytes()
@@ -298,15 +276,16 @@ def test_other_episodes_are_not_mixed(copied, again, refused):
 @pytest.mark.parametrize("missing", [*official.ROWS, "obs", "model_file",
                                      "macros_image_convention", "demos", "data"])
 def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, again, missing):
-    folder, source, ours = copied
+    source, ours = copied
     with h5py.File(source, "a") as f:
         if missing == "demos":
             for name in list(f["data"]):
                 del f["data"][name]
         else:
             demo = f["data/demo_1"]
-            owner = {"model_file": demo.attrs, "macros_image_convention": f["data"].attrs, "data": f}
-            del owner.get(missing, demo)[missing]
+            owner = {"model_file": demo.attrs, "data": f,
+                     "macros_image_convention": f["data"].attrs}.get(missing, demo)
+            del owner[missing]
     with h5py.File(ours, "a") as f:  # more are wanted than there are
         del f["data/demo_2"]
         f["data"].attrs["exhausted"] = False
@@ -340,34 +319,27 @@ def test_a_broken_file_is_one_line(copied, source, refused, again, damage):
                 demo[key] = change(value)
     word = "numbers" if damage == "states of another scene" else "fetch it again"
     refused(again, source, word)
-    assert not copied[2].exists()
+    assert not copied[1].exists()
 
 
 def test_only_libero_has_published_demonstrations(refused):
     refused(lambda: official.choose_tasks("mt10", ""), "mt10", SUITE)
 
 
-# --- fetching -------------------------------------------------------------------------------------
-
-
-def test_without_download_nothing_is_fetched(tmp_path, refused, task, monkeypatch):
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    fetch = lambda download: official.locate(tmp_path, SUITE, task, download)
-    refused(lambda: fetch(False), f"{task}_demo.hdf5", "--download",
-            f"https://huggingface.co/datasets/{official.HUB}")
-    refused(lambda: fetch(True), f"{task}_demo.hdf5", "pip install huggingface_hub", "https://")
-    assert not list(tmp_path.rglob("*.hdf5"))
-
-
 def test_download(tmp_path, refused, task, monkeypatch):
+    """Only if asked; without a network, or the package, one line is the way out."""
     hub, calls = pytest.importorskip("huggingface_hub"), []
     pytest.importorskip("huggingface_hub.constants")
-    fetch = lambda: official.locate(tmp_path, SUITE, task, True)
+    fetch = lambda download=True: official.locate(tmp_path, SUITE, task, download)
+    name, address = f"{task}_demo.hdf5", f"https://huggingface.co/datasets/{official.HUB}"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "huggingface_hub", None)
+        refused(lambda: fetch(False), name, "--download", address)
+        refused(fetch, name, "pip install huggingface_hub", address)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
-    refused(fetch, f"{task}_demo.hdf5", "https://huggingface.co", "network")
+    refused(fetch, name, address, "network")
     assert not list(tmp_path.rglob("*.hdf5"))
     monkeypatch.setattr(hub, "hf_hub_download", lambda *a, **k: calls.append((a, k)))
-    path = fetch()
-    assert path == tmp_path / "official" / SUITE / f"{task}_demo.hdf5"
-    assert calls == [((official.HUB, f"{SUITE}/{path.name}"),
+    assert fetch() == tmp_path / "official" / SUITE / name
+    assert calls == [((official.HUB, f"{SUITE}/{name}"),
                       {"repo_type": "dataset", "local_dir": tmp_path / "official"})]

@@ -54,9 +54,6 @@ def everything(path, skip=("seconds",)):
     return found
 
 
-# --- the file -------------------------------------------------------------------------------------
-
-
 def test_layout(data_file, task, sim):
     picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
     wanted = {"actions": ((7,), f4), "states": (sim.state().shape, np.float64), "hand": (
@@ -107,9 +104,6 @@ def test_replaying_actions_and_noise_gives_the_states(data_file, sim):
                 assert np.array_equal(sim.frame()["agentview_rgb"], demo["obs/agentview_rgb"][t])
             sim.step(action + np.append(rng.normal(0, noise, 6), 0), observe=False)
         assert sim.success()
-
-
-# --- making it ------------------------------------------------------------------------------------
 
 
 def processes(marker):
@@ -202,9 +196,6 @@ def test_processes(refused, monkeypatch):
         run(("crashed", 1))
 
 
-# --- what there is, what is asked -----------------------------------------------------------------
-
-
 def test_other_settings_are_not_mixed(copied, again, refused):
     """Neither with a file nor with what an interrupted run left."""
     path = copied[1]
@@ -267,9 +258,6 @@ def test_full_disk_while_joining(copied, again, refused):
     os.symlink("/dev/full", path.with_suffix(".tmp"))
     refused(again, "full", folder)
     assert len(os.listdir(path.with_suffix(""))) == 4 and not path.exists()
-
-
-# --- language -------------------------------------------------------------------------------------
 
 
 def test_sentences_that_mean_the_same_are_near(videos, task):
