@@ -164,7 +164,8 @@ def test_data_stay_on_disk(tmp_path):
             demo = f.create_group(f"data/demo_{i}")
             demo.attrs["num_samples"] = 20
             for key in Episodes.KEYS:
-                demo[key] = np.full((20, 32, 32, 3) if "rgb" in key else (20, 256, 2), i, np.uint8)
+                demo[key] = np.full((20, 32, 32, 3) if "rgb" in key else (20, 256, 2), i % 256,
+                                    np.uint8)
         f["data"].attrs.update(size=32, source="scripted", render="fast", objects=["robot"],
                                env="big", goal_varies=False, text_embedding=np.zeros(4))
     used = []

@@ -27,8 +27,8 @@ def made_up(folder, seed=0, success=3, planner_seed=0, **fields):
 
 
 def test_seeds_are_the_unit(tmp_path):
-    """Mean and t-interval over seeds, each with a planner of its own; one seed keeps the interval of
-    its file; a shared planner and whatever else differs is a row of its own."""
+    """Mean and t-interval over seeds, each with a planner of its own; one seed keeps the interval
+    of its file; a shared planner and whatever else differs is a row of its own."""
     for seed, success in enumerate((3, 5, 4)):
         made_up(tmp_path, seed, success, planner_seed=seed)
     made_up(tmp_path, seed=1, success=5)
