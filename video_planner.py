@@ -42,7 +42,7 @@ class Config(PlannerConfig):
     channel_multipliers: tuple[int, ...] = (1, 2, 3)    # of these, at each level
     res_blocks: int = 1                             # per level
     attention: tuple[int, ...] = (8, 16)            # at these reductions of the picture
-    downsample: int = 4                             # side of the patches that the U-Net works on
+    downsample: int = 4                             # p: means over p x p pixels are diffused
     noise_steps: int = 100                          # T of the noise schedule
     condition_dropout: float = 0.1                  # share of samples without the task
     val_clips: int = 60                             # held-out clips to be scored by
@@ -75,10 +75,8 @@ def add_noise(x0, noise, alpha_bar):
 def loss_weight(alpha_bar):
     """Weight of the squared error of x0: min(1 + SNR, gamma) (Salimans and Ho, 2022, limited).
 
-    differs: the paper has the error of the noise, its code that of the velocity with min-SNR
-    weights (Hang et al., 2023), which leave next to nothing to the noisiest steps, with which
-    sampling begins: a short training never learns them.
-    """
+    differs: the paper has the error of the noise, its code that of the velocity by min-SNR weights
+    (Hang et al., 2023): near 0 at the noisiest steps, which a short training then never learns."""
     return (1 / (1 - alpha_bar)).clamp(max=GAMMA)
 
 
@@ -95,9 +93,9 @@ def norm(channels):
 
 
 def zeroed(layer):
-    """A convolution whose output is 0 at first (as in guided-diffusion)."""
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
+    """A layer whose output is 0 at first, as in guided-diffusion."""
+    for p in layer.parameters():
+        nn.init.zeros_(p)
     return layer
 
 
@@ -187,8 +185,7 @@ class VideoUNet(nn.Module):
         self.p, self.base, D = p, base, 4 * base
         # differs: one vector of the sentence beside the noise level; the paper: CLIP's tokens
         self.embed = nn.Sequential(nn.Linear(base + E, D), nn.SiLU(), nn.Linear(D, D))
-        # ours: which picture of the clip, of no effect at first
-        self.frame = nn.Parameter(torch.zeros(FRAMES, D))
+        self.frame = nn.Parameter(torch.zeros(FRAMES, D))   # ours: which picture; at first nothing
         self.first = nn.Conv2d(3 + C * p * p, base, 3, 1, 1)
         self.down, self.up, widths, width = nn.ModuleList(), nn.ModuleList(), [base], base
         levels = [(base * multiplier, p * 2 ** k in c.attention)
@@ -214,7 +211,7 @@ class VideoUNet(nn.Module):
                                   zeroed(nn.Conv2d(width, 3 * p * p, 3, 1, 1)))
 
     def forward(self, x, pictures, text, t, features=False):
-        """x (B, F, 3, H/p, W/p) noisy; pictures (B, C, H, W) in [-1, 1], text (B, E): the condition;
+        """x (B, F, 3, H/p, W/p) noisy; condition: pictures (B, C, H, W) in [-1, 1], text (B, E);
         t (B,) in 0..T-1 -> (B, F, 3, H, W); features: the bottleneck's, (B, F, width, h, w)."""
         level = networks.sincos(t[:, None].float(), self.base)              # (B, base)
         embedding = self.embed(torch.cat([level, text], 1))[:, None] + self.frame   # (B, F, D)
@@ -259,7 +256,7 @@ def means(pictures, p):
 
 
 def from_residual(x, now):
-    """The inverse, clipped: no picture is brighter than white."""
+    """The inverse, clipped."""
     return (x * RESIDUAL_STD + now[:, None]).clamp(-1, 1)
 
 
@@ -274,9 +271,9 @@ class VideoPlanner(nn.Module):
         if c.size % cell:
             fail(f"--size {c.size} is not divisible by {cell}, the side of one cell of the "
                  "U-Net's bottleneck: choose a multiple")
-        pictures, E = (1, c.E) if c.goal == "language" else (2, 0)
-        self.net = VideoUNet(c, 3 * pictures, E)
-        self.side = c.size // cell
+        self.net = VideoUNet(c, 3, c.E) if c.goal == "language" else VideoUNet(c, 6, 0)
+        self.side, side = c.size // cell, c.size // c.downsample
+        self.small = FRAMES, 3, side, side      # shape of what is diffused
         self.register_buffer("alpha_bar", cosine_schedule(c.noise_steps), persistent=False)  # (T,)
 
     def condition(self, obs):
@@ -286,8 +283,7 @@ class VideoPlanner(nn.Module):
         # differs: in [-1, 1] as the pictures to generate; the authors' code leaves it in [0, 1]
         if self.config.goal == "language":
             return to_unit(now), obs["text"].float()
-        pictures = to_unit(torch.cat([now, obs["goal"]], -1))               # (B, 6, H, W)
-        return pictures, pictures.new_zeros(len(now), 0)
+        return to_unit(torch.cat([now, obs["goal"]], -1)), torch.zeros(len(now), 0).to(now.device)
 
     def unconditional(self, pictures, text, keep=0.0):
         """The condition without the task, zeros in its place; keep (B,): 1 where it stays."""
@@ -311,27 +307,23 @@ class VideoPlanner(nn.Module):
         return (loss_weight(alpha_bar) * error).mean(), {"plain": error.mean().item()}
 
     def predict(self, x, pictures, text, t):
-        """Noisy small x, step t (int) -> clean x0 (B, F, 3, H, W), guided (Ho and Salimans, 2022,
-        eq. 6)."""
+        """Noisy x, step t (int) -> clean x0 (B, F, 3, H, W), guided (Ho and Salimans, eq. 6)."""
         when = torch.full((len(x),), t, device=x.device)
         x0 = self.net(x, pictures, text, when).float()
         if self.config.guidance:
             w, unconditional = self.config.guidance, self.unconditional(pictures, text)
             x0 = (1 + w) * x0 - w * self.net(x, *unconditional, when).float()
-        now = pictures[:, :3]
-        return to_residual(from_residual(x0, now), now)
+        return to_residual(from_residual(x0, pictures[:, :3]), pictures[:, :3])     # no x0 > white
 
     @torch.no_grad()
     def imagine(self, obs, generator=None):
         """obs as for `condition` -> the future pictures, the last when the task is done,
         (B, F, H, W, 3) uint8.  differs: few steps of DDIM; the authors take 100 of DDPM."""
         c, (pictures, text) = self.config, self.condition(obs)
-        B, _, H, W = pictures.shape
-        p = c.downsample
-        x = torch.randn(B, FRAMES, 3, H // p, W // p, generator=generator).to(pictures)
+        x = torch.randn(len(pictures), *self.small, generator=generator).to(pictures)
         times = torch.linspace(c.noise_steps - 1, 0, c.sample_steps).round().long().tolist()
         for t, then in zip(times, times[1:]):
-            x0 = means(self.predict(x, pictures, text, t), p)
+            x0 = means(self.predict(x, pictures, text, t), c.downsample)
             x = ddim_step(x, x0, self.alpha_bar[t], self.alpha_bar[then])
         return to_bytes(from_residual(self.predict(x, pictures, text, times[-1]), pictures[:, :3]))
 
@@ -344,13 +336,11 @@ class VideoPlanner(nn.Module):
 
     @torch.no_grad()
     def plan(self, obs, form="latent"):
-        """Features of the U-Net's bottleneck at t = T with x_T = 0, a map per future picture:
-        obs -> plan (B, n, F width); their mean without the task, picture (B, n, width)."""
+        """The U-Net's bottleneck at t = T with x_T = 0: a map per future picture, plan (B, n, F
+        width); their mean without the task, picture (B, n, width)."""
         pictures, text = self.condition(obs)
-        B, _, H, W = pictures.shape
-        p = self.config.downsample
-        x = pictures.new_zeros(B, FRAMES, 3, H // p, W // p)
-        t = torch.full((B,), self.config.noise_steps - 1, device=x.device)
+        x = pictures.new_zeros(len(pictures), *self.small)
+        t = torch.full((len(x),), self.config.noise_steps - 1, device=x.device)
         features = lambda *condition: self.net(x, *condition, t, features=True).flatten(3)
         picture = features(*self.unconditional(pictures, text)).mean(1)     # (B, width, n)
         plan = features(pictures, text).permute(0, 3, 1, 2).flatten(2)      # (B, n, F width)
@@ -425,7 +415,7 @@ def table(scores):
 def show(planner, episodes, rows=4, seed=3):
     """Rows of pictures, imagined above true, the present one first -> (., ., 3) uint8."""
     episode, t, rng = episodes.sample_frames(0, rows, seed)
-    batch = make_batch(episodes, episode, t // 2, rng)      # rather early: more is to come
+    batch = make_batch(episodes, episode, t // 2, rng)      # early: more is to come
     imagined = imagine(planner, batch, torch.Generator().manual_seed(seed))
     imagined = np.concatenate([batch["frames"], imagined], 1)               # (rows, 1 + F, H, W, 3)
     lines = []

@@ -34,8 +34,8 @@ LABELS = ("actions", "obs/ee_states", "obs/gripper_states")
 
 @dataclass
 class Config(PlannerConfig):
-    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of the "
-                             "videos)", minimum=1)
+    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of "
+                                    "the videos)", minimum=1)
 
     PRESETS = {"tiny": dict(demos=2, action_demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32,
                             blocks=(1, 1, 1), channels=16),

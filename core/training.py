@@ -210,7 +210,8 @@ class Log:
                  "samples_per_core_second": per(time.process_time() - self.core),
                  "gigabytes": peak_memory()}
         self.rows = []
-        log_line(f"step {done}  " + "  ".join(f"{k} {v:.4g}" for k, v in line.items() if k != "step"))
+        parts = (f"{k} {v:.4g}" for k, v in line.items() if k != "step")
+        log_line(f"step {done}  " + "  ".join(parts))
         write(self.path, json.dumps(line) + "\n", append=True)
 
 
@@ -232,12 +233,12 @@ def take_step(compute_loss, batch, optimizer, parameters, config, done):
 
 def announce(model, config, path, device, world, done, note):
     """The first lines of a run: what is trained, where and how long; where it continues."""
-    log_line(f"{model.kind} on {device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
-        + f": {count(model):,} trainable parameters, {config.steps} steps"
-        + (f", {note}" if note else "") + f" -> {path}")
+    where = f"{device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
+    log_line(f"{model.kind} on {where}: {count(model):,} trainable parameters, {config.steps} steps"
+             + (f", {note}" if note else "") + f" -> {path}")
     if done:
         log_line(f"{path} is at step {done}: "
-            + ("continuing" if done < config.steps else "finished, nothing to do"))
+                 + ("continuing" if done < config.steps else "finished, nothing to do"))
 
 
 def fit(model, batches, config, path, picture=None, note=""):
