@@ -130,6 +130,9 @@ class R3MCloning(Cloning):
 
     def __init__(self, config):
         nn.Module.__init__(self)
+        if not config.r3m:
+            fail("R3M's encoder comes from its published checkpoint: python -m baselines.cloning "
+                 "--r3m r3m_18.pt, then --planner runs/r3m.pt")
         self.config, self.size = config, config.size
         self.encoder, self.wrist = (R3M(config.width, config.resnet) for _ in CAMERAS)
 

@@ -83,7 +83,7 @@ def resume(model, config, path):
                  if k not in FREE_FIELDS and old.get(k) != new.get(k)]
     if differing:
         fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
-             "choose another --out, or delete that file")
+             "choose another --name or --out, or delete that file")
     model.load_state_dict(content["model"])
     return content
 

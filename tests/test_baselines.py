@@ -51,6 +51,7 @@ def test_the_depth_is_read_off_the_file(tmp_path, depth):
 
 
 def test_a_wrong_file_is_one_line(tmp_path, refused):
+    refused(lambda: cloning.R3MCloning(cloning.Config()), "--r3m")
     refused(lambda: cloning.main(["--out", str(tmp_path / "r3m.pt")]), "--r3m")
     refused(lambda: cloning.read_r3m(tmp_path / "no.pt"), "no.pt", "R3M's authors")
     torch.save({"model": {}}, tmp_path / "other.pt")

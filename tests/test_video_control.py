@@ -227,17 +227,16 @@ def test_true_and_imagined_videos_are_evaluated(tmp_path):
     assert "moving object" in (tmp_path / "avdc/flow.txt").read_text()
     video_planner.main([*where, "--goal", "language", "--name", "video"])
     avdc.main(["oracle", "true", str(tmp_path / "avdc/video.pt"), *"--episodes 1 --workers 1 "
-               "--tasks button-press".split(), "--out", str(tmp_path), "--results", str(tmp_path)])
+               "--tasks button-press --suite avdc".split(), "--out", str(tmp_path), "--results",
+               str(tmp_path)])
     names = {path.name.split("_tasks")[0] for path in tmp_path.glob("*.json")}
     assert {n.split("_")[1] for n in names} == {"flow-oracle", "flow-true", "flow-generated"}, names
 
 
 def test_avdc_refuses_what_it_cannot_do(refused, tmp_path):
-    run = lambda *words: lambda: avdc.main([*words, "--out", str(tmp_path)])
-    refused(run(), "oracle")
-    refused(run("true"), "video_control.flow")
-    refused(run("oracle", "--suite", SUITE), "Meta-World")
-    refused(run(str(tmp_path / "video.pt")), "video_planner.py")
+    for says, *words in (["oracle"], ["video_control.flow", "true"], ["video_planner.py", "no.pt"],
+                         ["Meta-World", "oracle", "--suite", SUITE]):
+        refused(lambda: avdc.main([*words, "--out", str(tmp_path)]), says)
 
 
 # --- UniPi ----------------------------------------------------------------------------------------

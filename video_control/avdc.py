@@ -51,7 +51,7 @@ class Config(rollout.Config):
     checkpoints: tuple[str, ...] = flag((), "where the video comes from: oracle, true, checkpoints "
                                         "of video_planner.py", positional=True)
     suite: str = flag("", "suites of Meta-World, each from its camera, such as avdc,avdc_view1; "
-                      "empty: the video planner's, or avdc")
+                      "empty: the video planner's, or all three of avdc")
     flow: str = flag("learned", "between pictures: learned (flow.py's <out>/avdc/flow.pt) or dis "
                      "(OpenCV's)", choices=["learned", "dis"])
     replans: int = flag(5, "videos imagined anew when the hand stands still", minimum=0)
@@ -251,11 +251,11 @@ def make_actor(future, flow_name, config, sim):
 
 
 def about_future(future):
-    """-> what a result holds of where the video comes from; its suites; size of the pictures."""
+    """-> what a result holds of where the video comes from, its suites, the pictures' size."""
     about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
     about |= {"differs": "", "seconds": {}, "plan": f"flow-{future}"}
     if future in NOISE:
-        return about, "avdc", 96
+        return about, "avdc,avdc_view1,avdc_view2", 96
     content = training.load(future, "video", "python video_planner.py --suite avdc --goal language")
     c = VideoPlanner.Config(**content["config"])
     about |= {"plan": "flow-generated", "preset": c.preset, "videos": c.demos, "action_demos": 0,
