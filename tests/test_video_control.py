@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from scipy.spatial.transform import Rotation
 
 from conftest import EXECUTOR, SIZE, SUITE, equal, run_and_kill, trained
@@ -102,9 +101,9 @@ def test_grasp_point_is_the_medoid():
 # --- flow -----------------------------------------------------------------------------------------
 
 
-def net(network="own"):
+def net():
     torch.manual_seed(0)
-    return flow.FlowNet(flow.Config(size=32, width=32, depth=1, network=network))
+    return flow.FlowNet(flow.Config(size=32, updates=2))
 
 
 def test_sample_flow_reads_between_pixels():
@@ -114,50 +113,36 @@ def test_sample_flow_reads_between_pixels():
     assert np.allclose(flow.sample_flow(field, middle), [[0.5, -0.25], [0.25, -0.125]])
 
 
-@pytest.mark.parametrize("network", ["own", "raft"])
-def test_every_parameter_of_the_network_gets_a_gradient(network):
-    model = net(network)
-    for p in model.parameters() if network == "own" else ():    # zeros hide what lies before them
-        torch.nn.init.normal_(p, std=0.1)
+def test_every_parameter_of_the_network_gets_a_gradient():
+    model = net()
     a, b = torch.randint(256, (2, 2, 32, 32, 3), dtype=torch.uint8)
     model.loss({"a": a, "b": b, "places": torch.rand(2, 50, 2), "flow": torch.randn(2, 50, 2) / 10,
                 "known": torch.rand(2, 50) < 0.8, "object": torch.rand(2, 50) < 0.2})[0].backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
-def test_cost_volume_is_of_shifted_pictures():
-    a, b = torch.randn(2, 2, 5, 6, 6)
-    near = flow.cost_volume(a, b, 2).view(2, 5, 5, 6, 6)
-    for i, j in ((0, 0), (2, 2), (4, 1)):
-        there = F.pad(b, (2,) * 4)[:, :, i:i + 6, j:j + 6]
-        assert torch.allclose(near[:, i, j], (a * there).sum(1), atol=1e-5)
-
-
 def test_flow_of_mirror_images_is_mirrored():
     model = net().eval()
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
     a, b = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
     found, mirrored = model.flow(a, b), model.flow(a[:, ::-1], b[:, ::-1])
-    assert found.shape == (16, 16, 2) and abs(found).max() > 1e-3
+    assert found.shape == (128, 128, 2) and abs(found).max() > 1e-4
     assert np.allclose(mirrored[:, ::-1] * [-1, 1], found, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_network_learns_a_shift():
-    """Noise moved by (6, -2) pixels of 32; the first guess is that nothing moves."""
+    """Noise moved by (6, -2) pixels of 32."""
     model, generator = net().eval(), torch.Generator().manual_seed(0)       # neither blur nor noise
     a = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=generator)
     batch = {"a": a, "b": a.roll((-2, 6), (1, 2)), "object": torch.zeros(2, 200),
              "flow": torch.tensor([6 / 32, -2 / 32]).expand(2, 200, 2)}
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
-    for step in range(70):
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    for step in range(20):
         places = torch.rand(2, 200, 2, generator=generator)
         inside = (places[..., 0] < 0.8) & (places[..., 1] > 0.1)    # the rest goes round the edge
         optimizer.zero_grad()
         model.loss(batch | {"places": places, "known": inside})[0].backward()
         optimizer.step()
-    found = model(a, batch["b"])[-1].detach()[0, :, 6:10, 3:8] * 32
+    found = model(a, batch["b"])[-1].detach()[0, :, 48:80, 24:64] * 32
     assert abs(found - torch.tensor([6, -2]).view(2, 1, 1)).mean() < 1
 
 

@@ -2,8 +2,9 @@
 
     python -m video_control.flow        # of AVDC's tasks and cameras; makes the data first if none
 
-differs: AVDC takes GMFlow with published weights; here a small network learns from the simulator's
-exact tracks of points.  Classical flow (OpenCV's DIS) fails between pictures this far apart.
+differs: AVDC takes GMFlow with published weights; here torchvision's small RAFT (Teed and Deng,
+2020) learns, from random weights, from the simulator's exact tracks of points.  Classical flow
+(OpenCV's DIS) fails between pictures this far apart.
 
 Sizes: B batch, P points, H W pixels, h w cells of a flow.
 """
@@ -15,7 +16,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from core import networks, training
+from core import training
 from core.draw import draw_tracks, row
 from core.files import fail
 from core.flags import PlannerConfig, flag, from_dict, parse, run_path
@@ -27,131 +28,30 @@ class Config(PlannerConfig):
     suite: str = flag("avdc,avdc_view1,avdc_view2", "suites of videos with tracks")
     name: str = flag("flow", "name of the run")
 
-    network: str = "own"    # or raft
-    width: int = 96         # of the features that are matched
     val_pairs: int = 300    # held-out pairs to be scored by
-    PRESETS = {"tiny": dict(demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32, depth=1,
-                            val_pairs=9),
-               "laptop": dict(demos=20, steps=8000, size=96, batch=8, lr=1e-3),
-               "paper": dict(demos=50, steps=30000, size=128, batch=32, lr=5e-4)}
+    updates: int = 6        # of a flow, at first none
+    PRESETS = {"tiny": dict(demos=2, steps=5, size=64, batch=4, lr=6e-4, updates=2, val_pairs=9),
+               "laptop": dict(demos=20, steps=8000, size=96, batch=8, lr=6e-4),
+               "paper": dict(demos=50, steps=30000, size=128, batch=32, lr=4e-4, updates=12)}
 
 
 # --- network --------------------------------------------------------------------------------------
-
-def conv(i, o, stride=1):
-    return nn.Sequential(nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.ReLU())
-
-
-def normalise_features(x):
-    """Features (B, C, h, w) -> the same of mean 0 and length 4: products measure likeness."""
-    return 4 * F.normalize(x - x.mean(1, keepdim=True), dim=1)
-
-
-def cost_volume(a, b, radius):
-    """Products of a with b at up to `radius` cells away, 0 outside of it: a, b (B, C, h, h)
-    -> (B, K K, h, h), K = 2 radius + 1."""
-    K, side = 2 * radius + 1, a.shape[-1]
-    wide = F.pad(b, (radius,) * 4)                                          # (B, C, h + K - 1, .)
-    rows = torch.stack([wide[:, :, i:i + side] for i in range(K)], 3)   # (B, C, h, K, h + K - 1)
-    # a matrix product per row, with all of its K rows of b; of column x only x to x + K - 1 count
-    x = a.permute(0, 2, 3, 1) @ rows.transpose(1, 2).flatten(3)         # (B, h, h, K (h + K - 1))
-    batch, row, column, _ = x.stride()
-    x = x.as_strided((len(a), K, K, side, side), (batch, side + K - 1, 1, row, column + 1))
-    return x.flatten(1, 2)
-
-
-class Refine(nn.Module):
-    """A better flow from a guess: the features of picture b where the guess leads, and a local cost
-    volume around there, show how far the guess is off."""
-
-    def __init__(self, channels, context, radius):
-        super().__init__()
-        self.radius, around = radius, (2 * radius + 1) ** 2
-        self.net = nn.Sequential(conv(2 * channels + around + 2 + context, 96), conv(96, 64),
-                                 conv(64, 64), nn.Conv2d(64, 2, 3, 1, 1))
-        nn.init.zeros_(self.net[-1].weight)
-        nn.init.zeros_(self.net[-1].bias)
-
-    def forward(self, a, b, flow, context):
-        """Features a, b (B, C, h, h), flow (B, 2, h, h) in pictures, context: what else is known of
-        a (B, S, h, h) -> flow (B, 2, h, h)."""
-        side = a.shape[-1]
-        there = networks.grid_points(side).to(a.device).view(1, side, side, 2) + flow.movedim(1, -1)
-        found = F.grid_sample(b.float(), 2 * there - 1, padding_mode="border",
-                              align_corners=False).to(a.dtype)              # b as seen from a
-        cost = cost_volume(normalise_features(a), normalise_features(found), self.radius)
-        x = torch.cat([a, found, cost, 10 * flow.to(a.dtype), context], 1)
-        return flow + self.net(x).float() / side
-
-
-class CoarseToFine(nn.Module):
-    """After PWC-Net (Sun et al., 2018), small: at an eighth of the resolution, where the features
-    of both pictures have attended to each other in a transformer (as in GMFlow, Xu et al., 2022),
-    then at a quarter and at half of it, a guess of the flow, at first none, is refined."""
-
-    def __init__(self, config):
-        super().__init__()
-        D = config.width
-        self.fine = nn.Sequential(conv(3, 32, 2), conv(32, 32))             # half resolution
-        self.middle = nn.Sequential(conv(32, 64, 2), conv(64, 64))          # a quarter
-        self.coarse = nn.Sequential(conv(64, D, 2), nn.Conv2d(D, D, 3, 1, 1))   # an eighth
-        self.place = nn.Parameter(torch.randn((config.size // 8) ** 2, D) * 0.02)
-        self.picture = nn.Parameter(torch.randn(2, 1, D) * 0.02)
-        self.gpt = networks.Transformer(D, config.depth, 4)
-        self.refine = nn.ModuleList([Refine(D, D, 4), Refine(64, D, 3), Refine(32, D, 1)])
-
-    def forward(self, a, b):
-        """a, b (B, 3, H, W) in [-1, 1] -> flows (B, 2, h, w): twice at an eighth of the resolution,
-        three times at a quarter, once at half."""
-        B, grow = len(a), lambda y: F.interpolate(y, scale_factor=2, mode="bilinear")
-        fine = self.fine(torch.cat([a, b]))                                 # (2 B, 32, H/2, W/2)
-        middle = self.middle(fine)                                          # (2 B, 64, H/4, W/4)
-        coarse = self.coarse(middle)                                        # (2 B, D, H/8, W/8)
-        x = coarse.flatten(2).transpose(1, 2) + self.place                  # (2 B, n, D)
-        x = torch.cat([x[:B] + self.picture[0], x[B:] + self.picture[1]], 1)    # (B, 2 n, D)
-        x = torch.cat(self.gpt(x).chunk(2, 1)).transpose(1, 2)              # (2 B, D, n)
-        x = coarse + x.unflatten(2, coarse.shape[2:])
-        context = x[:B]
-        flow, flows = torch.zeros_like(x[:B, :2], dtype=torch.float32), []
-        for times, refine, level in zip((2, 3, 1), self.refine, (x, middle, fine)):
-            if flows:
-                flow, context = grow(flow), grow(context)
-            for _ in range(times):
-                flow = refine(level[:B], level[B:], flow.detach(), context)
-                flows.append(flow)
-        return flows
-
-
-class Raft(nn.Module):
-    """torchvision's RAFT (Teed and Deng, 2020), the small one, from random weights."""
-
-    def __init__(self, config):
-        from torchvision.models.optical_flow import raft_small
-        super().__init__()
-        self.net = raft_small(weights=None)
-
-    def forward(self, a, b):
-        """a, b (B, 3, H, W) in [-1, 1] -> six flows (B, 2, H, W)."""
-        side = max(128, a.shape[-1])                                        # it takes no less
-        a, b = (F.interpolate(x, size=(side, side), mode="bilinear") for x in (a, b))
-        return [flow / side for flow in self.net(a, b, num_flow_updates=6)]
-
 
 class FlowNet(nn.Module):
     """A network for the flow from one picture to another, its loss and its use."""
     kind = "flow"
 
     def __init__(self, config):
+        from torchvision.models.optical_flow import raft_small
         super().__init__()
-        self.config = config
-        self.net = {"own": CoarseToFine, "raft": Raft}[config.network](config)
+        self.config, self.net = config, raft_small(weights=None)
 
     def forward(self, a, b):
         """a, b (B, H, W, 3) uint8 -> flows from a to b in pictures, x right, y down, each better
         than the one before, [(B, 2, h, w)]."""
-        pair = F.interpolate(to_unit(torch.cat([a, b])), size=(self.config.size,) * 2,
-                             mode="bilinear")                               # (2 B, 3, H, W)
-        return self.net(*pair.chunk(2))
+        side = max(128, self.config.size)                                   # RAFT takes no less
+        pair = F.interpolate(to_unit(torch.cat([a, b])), size=(side, side), mode="bilinear")
+        return [x / side for x in self.net(*pair.chunk(2), num_flow_updates=self.config.updates)]
 
     def loss(self, batch):
         """batch: as `make_pairs` -> mean distance in pixels, parts.  Half of the pairs are blurred
