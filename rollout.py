@@ -156,7 +156,8 @@ def report(config, about, found, seconds):
     about: suite, plan, preset, videos, action_demos, seed, differs and config (of the executor),
     seconds of data and training; found: see `evaluate`.
     """
-    at_end = about["preset"] is None        # of a demonstrator
+    counts = about.get("counts", "ever succeeded")
+    at_end = counts == "success at the end"
     tasks = {}
     for task, outcomes in found.items():
         _, end, ever, steps = zip(*outcomes)
@@ -166,7 +167,7 @@ def report(config, about, found, seconds):
     path, (low, high) = result_path(config, about), wilson(k, n)
     r = about | {
         "scenes": config.scenes, "unseen": config.unseen or None,
-        "counts": "success at the end" if at_end else "ever succeeded",
+        "counts": counts,
         "success": k, "episodes": n, "interval": [round(low, 4), round(high, 4)], "tasks": tasks,
         "outcomes": [[task, *map(int, row)] for task, rows in found.items() for row in rows],
         "command": command(), "commit": commit(), "versions": sims.versions(),
@@ -195,7 +196,8 @@ def jobs_of(config):
     """What is to be evaluated: [(make_actor, about, suite, tasks, size, render, film folder)]."""
     if config.checkpoints == ("demonstrator",):
         about = {"suite": config.suite, "plan": "demonstrator", "preset": None, "config": None,
-                 "videos": None, "action_demos": None, "seed": None, "seconds": {}, "differs": ""}
+                 "videos": None, "action_demos": None, "seed": None, "seconds": {}, "differs": "",
+                 "counts": "success at the end"}
         return [(partial(Demonstrator, noise=config.noise), about, config.suite,
                  sims.choose_tasks(config.suite, config.tasks), 128, "fast",
                  Path("runs") / config.suite / "demonstrator_films")]

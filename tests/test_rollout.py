@@ -181,6 +181,11 @@ def test_result_holds_every_episode(about, tmp_path, capsys):
     assert r["config"]["action_demos"] == 2 and r["plan"] == "mask_tasks0"
     assert {"command", "commit", "versions", "machine", "seconds"} <= r.keys()
     assert "1/2" in capsys.readouterr().out
+    # of a demonstrator, which lets go and retreats, success at the end counts
+    (_, about, *_), = rollout.jobs_of(config("demonstrator"))
+    rollout.report(c, about, {"a": [(0, False, True, 8), (1, True, True, 20)]}, 60)
+    r = json.loads(next(tmp_path.glob("*demonstrator*")).read_text())
+    assert (r["success"], r["counts"]) == (1, "success at the end")
 
 
 def test_no_result_overwrites_another(about, tmp_path, refused):
