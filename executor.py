@@ -105,8 +105,8 @@ class Executor(nn.Module):
         modules = lambda Module, of: nn.ModuleDict({k: Module(*v, D) for k, v in of.items()})
         self.embed = modules(networks.Embed, early if c.read != "pooled" else {})
         self.pool = modules(networks.SpatialSoftmaxPool, early if c.read != "attention" else {})
-        self.late = modules(networks.SpatialSoftmaxPool, {k: sets[k] for k in self.plans
-                                                 if c.fusion != "early"})
+        late = {k: sets[k] for k in self.plans if c.fusion != "early"}
+        self.late = modules(networks.SpatialSoftmaxPool, late)
         self.state = nn.Linear(c.S, D)
         self.types = nn.Parameter(0.02 * torch.randn(2 + len(self.pool), D))    # CLS, state, pooled
         self.space = networks.Transformer(D, c.depth, max(4, D // 64))

@@ -120,6 +120,7 @@ class Actor:
         self.other = sims.make(sim.suite, sim.task, observe=False)      # plays true futures
 
     def reset(self, sim, scene):
+        """Forgets the last episode; for imagined videos, takes the goal picture and sentence."""
         self.scene, self.rng = scene, np.random.default_rng(list(scene.values()))
         self.plans_left, self.still, self.steps = 1 + self.replans, 0, 0
         self.mode, self.stage, self.pictures, self.before = None, "over", [], np.inf
