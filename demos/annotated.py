@@ -1,7 +1,7 @@
 """Data files whose masks or tracks are networks': of a recorded suite, or of films.
 
-`annotator` is extract.py's Annotator: annotator(config) loads the networks, and what it returns
-makes the arrays of one video, see there.  config is extract.py's.
+config is extract.py's, `annotator` its Annotator: annotator(config) loads the networks and returns
+what makes the arrays of one video.
 """
 
 import json
@@ -12,11 +12,11 @@ import h5py
 import numpy as np
 
 import sims
-from core.episodes import CAMERAS, HELD_OUT, assemble, open_data, split_assembled, write_episode
+from core.episodes import CAMERAS, HELD_OUT, assemble, open_data, write_episode
 from core.files import fail
 from demos import films
 from demos.language import embed
-from demos.record import run_jobs, shares
+from demos.record import missing, run_jobs, shares
 
 WORK = 384  # pixels: films are annotated at this size or at --size, the larger
 
@@ -32,10 +32,8 @@ def annotated_suite(config):
 
 def annotate_suite(config, names, annotator):
     """The recorded episodes of some tasks once more, as suite `annotated_suite`: masks and tracks
-    are networks', all else is kept.  Episodes that are there stay.
-
-    names  {task: what its objects look like, the robot first}
-    """
+    are networks', all else is kept.  Episodes that are there stay.  names: {task: what its objects
+    look like, the robot first}."""
     jobs, unfinished = [], {}
     for task in names:
         source, path = (Path(config.data) / suite / f"{task}.hdf5"
@@ -43,21 +41,18 @@ def annotate_suite(config, names, annotator):
         parts = path.with_suffix("")
         with open_data(source) as f:
             demos, about = f["data"], dict(f["data"].attrs)
-            wanted = [f"demo_{i}" for i in range(min(len(demos), HELD_OUT + config.demos))]
+            wanted = min(len(demos), HELD_OUT + config.demos)
             if path.exists():
                 with open_data(path) as old:
                     check_same(path, old["data/demo_0"], demos["demo_0"])
-                    if len(old["data"]) >= len(wanted):
+                    if len(old["data"]) >= wanted:
                         continue
-                split_assembled(path, parts)
-            parts.mkdir(parents=True, exist_ok=True)
+            jobs += [(annotator, config, source, parts, names[task], share)
+                     for share in shares(missing(path, wanted), len(names), config.workers)]
             for part in parts.glob("demo_*.hdf5"):
                 with h5py.File(part) as old:
                     check_same(part, old, demos[part.stem])
         unfinished[path] = about | {"mask_source": config.masks, "track_source": config.tracks}
-        missing = [name for name in wanted if not (parts / f"{name}.hdf5").exists()]
-        jobs += [(annotator, config, source, parts, names[task], share)
-                 for share in shares(missing, len(names), config.workers)]
     total = sum(len(job[-1]) for job in jobs)
     if total:
         print(f"data: {total} episodes of {config.suite} with masks by {config.masks}, tracks by "
@@ -76,21 +71,21 @@ def check_same(path, old, new):
 
 
 def annotate_episodes(job):
-    """Worker: some episodes of one task, a file each; yields each one's name when it is made."""
-    annotator, config, source, parts, names, wanted = job
+    """Worker: some episodes of one task, a file each; yields each one's number when it is made."""
+    annotator, config, source, parts, names, indices = job
     annotate = annotator(config)
     with open_data(source) as f:
-        for name in wanted:
-            begin, demo, kept = time.time(), f["data"][name], {}
+        for i in indices:
+            begin, demo, kept = time.time(), f[f"data/demo_{i}"], {}
             demo.visititems(lambda key, item: kept.update(
                 {key: item[()]} if isinstance(item, h5py.Dataset) else {}))
             kept.pop("dones", None)  # write_episode adds it
             views = {camera: kept[f"obs/{camera}_rgb"] for camera in CAMERAS}
-            made = annotate(views, names, int(name[5:]), f"{source.stem}, {name}")
+            made = annotate(views, names, i, f"{source.stem}, demo_{i}")
             about = {key: value for key, value in demo.attrs.items() if key != "num_samples"}
             about["seconds"] = about.get("seconds", 0) + time.time() - begin
-            write_episode(parts / f"{name}.hdf5", kept | made, **about)
-            yield name
+            write_episode(parts / f"demo_{i}.hdf5", kept | made, **about)
+            yield i
 
 
 # --- films ----------------------------------------------------------------------------------------
@@ -111,10 +106,7 @@ def film_path(config):
 
 def annotate_films(config, path, names, annotator):
     """--video -> the data file `path`, without actions; written when all is computed, so that
-    nothing is left of a failed run.
-
-    names  what the objects look like, the robot first
-    """
+    nothing is left of a failed run.  names: what the objects look like, the robot first."""
     paths, made = films.episodes_of(config.video), []
     lengths = [len(films.read_video(film, 32)) for film in paths]  # each can be read to its end
     if len(paths) == 1 and lengths[0] < (HELD_OUT + 1) * films.SHORTEST:
@@ -132,9 +124,8 @@ def annotate_films(config, path, names, annotator):
             f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
             for k, name in enumerate(names, 1)))
     parts, language = path.with_suffix(""), path.stem.replace("_", " ")
-    parts.mkdir(parents=True)
-    for i, (episode, seconds) in enumerate(made):
-        write_episode(parts / f"demo_{i}.hdf5", episode, seconds=seconds)
+    for i in missing(path, len(made)):
+        write_episode(parts / f"demo_{i}.hdf5", made[i][0], seconds=made[i][1])
     assemble(path, parts, {
         "env": config.suite, "goal_varies": False, "task": path.stem, "size": config.size,
         "source": "video", "render": "video", "language_instruction": language,

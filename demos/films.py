@@ -15,13 +15,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
 def files_in(folder, kinds):
     """The files of a folder with one of these suffixes, in the order of their names."""
-    return sorted(p for p in folder.iterdir() if p.is_file() and p.suffix.lower() in kinds)
+    return sorted(p for p in Path(folder).glob("*") if p.is_file() and p.suffix.lower() in kinds)
 
 
 def episodes_of(path):
     """A folder of films -> those, an episode each; else the path itself, to be cut into pieces."""
-    path = Path(path)
-    films = files_in(path, FILMS) if path.is_dir() else []
+    films = files_in(path, FILMS)
     if films and len(films) <= HELD_OUT:
         fail(f"{path} holds {len(films)} films: {HELD_OUT} are held out, "
              f"so give {HELD_OUT + 1} or more, or one film itself")
@@ -33,22 +32,17 @@ def square(picture, size):
     import cv2
     H, W = picture.shape[:2]
     side = min(H, W)
-    y, x = (H - side) // 2, (W - side) // 2
-    how = cv2.INTER_AREA if side > size else cv2.INTER_LINEAR
+    y, x, how = (H - side) // 2, (W - side) // 2, (cv2.INTER_LINEAR, cv2.INTER_AREA)[side > size]
     return cv2.resize(picture[y:y + side, x:x + side], (size, size), interpolation=how)
 
 
 def read_video(path, size):
     """A film, or a folder of pictures in the order of their names -> (T, size, size, 3) uint8 RGB.
-
-    Each frame is cut and resized as it is read, so that a large film takes no more memory than its
-    result.
-    """
+    A large film takes no more memory than its result: each frame is resized as it is read."""
     import cv2
-    path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
-    if path.is_dir():
+    if os.path.isdir(path):
         return read_pictures(path, size)
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported below
     film, frames = cv2.VideoCapture(str(path)), []

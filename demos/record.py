@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 from threading import Thread
@@ -38,40 +39,36 @@ NOISE = 0.1
 RETRY = 100_000
 
 
-# --- one episode ----------------------------------------------------------------------------------
-
-
 def perturbed(action, noise, rng):
     """An action (A,) with normal noise on its motion, not on its last number, the gripper's."""
     return action + np.append(rng.normal(0, noise, len(action) - 1), 0)
 
 
 class Demonstrator:
-    """The scripted policy as an actor, see `rollout.play`.
-
-    noise  standard deviation of what is added to the motion numbers of each action
-    """
+    """The scripted policy as an actor, see `rollout.play`; noise: of its motion, as NOISE."""
 
     def __init__(self, sim, noise=0.0):
         self.noise = noise
 
     def reset(self, sim, scene):
-        """scene {"seed": s} or {"init": k}: the number decides the height of approach and the
-        noise."""
+        """scene {"seed": s} or {"init": k}: the number decides height of approach and noise."""
         number, = scene.values()
-        self.policy, self.rng = demonstrator(sim, number), np.random.default_rng([number, 1])
+        self.plan, self.ahead = demonstrator(sim, number), []
+        self.rng = np.random.default_rng([number, 1])
 
     def __call__(self, sim):
         """The action for the current state, (A,): in [-1, 1] without the noise."""
-        return perturbed(self.policy(sim), self.noise, self.rng)
+        action = self.ahead.pop() if self.ahead else next(self.plan)
+        return perturbed(action, self.noise, self.rng)
 
     def finished(self, success):
         """Whether the hand has let go and withdrawn; success alone does not end a demonstration."""
-        return self.policy.done
+        self.ahead = self.ahead or [*islice(self.plan, 1)]
+        return not self.ahead
 
     def draw(self, sim):
         """Both cameras' pictures side by side, (., ., 3) uint8."""
-        frame = sim.frame()
+        frame = sim.frame(masks=False)
         return draw.row([("now", frame["agentview_rgb"]), ("wrist", frame["eye_in_hand_rgb"])])
 
     def limit(self, sim):
@@ -82,10 +79,8 @@ class Demonstrator:
 def record(sim, seed):
     """Plays one scripted episode with NOISE.  Returns its arrays, each (T, ...), the actions
     without the noise; or None if the goal did not hold at the end."""
-    rng, rows = np.random.default_rng(seed), []
-    frame, policy = sim.reset(seed=seed), demonstrator(sim, seed)
-    while not policy.done and len(rows) < sim.max_demo_steps:
-        action = policy(sim)  # (A,)
+    rng, rows, frame = np.random.default_rng(seed), [], sim.reset(seed=seed)
+    for action in islice(demonstrator(sim, seed), sim.max_demo_steps):  # (A,)
         row = frame | {"actions": action, "states": sim.state()}
         frame, success = sim.step(perturbed(action, NOISE, rng))
         rows.append(row | {"rewards": float(success)})
@@ -99,15 +94,14 @@ def record(sim, seed):
 
 
 def run_jobs(function, jobs, workers, total, desc, opengl=True):
-    """Plays episodes in processes of one thread each and yields their results as they come.
+    """Plays episodes in `workers` processes of one thread each, which end when this one is killed,
+    and yields their results as they come.  Errors of a worker are raised here; a worker that was
+    killed ends the program in one line.
 
     function  a generator: function(job) makes one simulator, plays the job's episodes and yields a
               (small) result after each
-    workers   number of processes, which end when this one is killed
     total     number of episodes of all jobs, for the progress bar that `desc` names
     opengl    whether the simulators render
-
-    Errors of a worker are raised here; a worker that was killed ends the program in one line.
     """
     choose_opengl(needed=opengl)
     # inherited; the libraries of this process have read theirs already
@@ -136,15 +130,14 @@ def run_jobs(function, jobs, workers, total, desc, opengl=True):
 
 def start_worker(queue):
     """Initialises a worker: where it reports; a thread ends it when its parent is killed."""
-    global reports
-    reports = queue
+    work.queue = queue
     Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
 
 
 def work(function, job):
     """Worker: plays the episodes of one job and reports each."""
     for result in function(job):
-        reports.put(result)
+        work.queue.put(result)
     gc.collect()  # a simulator with its textures takes over a gigabyte: never two at a time
 
 
@@ -159,65 +152,69 @@ def shares(episodes, tasks, workers):
 
 def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="minilm"):
     """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
+    Episode i depends on (task, i) alone: neither interruptions nor the number of processes change
+    the data.
 
-    Episode i depends on (task, i) alone, so neither interruptions nor the number of processes
-    change the data.
     size    height and width of the pictures, pixels
     render  as of sims.make; None: that of the episodes that are there, else fast
     text    what embeds the instruction, one of `language.TEXTS`
     """
-    asked, jobs, unfinished = {"size": size, "render": render}, [], {}
+    jobs, looks = [], {}
     for task in tasks:
         path = Path(data) / suite / f"{task}.hdf5"
-        parts, (ready, made_with) = path.with_suffix(""), made_so_far(path, suite)
-        other = {key: f"--{key} {value}" for key, value in made_with.items()
-                 if asked[key] not in (None, value)}
+        ready, about = made_so_far(path)
+        # to films, official ones, a suite derived from this one none can be added
+        closed = bool(about) and (about["source"] != "scripted" or about.get("env", suite) != suite)
+        if closed and not ready:
+            fail(f"{path.with_suffix('')}/ holds an interrupted import: finish it with --source "
+                 "official, choose another --data folder or delete it")
+        asked = {"size": size} if closed else {"size": size, "render": render}
+        other = [key for key in asked if about and asked[key] not in (None, about[key])]
         if other:
-            fail(f"{path} holds episodes of {', '.join(other.values())}, not "
-                 f"{', '.join(f'--{key} {asked[key]}' for key in other)}: give "
-                 f"{' '.join(other.values())}, choose another --data folder or delete it")
-        if ready >= demos + HELD_OUT:
+            there, wish = ([f"--{key} {of[key]}" for key in other] for of in (about, asked))
+            fail(f"{path} holds episodes of {', '.join(there)}, not {', '.join(wish)}: give "
+                 f"{' '.join(there)}, choose another --data folder or delete it")
+        if closed or ready >= demos + HELD_OUT:
             continue
-        if path.exists():
-            split_assembled(path, parts)
-        parts.mkdir(parents=True, exist_ok=True)
-        unfinished[task] = {"size": size, "render": render or "fast"} | made_with
-        missing = [i for i in range(demos + HELD_OUT) if not (parts / f"demo_{i}.hdf5").exists()]
-        jobs += [(suite, task, share, parts, unfinished[task])
-                 for share in shares(missing, len(tasks), workers)]
-    if not unfinished:
+        looks[path] = {"size": size, "render": about.get("render", render or "fast")}
+        jobs += [(suite, task, share, path.with_suffix(""), looks[path])
+                 for share in shares(missing(path, demos + HELD_OUT), len(tasks), workers)]
+    if not looks:
         return
     total = sum(len(job[2]) for job in jobs)
-    print(f"data: {total} scripted episodes of {len(unfinished)} tasks of {suite}, "
+    print(f"data: {total} scripted episodes of {len(looks)} tasks of {suite}, "
           f"{workers} processes -> {data}/")
     try:
         for _ in run_jobs(record_episodes, jobs, workers, total, "record"):
             pass
-        for task, look in unfinished.items():
-            path = Path(data) / suite / f"{task}.hdf5"
-            about = attributes(suite, task, **look, text=text, source="scripted")
-            assemble(path, path.with_suffix(""), about)
+        for path, look in looks.items():
+            assemble(path, path.with_suffix(""), attributes(suite, path.stem, **look, text=text))
     except OSError as error:
         stop_if_full(error, data)
 
 
-def made_so_far(path, suite):
-    """Of a task's data file, or of what an interrupted run left of it: how many episodes are ready,
-    infinitely many if none can be added (films, official ones, a suite derived from this one); and
-    what they look like, {size, render}, without episodes {}."""
+def made_so_far(path):
+    """How many episodes a task's data file has, and its attributes; of what an interrupted run left
+    of it 0, and those known; 0, {} if there is nothing."""
     if path.exists():
         with open_data(path) as f:
-            about = f["data"].attrs
-            if about["source"] != "scripted" or about["env"] != suite:
-                return np.inf, {"size": int(about["size"])}
-            return len(f["data"]), {"size": int(about["size"]), "render": about["render"]}
-    for part in sorted(path.with_suffix("").glob("demo_*.hdf5"))[:1]:
+            about = dict(f["data"].attrs)
+            return len(f["data"]), about | {"size": int(about["size"])}
+    for part in path.with_suffix("").glob("demo_*.hdf5"):
         with h5py.File(part) as one:
-            if "noise" not in one.attrs:
-                fail(f"{part.parent}/ holds an interrupted import: finish it with --source "
-                     "official, choose another --data folder or delete it")
-            return 0, {"size": one["masks"].shape[1], "render": one.attrs["render"]}
+            return 0, {"source": "scripted" if "noise" in one.attrs else "official",
+                       "size": one["masks"].shape[1], "render": one.attrs["render"]}
     return 0, {}
+
+
+def missing(path, count):
+    """Numbers of those of a task's first episodes that are to be made, each a file in the folder of
+    the data file's name; a data file that has some is taken apart into this folder."""
+    parts = path.with_suffix("")
+    if path.exists():
+        split_assembled(path, parts)
+    parts.mkdir(parents=True, exist_ok=True)
+    return [i for i in range(count) if not (parts / f"demo_{i}.hdf5").exists()]
 
 
 def record_episodes(job):
@@ -227,8 +224,7 @@ def record_episodes(job):
     for i in indices:
         begin = time.time()
         for seed in range(i, i + 20 * RETRY, RETRY):
-            episode = record(sim, seed)
-            if episode:
+            if episode := record(sim, seed):
                 break
         else:
             raise RuntimeError(f"{task}: the demonstrator failed 20 scenes in a row")
@@ -238,13 +234,9 @@ def record_episodes(job):
     sim.close()
 
 
-def attributes(suite, task, size, render, text, source, exhausted=False):
-    """The attributes of a simulator's data file, a dict, see core/episodes.py.
-
-    text       what embeds the instruction, one of `language.TEXTS`
-    source     scripted or official
-    exhausted  whether the source has no more episodes
-    """
+def attributes(suite, task, size, render, text, source="scripted", exhausted=False):
+    """The attributes of a simulator's data file, a dict, see core/episodes.py.  exhausted: whether
+    the source has no more episodes."""
     language, objects, _ = sims.describe(suite, task)
     arguments = {"env_name": suite, "type": 1, "env_kwargs": {"suite": suite, "task": task}}
     return {"env": suite, "env_args": json.dumps(arguments), "task": task, "size": size,
@@ -260,33 +252,21 @@ def attributes(suite, task, size, render, text, source, exhausted=False):
 
 def task_names(suite, chosen, data):
     """Names of a suite's tasks; of a folder of data files that no simulator makes, its files'.
-
-    chosen  numbers or names, comma-separated; empty: all but those of UNSOLVED of which there are
-            no other demonstrations
-    """
-    known = sims.simulator_of(suite).tasks(suite)
-    files = [path.stem for path in sorted((Path(data) / suite).glob("*.hdf5"))]
-    names = known or files or sims.tasks(suite)  # which fails, with a list of suites
-    words = [word.strip() for word in chosen.split(",") if word.strip()]
-    words = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in words]
-    for word in words:
-        if word not in names:
-            fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} "
-                 f"or a name such as {names[0]}")
-    poor = [name for name in names if known and not words and name in UNSOLVED
-            and source_of(Path(data) / suite / f"{name}.hdf5") != "official"]
+    chosen: as of `sims.pick`; empty: all but those of UNSOLVED that are not there as official."""
+    known, folder = sims.simulator_of(suite).tasks(suite), Path(data) / suite
+    # the last one fails, with a list of suites
+    names = known or [path.stem for path in sorted(folder.glob("*.hdf5"))] or sims.tasks(suite)
+    poor = [name for name in names if known and not chosen and name in UNSOLVED
+            and source_of(folder / f"{name}.hdf5") != "official"]
     if poor:
         print(f"left out, as the demonstrator does not solve them: {', '.join(poor)}")
-    return [name for name in names if name not in poor and (not words or name in words)]
+    return [name for name in sims.pick(suite, names, chosen) if name not in poor]
 
 
 def load_videos(config):
-    """What a planner learns from; the episodes that are missing are made first.
-
-    config.suite  "a", or "a:2,b": two videos per task of a and config.demos of b; config.tasks are
-                  the first's and, where they have these, the others'
-    -> training episodes of all suites, held-out ones of the first, a line about them
-    """
+    """What a planner learns from; the episodes that are missing are made first.  config.suite: "a",
+    or "a:2,b", see `flags.suites`; config.tasks: the first's and, where they have these, the others'
+    -> training episodes of all suites, held-out ones of the first, a line about them."""
     first, *_ = wanted = suites(config)  # {suite: videos per task}
     names, parts = task_names(first, config.tasks, config.data), []
     for suite, number in wanted.items():

@@ -31,8 +31,8 @@ def simulator_of(suite):
 
 
 def goal_varies(suite):
-    """Whether each scene has a goal of its own, as in Meta-World (where to push the puck to), which
-    a picture shows only once it is reached: the goal picture must be of the same scene."""
+    """Whether each scene has a goal of its own, as in Meta-World (where to push the puck to): then
+    the goal picture must be of the same scene, at its end."""
     return simulator_of(suite) is metaworld
 
 
@@ -46,16 +46,20 @@ def tasks(suite):
     return names
 
 
-def choose_tasks(suite, chosen=""):
-    """'' -> every task; '0,3' or names -> those, in the suite's order.  Returns a list of names."""
-    names, picked = tasks(suite), []
-    for word in filter(None, (w.strip() for w in chosen.split(","))):
-        name = names[int(word)] if word.isdigit() and int(word) < len(names) else word
-        if name not in names:
+def pick(suite, names, chosen):
+    """'' -> all names of tasks; '0,3' or names, comma-separated -> those, in the suite's order."""
+    words = filter(None, (word.strip() for word in chosen.split(",")))
+    picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in words]
+    for word in picked:
+        if word not in names:
             fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} "
                  f"or a name such as {names[0]}")
-        picked.append(name)
-    return [n for n in names if n in picked] if picked else names
+    return [name for name in names if name in picked or not picked]
+
+
+def choose_tasks(suite, chosen=""):
+    """Names of a suite's tasks that are chosen, see `pick`."""
+    return pick(suite, tasks(suite), chosen)
 
 
 def describe(suite, task):
@@ -70,15 +74,13 @@ def versions():
     return {"python": sys.version.split()[0]} | {name: version(name) for name in names}
 
 
-def tracks(sim, states, K=256, seed=0):
-    """Exact point tracks of an episode just played here, for both cameras, see `camera.track`.
-
-    states (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, and
-    the same for eye_in_hand}
-    """
+def tracks(sim, states, seed):
+    """Exact tracks of K = 256 points of an episode just played here, see `camera.track`: states
+    (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, and the same
+    for eye_in_hand}."""
     found, qpos = {}, states[:, 1:1 + sim.model.nq]  # (T, nq)
     for k, (name, view) in enumerate(zip(CAMERAS, sim.cameras)):
-        xy, seen = track(sim.camera, view, sim.model, qpos, K, np.random.default_rng([seed, k]))
+        xy, seen = track(sim.camera, view, sim.model, qpos, 256, np.random.default_rng([seed, k]))
         found |= {f"tracks/{name}": xy.astype(np.float16), f"visible/{name}": seen}
     return found
 
@@ -90,13 +92,12 @@ def check_unseen(suite, unseen):
 
 
 def make(suite, task, size=128, render="fast", observe=True, unseen=None):
-    """The simulator of one task.
+    """The simulator of one task, which is given by its number or name.
 
-    suite, task   'libero_spatial', 'libero_spatial_ur5e' or 'mt10', and the task's number or name
-    size          picture height and width, pixels
-    render        'fast', 'faithful' (the package's own look) or 'fast+goal' (Meta-World's markers)
-    observe       False: no OpenGL at all, frames hold the robot's state only
-    unseen        a variant of libero_spatial that demonstrations do not show, one of UNSEEN
+    size     picture height and width, pixels
+    render   'fast', or 'faithful': the package's own look
+    observe  False: no OpenGL at all, frames hold the robot's state only
+    unseen   a variant of libero_spatial that demonstrations do not show, one of UNSEEN
     """
     choose_opengl(needed=observe)  # before anything imports mujoco
     task = choose_tasks(suite, str(task))[0]

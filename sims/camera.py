@@ -17,10 +17,8 @@ from core.files import fail
 
 def choose_opengl(needed=True):
     """Sets MUJOCO_GL, which mujoco reads at import and children inherit, to a backend that works
-    here: the user's choice, or EGL, else OSMesa; if there is none, fails if `needed`.
-
-    Tried in a child process: a driver that hangs or crashes must not take the caller along.
-    """
+    here: the user's choice, or EGL, else OSMesa; if there is none, fails if `needed`.  Tried in a
+    child process: a driver that hangs or crashes must not take the caller along."""
     chosen = os.environ.get("MUJOCO_GL")
     if chosen and os.environ.get("PLAN2ACT_GL") == chosen:
         return  # tried before, by this process or its parent
@@ -84,21 +82,18 @@ def fast_copy(model):
 
 class Camera:
     """Renders pictures and instance masks of a simulation that runs on this MjModel or another of
-    the same layout; `groups` and `sites` (6,) of geoms and of marks (Meta-World's goals) are seen.
+    the same layout.  groups (6,): the geoms that are seen; marks, as of Meta-World's goals, are not.
     """
 
-    def __init__(self, model, size, render, groups, sites=0):
+    def __init__(self, model, size, render, groups):
         import mujoco
-        if render not in ("fast", "faithful"):
-            fail(f"unknown rendering '{render}': choose fast or faithful, with +goal to see "
-                 f"Meta-World's goals")
         if render == "fast":
             model.vis.quality.offsamples = 0
         canvas = model.vis.global_
         canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
         self.model, self.renderer = model, mujoco.Renderer(model, size, size)
         self.option = mujoco.MjvOption()
-        self.option.geomgroup[:], self.option.sitegroup[:] = groups, sites
+        self.option.geomgroup[:], self.option.sitegroup[:] = groups, 0
         for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_SHADOW):
             self.renderer.scene.flags[flag] = render == "faithful"
 
@@ -169,10 +164,8 @@ def cast(model, data, groups, eye, directions):
 
 
 class Replay:
-    """An episode's bodies and one camera at every step, to follow points that are fixed to bodies.
-
-    qpos (T, nq) the joint positions; camera, view: a Camera and what it calls the camera. P points.
-    """
+    """An episode's bodies and one camera at every step, to follow P points that are fixed to bodies.
+    qpos (T, nq) the joint positions; camera, view: a Camera and what it calls the camera."""
 
     def __init__(self, camera, view, model, qpos):
         import mujoco
@@ -229,14 +222,12 @@ class Replay:
 
 
 def track(camera, view, model, qpos, K, rng):
-    """Follows K points through an episode, exactly: they are fixed to bodies, whose places are
-    known.  Points where ATM (section IV-A) has them: around what moves, and a grid.
+    """K points, fixed to bodies, followed exactly through an episode.  They are where ATM (section
+    IV-A) has them: around what moves, and a grid.  qpos, camera, view: as of `Replay`
+    -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible (T, K)
+    bool, by ray casting
 
-    qpos (T, nq) the joint positions at every step; camera, view: a Camera and what it calls the
-    camera -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible
-    (T, K) bool, by ray casting
-
-    differs: ATM tracks pixels by CoTracker; it crashes if nothing moves, here the points are then
+    differs: ATM tracks pixels by CoTracker; where it crashes, as nothing moves, these points are
     drawn uniformly.
     """
     replay, T = Replay(camera, view, model, qpos), len(qpos)

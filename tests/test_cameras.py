@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -31,10 +32,8 @@ def played(request):
     """A simulator and the states, every third, of an episode in it."""
     sim = request.getfixturevalue(request.param)
     sim.reset(seed=2)
-    policy, states = demonstrator(sim, 2), [sim.state()]
-    while not policy.done and len(states) < 100:
-        sim.step(policy(sim), observe=False)
-        states.append(sim.state())
+    states = [sim.step(action, observe=False) and sim.state()
+              for action in islice(demonstrator(sim, 2), 100)]
     return sim, np.array(states[::3])
 
 
@@ -202,7 +201,7 @@ def test_points_are_where_something_moves_if_it_does(played):
 
 
 def test_tracks_follow_from_the_seed(played):
-    one, two, other = (sims.tracks(played[0], played[1][:6], K, seed=s) for s in (3, 3, 4))
+    one, two, other = (sims.tracks(played[0], played[1][:6], seed=s) for s in (3, 3, 4))
     assert {k: v.dtype for k, v in one.items()} == {
         f"{what}/{c}": kind for what, kind in (("tracks", "f2"), ("visible", "?")) for c in CAMERAS}
     assert all(np.array_equal(one[k], two[k]) for k in one)

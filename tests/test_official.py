@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from itertools import islice
 from types import SimpleNamespace
 
 import h5py
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torchvision  # noqa: F401: triton's LLVM, if loaded after OpenGL's, crashes
 
-from conftest import ROOT, SUITE
+from conftest import ROOT, SIZE, SUITE
 
 import sims
 from core.episodes import CAMERAS, Episodes, split_assembled
@@ -21,22 +22,15 @@ from demos import official, record
 from demos.language import embed
 from demos.libero import demonstrator
 
-SIZE, STEPS, DEMOS = 64, 16, 3
+STEPS, DEMOS = 16, 3
 make = sims.make
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
-@pytest.fixture(scope="module")
-def sim():
-    """In our look: of the published one nothing here depends but where it is compared."""
-    sim = make(SUITE, 0, SIZE)
-    yield sim
-    sim.close()
-
-
 @pytest.fixture(scope="module", autouse=True)
 def in_this_process(sim):
-    """Episodes are imported without processes of their own, with the module's simulator."""
+    """Episodes are imported without processes of their own, in the tests' simulator, with our look:
+    on the published one nothing here depends but where it is compared."""
     class Kept:
         close = lambda self: None
         __getattr__ = lambda self, name: getattr(sim, name)
@@ -61,16 +55,16 @@ def played(sim):
             env._observables[f"robot0_{name}"].set_enabled(True)
         # as in env.reset: it decides when within a step they measure
         env._get_observations(force_update=True)
-        policy, rows = demonstrator(sim, seed), []
-        for _ in range(STEPS):
-            row = {"actions": policy(sim), "states": sim.state()}
-            seen, *_ = env.step(row["actions"])
+        rows = []
+        for action in islice(demonstrator(sim, seed), STEPS):
+            state, (seen, *_) = sim.state(), env.step(action)
             turn = T.quat2axisangle(seen["robot0_eef_quat"])
-            row |= {"joint_states": seen["robot0_joint_pos"],
-                    "gripper_states": seen["robot0_gripper_qpos"],
-                    "ee_states": np.append(seen["robot0_eef_pos"], turn)}
-            rows.append(row | {f"{c}_rgb": sim.camera.picture(sim.data, view)
-                               for c, view in zip(CAMERAS, sim.cameras)})
+            rows.append({"actions": action, "states": state,
+                         "joint_states": seen["robot0_joint_pos"],
+                         "gripper_states": seen["robot0_gripper_qpos"],
+                         "ee_states": np.append(seen["robot0_eef_pos"], turn)})
+            rows[-1] |= {f"{c}_rgb": sim.camera.picture(sim.data, view)
+                         for c, view in zip(CAMERAS, sim.cameras)}
         for observable in env._observables.values():
             observable.set_enabled(False)
         episodes.append({k: np.stack([row[k] for row in rows]) for k in rows[0]}
@@ -97,10 +91,10 @@ def publish(path, episodes):
     return path
 
 
-def asked(folder, **other):
-    """As extract.py's Config."""
-    return SimpleNamespace(**{"data": str(folder), "suite": SUITE, "demos": 20, "download": False,
-                              "workers": 1, "text": "minilm"} | other)
+def make_from(folder, task, demos=20):
+    """As extract.py with its Config."""
+    official.import_official(SimpleNamespace(data=str(folder), suite=SUITE, demos=demos, workers=1,
+                                             download=False, text="minilm"), [task])
 
 
 @pytest.fixture(scope="module")
@@ -108,7 +102,7 @@ def imported(played, task, tmp_path_factory):
     """Folder in which our file was made from the published one."""
     folder = tmp_path_factory.mktemp("official") / "data"
     publish(folder / "official" / SUITE / f"{task}_demo.hdf5", played)
-    official.import_official(asked(folder), [task])
+    make_from(folder, task)
     return folder
 
 
@@ -131,7 +125,7 @@ def again(copied, task, monkeypatch):
     """Imports the task with one video, so three episodes, without following points."""
     none = {f"{what}/{camera}": np.zeros(1) for what in ("tracks", "visible") for camera in CAMERAS}
     monkeypatch.setattr(sims, "tracks", lambda *arguments, seed: none)
-    return lambda: official.import_official(asked(copied[1].parents[1], demos=1), [task])
+    return lambda: make_from(copied[1].parents[1], task, demos=1)
 
 
 def test_our_file_holds_the_published_episodes(imported, played, sim, task):
@@ -141,7 +135,6 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
                   "language_instruction": language, "total": DEMOS * T, "exhausted": True}
         assert {key: about[key] for key in wanted} == wanted
         assert np.array_equal(about["text_embedding"], embed(language))
-        assert [n.decode() for n in f["mask/valid"]] == ["demo_0", "demo_1"]
         for k, episode in enumerate(played):
             demo = f[f"data/demo_{k}"]
             assert demo.attrs["original"] == f"demo_{k}" and demo.attrs["num_samples"] == T
@@ -166,11 +159,12 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
                 np.testing.assert_allclose(demo["hand"][t], frame["hand"], atol=1e-3)
 
 
-def test_it_is_read_and_not_added_to(imported, task, refused):
+def test_it_is_read_and_not_added_to(imported, task, refused, capfd):
     """As many videos as there are, at the pictures' size."""
     assert len(Episodes(imported, SUITE, [task], 20).length) == 1
-    assert official.plan(imported, SUITE, [task], 20, False) == [], "nothing is made twice"
+    make_from(imported, task)
     record.ensure(SUITE, [task], 20, imported, SIZE)
+    assert not capfd.readouterr().out, "nothing is made twice"
     refused(lambda: record.ensure(SUITE, [task], 1, imported, 96), f"--size {SIZE}", "--size 96")
 
 
@@ -199,15 +193,6 @@ def test_a_row_flip_turns_robosuites_observation_upright():
     sim.close()
 
 
-def test_pictures_that_are_upright_already_stay_so(copied, source, played, again):
-    with h5py.File(source, "a") as f:
-        f["data"].attrs["macros_image_convention"] = "opencv"
-    again()
-    with h5py.File(copied[1]) as f:
-        upright = played[0]["agentview_rgb"][:-1, ::-1]
-        assert np.array_equal(f["data/demo_0/obs/agentview_rgb"], upright)
-
-
 def test_picture_offset():
     joints = np.cumsum(np.random.default_rng(0).normal(size=(30, 7)), 0)
     near = joints + 0.1 * np.random.default_rng(1).normal(size=joints.shape)
@@ -222,7 +207,7 @@ def test_pictures_of_the_state_before_the_action(played, sim, tmp_path):
               for k, v in played[1].items()}
     with h5py.File(publish(tmp_path / "x.hdf5", [paired])) as f:
         episode, error = official.convert_demo(sim, f["data/demo_0"], -1, seed=0)
-    assert error is None and len(episode["actions"]) == STEPS - 1
+    assert error is None
     for name in ("agentview_rgb", "states", "actions"):
         assert np.array_equal(episode[name], paired[name]), name
 
@@ -237,8 +222,11 @@ def test_a_changed_robot_state_is_no_replay(copied, source, refused, again, name
     assert not copied[1].exists() and not copied[1].with_suffix("").exists()
 
 
-def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source, again, capsys):
+def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source, played, again,
+                                                                  capsys):
+    """And pictures that are upright already stay so."""
     with h5py.File(source, "a") as f:
+        f["data"].attrs["macros_image_convention"] = "opencv"
         f["data"].copy("demo_2", "demo_10")
         f["data/demo_1/obs/joint_states"][5] += 0.05
     again()
@@ -247,6 +235,8 @@ def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source
     with h5py.File(copied[1]) as f:
         made = [f[f"data/demo_{k}"].attrs["original"] for k in range(3)]
         assert made == ["demo_0", "demo_2", "demo_10"], "in the order of their numbers"
+        upright = played[0]["agentview_rgb"][:-1, ::-1]
+        assert np.array_equal(f["data/demo_0/obs/agentview_rgb"], upright)
 
 
 def test_an_interrupted_import_goes_on(copied, again, task, refused):
@@ -268,66 +258,61 @@ def test_other_episodes_are_not_mixed(copied, again, refused):
     ours = copied[1]
     with h5py.File(ours, "a") as f:
         f["data"].attrs["source"] = "scripted"
+        for demo in f["data"].values():
+            demo.attrs["noise"] = 0.1
     before = ours.read_bytes()
     refused(again, ours, "scripted", "--data")
     assert ours.read_bytes() == before
+    split_assembled(ours, ours.with_suffix(""))
+    refused(again, f"{ours.with_suffix('')}/", "scripted", "--data")
 
 
 @pytest.mark.parametrize("missing", [*official.ROWS, "obs", "model_file",
-                                     "macros_image_convention", "demos", "data"])
+                                     "macros_image_convention", "data"])
 def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, again, missing):
     source, ours = copied
     with h5py.File(source, "a") as f:
-        if missing == "demos":
-            for name in list(f["data"]):
-                del f["data"][name]
-        else:
-            demo = f["data/demo_1"]
-            owner = {"model_file": demo.attrs, "data": f,
-                     "macros_image_convention": f["data"].attrs}.get(missing, demo)
-            del owner[missing]
+        demo = f["data/demo_1"]
+        owner = {"model_file": demo.attrs, "macros_image_convention": f["data"].attrs}
+        del (f if missing == "data" else owner.get(missing, demo))[missing]
     with h5py.File(ours, "a") as f:  # more are wanted than there are
         del f["data/demo_2"]
         f["data"].attrs["exhausted"] = False
     before = ours.read_bytes()
-    word = {"demos": "data/demo_0", "data": "data/demo_0"}.get(missing, missing)
+    word = "data/demo_0" if missing == "data" else missing
     refused(again, source, "lacks", word, "--download")
     assert ours.read_bytes() == before and not ours.with_suffix("").exists()
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "rows", "actions", "sizes", "size of one",
-                                    "floats", "states of another scene", "data"])
-def test_a_broken_file_is_one_line(copied, source, refused, again, damage):
-    if damage == "cut":
-        os.truncate(source, source.stat().st_size // 2)
-    elif damage == "text":
-        source.write_bytes(b"hello" * 1000)
-    elif damage == "data":
-        with h5py.File(source, "w") as f:
-            f["data"] = np.arange(5)
-    else:
-        changed = {"rows": ("states", lambda v: v[:-1]), "actions": ("actions", lambda v: v[:, 1:]),
-                   "sizes": ("obs/eye_in_hand_rgb", lambda v: v[:, 1:, 1:]),
-                   "floats": ("obs/agentview_rgb", lambda v: v / 255),
-                   "size of one": ("obs/agentview_rgb", lambda v: v[:, 1:]),
-                   "states of another scene": ("states", lambda v: v[:, :-3])}
-        key, change = changed[damage]
-        with h5py.File(source, "a") as f:
-            for demo in f["data"].values():
-                value = demo[key][:]
-                del demo[key]
-                demo[key] = change(value)
-    word = "numbers" if damage == "states of another scene" else "fetch it again"
+def test_a_broken_file_is_one_line(copied, source, refused, again):
+    os.truncate(source, source.stat().st_size // 2)
+    refused(again, source, "fetch it again")
+    with h5py.File(source, "w") as f:
+        f["data"] = np.arange(5)
+    refused(again, source, "fetch it again")
+    assert not copied[1].exists()
+
+
+@pytest.mark.parametrize("key, change, word", [
+    ("states", lambda v: v[:-1], "fetch it again"), ("actions", lambda v: v[:, 1:], "(16, 7)"),
+    ("obs/eye_in_hand_rgb", lambda v: v[:, 1:, 1:], "(16, 64, 64, 3)"),
+    ("obs/agentview_rgb", lambda v: v / 255, "float64"),
+    ("obs/agentview_rgb", lambda v: v[:, 1:], "(16, 63, 63, 3)"),
+    ("states", lambda v: v[:, :-3], "numbers")],
+    ids=["rows", "actions", "sizes", "floats", "size of one", "states of another scene"])
+def test_another_shape_is_one_line(copied, source, refused, again, key, change, word):
+    with h5py.File(source, "a") as f:
+        for demo in f["data"].values():
+            value = demo[key][:]
+            del demo[key]
+            demo[key] = change(value)
     refused(again, source, word)
     assert not copied[1].exists()
 
 
-def test_only_libero_has_published_demonstrations(refused):
-    refused(lambda: official.choose_tasks("mt10", ""), "mt10", SUITE)
-
-
 def test_download(tmp_path, refused, task, monkeypatch):
-    """Only if asked; without a network, or the package, one line is the way out."""
+    """Only if asked, and LIBERO's; without a network, or the package, one line is the way out."""
+    refused(lambda: official.choose_tasks("mt10", ""), "mt10", SUITE)
     hub, calls = pytest.importorskip("huggingface_hub"), []
     pytest.importorskip("huggingface_hub.constants")
     fetch = lambda download=True: official.locate(tmp_path, SUITE, task, download)
