@@ -2,19 +2,19 @@
 
 import os
 import subprocess
-import sys
 from itertools import islice
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 
-from conftest import ROOT, SIZE
+from conftest import SIZE
 
 import sims
 from core.episodes import CAMERAS
 from demos.libero import demonstrator
 from sims import libero
-from sims.camera import Camera, MOVES, choose_opengl, project, simplify_mesh, track
+from sims.camera import Camera, MOVES, Replay, choose_opengl, project, simplify_mesh, track
 
 ROBOT, BOWL, PLATE = 1, 2, 3  # labels in the masks of task 0 of libero_spatial
 K = 100
@@ -41,42 +41,16 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def surface(sim, k):
-    """(V, 3) vertices of the visible meshes of object k, in the world."""
-    m, d, points = sim.model, sim.data, []
-    for geom in np.flatnonzero((sim.label == k) & (m.geom_group == 1)):
-        first, count = m.mesh_vertadr[m.geom_dataid[geom]], m.mesh_vertnum[m.geom_dataid[geom]]
-        vertices = m.mesh_vert[first:first + count]
-        points.append(vertices @ d.geom_xmat[geom].reshape(3, 3).T + d.geom_xpos[geom])
-    return np.concatenate(points)
-
-
 def test_masks_hold_robot_and_objects(sim):
-    assert sim.objects == ["robot", "akita_black_bowl_1", "plate_1"]
-    masks = sim.reset(seed=7)["masks"]
-    count = np.bincount(masks.ravel())
+    masks, count = sim.reset(seed=7)["masks"], np.bincount(sim.frame()["masks"].ravel())
     assert len(count) == 4 and (count > 15).all() and count[0] > count[1:].sum()
     rows, _ = np.nonzero(masks == ROBOT)
     assert rows.mean() < SIZE / 2 and rows.min() == 0 and rows.max() < SIZE - 1, "from above"
 
 
-@pytest.mark.parametrize("camera, k", [("agentview", BOWL), ("agentview", PLATE),
-                                       ("robot0_eye_in_hand", BOWL)])
-def test_masks_lie_where_the_camera_projects_the_object(sim, camera, k):
-    """Upright and not mirrored: the frame around the mask is the one around the mesh."""
-    sim.reset(seed=7)
-    pixels = np.argwhere(sim.camera.mask(sim.data, camera, sim.label) == k)[:, ::-1]  # (n, 2) x, y
-    place, _ = project(surface(sim, k), *sim.camera.pose(sim.data, camera))
-    points = (place * SIZE - 0.5).clip(0, SIZE - 1)  # (V, 2)
-    seen, true = (np.stack([x.min(0), x.max(0)]) for x in (pixels, points))  # (2, 2) each
-    assert np.abs(seen - true).max() < 1.5, (seen, true)
-    off = np.abs(true.mean(0) - (SIZE - 1) / 2).min()
-    assert off > 2, "in the middle a mirrored picture would look right"
-
-
 @pytest.mark.parametrize("camera", libero.Libero.cameras)
 def test_pictures_and_masks_agree(sim, camera):
-    """A bowl painted red is red where its mask is."""
+    """A bowl painted red is red where its mask is: upright or not, both are the same way."""
     sim.reset(seed=7)
     model, bowl = sim.camera.model, np.flatnonzero(sim.label == BOWL)
     colours, materials = model.geom_rgba.copy(), model.geom_matid.copy()
@@ -156,7 +130,6 @@ def test_a_point_is_where_the_renderer_draws_it(played):
         large.renderer.enable_segmentation_rendering()
         y, x = np.nonzero(large.renderer.render()[..., 0] == 7)
         large.renderer.disable_segmentation_rendering()
-        assert len(x) > 10
         seen = (np.array([x.mean(), y.mean()]) + 0.5) / 512
         errors.append(np.abs(seen - project(point, eye, axes, focal)[0]).max() * 128)
     large.close()
@@ -165,8 +138,8 @@ def test_a_point_is_where_the_renderer_draws_it(played):
 
 @pytest.mark.parametrize("camera", CAMERAS)
 def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera):
-    """Where a point is visible, the picture shows its body; where it is hidden, another."""
-    import mujoco
+    """Where a point is visible, the picture shows its body, so that it is upright and not mirrored;
+    where it is hidden, another."""
     sim, states = played
     place, visible = follow(sim, states, camera)
     assert place.shape == (len(states), K, 2) and visible.shape == (len(states), K)
@@ -174,12 +147,10 @@ def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera)
     inside = (np.abs(place - 0.5) < 0.5).all(-1)
     assert not (visible & ~inside).any()
     view, body_of = sim.cameras[CAMERAS.index(camera)], sim.model.geom_bodyid.astype(np.uint8) + 1
-    near = []
+    near, replay = [], Replay(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq])
     for t in range(0, len(states), 3):
-        sim.data.qpos[:] = states[t, 1:1 + sim.model.nq]
-        mujoco.mj_kinematics(sim.model, sim.data)
-        mujoco.mj_camlight(sim.model, sim.data)
-        drawn = sim.camera.mask(sim.data, view, body_of)
+        replay.at(t)
+        drawn = sim.camera.mask(replay.data, view, body_of)
         x, y = (place[t] * SIZE).astype(int).clip(1, SIZE - 2).T
         near.append([drawn[y + j, x + i] for j in (-1, 0, 1) for i in (-1, 0, 1)])
     near, seen, inside = np.array(near), visible[::3], inside[::3]  # (t, 9, K), (t, K), (t, K)
@@ -202,37 +173,18 @@ def test_points_are_where_something_moves_if_it_does(played):
 
 def test_tracks_follow_from_the_seed(played):
     one, two, other = (sims.tracks(played[0], played[1][:6], seed=s) for s in (3, 3, 4))
-    assert {k: v.dtype for k, v in one.items()} == {
-        f"{what}/{c}": kind for what, kind in (("tracks", "f2"), ("visible", "?")) for c in CAMERAS}
     assert all(np.array_equal(one[k], two[k]) for k in one)
     assert not np.array_equal(one["tracks/agentview"], other["tracks/agentview"])
 
 
-def test_no_opengl_is_one_line(monkeypatch, refused):
-    tried = []
-
-    def run(*arguments, env, **keywords):
-        tried.append(env["MUJOCO_GL"])
-        if env["MUJOCO_GL"] == "osmesa":
-            raise subprocess.TimeoutExpired("python", 60)
-        return subprocess.CompletedProcess(arguments, returncode=1)
-
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
-    monkeypatch.setattr(subprocess, "run", run)
-    refused(choose_opengl, "apt-get install", "OSMesa")
-    assert tried == ["egl", "osmesa"] and "MUJOCO_GL" not in os.environ
-    choose_opengl(needed=False)
-    monkeypatch.setenv("MUJOCO_GL", "nonsense")  # the user's backend is tried too
-    refused(choose_opengl, "MUJOCO_GL=nonsense", "unset")
-    assert tried[4:] == ["nonsense"]
-
-
-@pytest.mark.slow
-def test_command_without_opengl(tmp_path):
-    """The real command where Python's OpenGL cannot be imported."""
+def test_no_opengl_is_one_line(tmp_path, monkeypatch, refused):
+    """Where Python's OpenGL cannot be imported, or hangs."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['OpenGL'] = None\n")
-    env = {k: v for k, v in os.environ.items() if k != "MUJOCO_GL"} | {"PYTHONPATH": str(tmp_path)}
-    command = [sys.executable, f"{ROOT}/extract.py", "--tasks", "0", "--demos", "1"]
-    run = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    lines = run.stderr.strip().splitlines()
-    assert run.returncode == 2 and len(lines) == 1 and "apt-get install" in lines[0], run.stderr
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    refused(choose_opengl, "apt-get install", "OSMesa")
+    choose_opengl(needed=False)
+    assert "MUJOCO_GL" not in os.environ
+    monkeypatch.setenv("MUJOCO_GL", "nonsense")  # the user's choice is tried, and no other
+    monkeypatch.setattr(subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("", 60)))
+    refused(choose_opengl, "MUJOCO_GL=nonsense", "unset")

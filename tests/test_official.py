@@ -27,10 +27,17 @@ make = sims.make
 slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
 
 
+@pytest.fixture(scope="module")
+def sim():
+    """The one made last, of which MuJoCo gives the XML; in our look, as nothing depends on it."""
+    sim = make(SUITE, 0, SIZE)
+    yield sim
+    sim.close()
+
+
 @pytest.fixture(scope="module", autouse=True)
 def in_this_process(sim):
-    """Episodes are imported without processes of their own, in the tests' simulator, with our look:
-    on the published one nothing here depends but where it is compared."""
+    """Episodes are imported without processes of their own, in this module's simulator."""
     class Kept:
         close = lambda self: None
         __getattr__ = lambda self, name: getattr(sim, name)
@@ -82,7 +89,6 @@ def publish(path, episodes):
                 demo[f"obs/{camera}_rgb"] = episode[f"{camera}_rgb"][:, ::-1]
             for name in ("ee_states", "gripper_states", "joint_states"):
                 demo[f"obs/{name}"] = episode[name]
-            demo["obs/ee_pos"], demo["obs/ee_ori"] = np.split(episode["ee_states"], 2, 1)
             demo["actions"], demo["states"] = episode["actions"], episode["states"]
             demo["rewards"] = demo["dones"] = np.append(np.zeros(T - 1, np.uint8), np.uint8(1))
             demo.attrs.update(num_samples=T, model_file=episode["model"])
@@ -139,7 +145,6 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
             demo = f[f"data/demo_{k}"]
             assert demo.attrs["original"] == f"demo_{k}" and demo.attrs["num_samples"] == T
             for name in (f"{camera}_rgb" for camera in CAMERAS):
-                assert demo[f"obs/{name}"].dtype == np.uint8
                 assert np.array_equal(demo[f"obs/{name}"], episode[name][:-1]), "upright, exactly"
             assert np.array_equal(demo["states"], episode["states"][1:]), "before the action"
             np.testing.assert_allclose(demo["actions"], episode["actions"][1:], atol=1e-7)
@@ -152,11 +157,9 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
                 off = [np.abs(episode["agentview_rgb"][i].astype(int)
                               - frame["agentview_rgb"]).mean() for i in (t, t + 1)]
                 assert off[0] < 1 and off[0] < 0.5 * off[1], "of the picture's state, to 2 ms"
-                assert np.array_equal(demo["masks"][t], frame["masks"])
-                assert set(np.unique(frame["masks"])) == {0, 1, 2, 3}
-                for name in ("ee_states", "joint_states", "gripper_states"):
-                    np.testing.assert_allclose(demo[f"obs/{name}"][t], frame[name], atol=1e-5)
-                np.testing.assert_allclose(demo["hand"][t], frame["hand"], atol=1e-3)
+                for name in frame.keys() - {"agentview_rgb", "eye_in_hand_rgb"}:
+                    there = demo[name if name in demo else f"obs/{name}"][t]
+                    np.testing.assert_allclose(there, frame[name], atol=1e-3 * (name == "hand"))
 
 
 def test_it_is_read_and_not_added_to(imported, task, refused, capfd):
@@ -181,24 +184,14 @@ def test_a_row_flip_turns_robosuites_observation_upright():
     """robosuite's renderer and ours on the same state: equal after [::-1], and in no other way."""
     from robosuite.utils.binding_utils import MjRenderContextOffscreen
     sim = make(SUITE, 0, SIZE, "faithful")
-    sim.reset(seed=0)
-    context = MjRenderContextOffscreen(sim.env.sim, device_id=-1)
+    frame, context = sim.reset(seed=0), MjRenderContextOffscreen(sim.env.sim, device_id=-1)
     context.vopt.geomgroup[0] = 0
-    frame = sim.frame()
     for camera, view in zip(CAMERAS, sim.cameras):
         raw = sim.env.sim.render(camera_name=view, width=SIZE, height=SIZE)
         ours = frame[f"{camera}_rgb"].astype(int)
         off = lambda picture: np.abs(picture - ours).mean()
         assert off(raw[::-1]) < 0.5 and min(off(raw), off(raw[::-1, ::-1]), off(raw[:, ::-1])) > 5
     sim.close()
-
-
-def test_picture_offset():
-    joints = np.cumsum(np.random.default_rng(0).normal(size=(30, 7)), 0)
-    near = joints + 0.1 * np.random.default_rng(1).normal(size=joints.shape)
-    assert official.picture_offset(near, joints) == 0
-    assert official.picture_offset(near[1:], joints[:-1]) == 1
-    assert official.picture_offset(0 * joints, 0 * joints) == 0, "nothing is known of one at rest"
 
 
 def test_pictures_of_the_state_before_the_action(played, sim, tmp_path):
