@@ -21,12 +21,8 @@ from demos.record import missing, run_jobs, shares
 WORK = 384  # pixels: films are annotated at this size or at --size, the larger
 
 
-# --- a recorded suite -----------------------------------------------------------------------------
-
-
 def annotated_suite(config):
-    """The suite of these masks and tracks: libero_spatial, or by networks libero_spatial_sam,
-    libero_spatial_flow, libero_spatial_sam_cotracker, ..."""
+    """The suite of these masks and tracks: libero_spatial; of networks: libero_spatial_sam_flow."""
     return "_".join([config.suite, *(m for m in (config.masks, config.tracks) if m != "sim")])
 
 
@@ -86,9 +82,6 @@ def annotate_episodes(job):
             about["seconds"] = about.get("seconds", 0) + time.time() - begin
             write_episode(parts / f"demo_{i}.hdf5", kept | made, **about)
             yield i
-
-
-# --- films ----------------------------------------------------------------------------------------
 
 
 def film_path(config):

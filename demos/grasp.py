@@ -98,8 +98,7 @@ def turned(yaw):
 
 
 def leaning(axis, out, angle):
-    """The hand with its fingers along `axis` (3,), horizontal, leaning over by `angle` radians: its
-    back towards `out`."""
+    """The hand, its fingers along `axis` (3,), leaning by `angle` radians, its back to `out`."""
     return Rotation.from_rotvec(angle * np.cross(UP, out)).as_matrix() @ turned(yaw_of(axis))
 
 
@@ -138,9 +137,9 @@ def rims(boxed, yaws, axes):
     """Ways to hold an object by its rim, one finger inside; all else as for `pinches`.  A tilted
     bowl is held where its rim is raised: there its wall stands steep; elsewhere it slips."""
     points = boxed.reshape(-1, 3)
-    middle, floor = (points.min(0) + points.max(0)) / 2, points[:, 2].min()
-    floor += min(FLOOR_GAP, 0.35 * np.ptp(points[:, 2]))  # a plate's rim is nearly on the table
-    flat, highest = points - middle, points[:, 2].max()
+    low, high = points.min(0), points.max(0)
+    middle, flat = (low + high) / 2, points - (low + high) / 2
+    floor = low[2] + min(FLOOR_GAP, 0.35 * (high[2] - low[2]))  # a plate's rim is low
     for yaw, axis in zip(yaws, axes):
         for side in (axis, -axis):
             along, across = flat @ side, flat[:, :2] @ [-side[1], side[0]]
@@ -149,7 +148,7 @@ def rims(boxed, yaws, axes):
                 continue
             top = points[sector, 2].max()  # of the rim on this side: the object may be tilted
             radius = along[sector & (points[:, 2] > top - 0.01)].max()
-            lowered = max(highest - top - 0.01, 0)
+            lowered = max(high[2] - top - 0.01, 0)
             for cost, bite, inset in RIMS:
                 point = np.array([*(middle + side * (radius - inset))[:2], max(top - bite, floor)])
                 # equals: always the same side
@@ -157,7 +156,7 @@ def rims(boxed, yaws, axes):
 
 
 def without_handle(boxed):
-    """Which boxes (G, 8, 3) are of an object's body, (G,) bool: all, or some stick out to a side."""
+    """Which boxes (G, 8, 3) are of an object's body, (G,) bool: not those far to one side."""
     points, centres = boxed.reshape(-1, 3), boxed.mean(1)
     volume = np.prod([np.linalg.norm(boxed[:, k] - boxed[:, 0], axis=1) for k in (1, 2, 4)], axis=0)
     middle = np.average(centres, axis=0, weights=volume)
@@ -198,12 +197,10 @@ def handle_of(sim, name):
     body = without_handle(boxed)
     if body.all():
         return None
-    middle, parts = boxed[body].mean((0, 1)), boxed[~body]
-    out = parts.mean((0, 1)) - middle
+    parts, (p, R) = boxed[~body], pose(sim, name)
+    out = parts.mean((0, 1)) - boxed[body].mean((0, 1))
     out /= np.linalg.norm(out[:2])
-    upright = parts[(parts.mean(1) @ out).argmax()].mean(0)
-    p, R = pose(sim, name)
-    return R.T @ (upright - p)
+    return R.T @ (parts[(parts.mean(1) @ out).argmax()].mean(0) - p)
 
 
 def choose_grasp(sim, name, last=None, reach=np.inf):
@@ -215,12 +212,12 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
     """
     own, others = solid(sim, name), all_but(sim, name)
     boxed = corners(sim, own)
-    middle = boxed.reshape(-1, 3).mean(0)
-    away = np.linalg.norm(sim.data.geom_xpos[others] - middle, axis=1)
+    points = boxed.reshape(-1, 3)
+    away = np.linalg.norm(sim.data.geom_xpos[others] - points.mean(0), axis=1)
     others = others[away < 0.25 + sim.model.geom_rbound[others]]
     yaws = np.radians(np.arange(-75, 105, 5))  # (Y,)
     axes = np.stack([-np.sin(yaws), np.cos(yaws), 0 * yaws], -1)  # (Y, 3)
-    width, body = np.ptp(boxed.reshape(-1, 3) @ axes.T, axis=0).min(), without_handle(boxed)
+    width, body = np.ptp(points @ axes.T, axis=0).min(), without_handle(boxed)
     handled = width > TIGHT and not body.all() and not is_hollow(boxed[body])
     # the handle of a thing that fell over may be out of reach
     found = list(handles(boxed, body, yaws, axes)) if handled else []
@@ -228,10 +225,9 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
     if not found:
         found = rims(boxed[body], yaws[1::2], axes[1::2]) if by_rim else pinches(boxed, yaws, axes)
     cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
-    hands = np.einsum("nij,kj->nki", np.stack([turned(y) for y in yaw]), HAND)
-    hands = point[:, None] + hands  # (N, K, 3)
+    hands = point[:, None] + np.einsum("nij,kj->nki", [*map(turned, yaw)], HAND)  # (N, K, 3)
     gap = distance(sim, hands, others).min(1)  # (N,)
-    if by_rim:  # the inner finger must not stand on the bottom, which a tilted bowl turns to it
+    if by_rim:  # nor may a finger (of 36 points) stand on the bottom that a tilted bowl turns to it
         gap = np.minimum(gap, distance(sim, hands[:, :36], own).min(1))
     if last is not None:
         cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)

@@ -27,8 +27,7 @@ UNSOLVED = {
     "KITCHEN_SCENE9_put_the_frying_pan_under_the_cabinet_shelf",
     "STUDY_SCENE4_pick_up_the_book_in_the_middle_and_place_it_on_the_cabinet_shelf",
     "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_on_the_cabinet_shelf",
-    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf",
-}
+    "STUDY_SCENE4_pick_up_the_book_on_the_right_and_place_it_under_the_cabinet_shelf"}
 GAIN = 25.0  # action per metre: full speed (13 mm per step) beyond 4 cm, no overshoot
 # action per radian; weak, as the controller treats position and orientation as independent: for an
 # outstretched arm they are not, and a firm wrist holds the hand centimetres from its target
@@ -150,8 +149,7 @@ class Arm:
             if self.grip[2] < before + 0.001:
                 break
         for step in range(120):
-            action = self.funnel(point(), R, gripper, level, step)
-            if action is None:
+            if (action := self.funnel(point(), R, gripper, level, step)) is None:
                 break
             yield action
 
@@ -331,7 +329,7 @@ def lift(arm, name, level, R, lost):
 
 
 def carry(arm, goal, level, R, lost):
-    """Across and down: the object's centre over the destination's, until it rests or hangs there."""
+    """Across and down, the object's centre over the destination's, until it rests or hangs."""
     sim, (predicate, name, target) = arm.sim, goal
     shared = sum(g[-1] == target for g in sim.goal) > 1 and predicate == "on"
     steep = 2 * STEEP if shared else STEEP  # past what already stands there

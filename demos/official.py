@@ -167,11 +167,9 @@ def import_episodes(job):
     """Worker: the first demonstrations of one task that the replay reproduces, a file each; yields
     each one's number when it is made."""
     suite, task, path, names, size, folder, wanted = job
-    parts = [folder / f"demo_{i}.hdf5" for i in range(wanted)]
-    done = [part for part in parts if part.exists()]  # of an earlier run; in order
-    made, left, why = len(done), iter(names), ""
-    if done:
-        with h5py.File(done[-1]) as one:
+    made, left, why = len([*folder.glob("demo_*.hdf5")]), iter(names), ""
+    if made:  # in an earlier run, in order
+        with h5py.File(folder / f"demo_{made - 1}.hdf5") as one:
             left = iter(names[1 + names.index(one.attrs["original"]):])
     sim = sims.make(suite, task, size, "faithful")
     with h5py.File(path) as f:
@@ -183,7 +181,7 @@ def import_episodes(job):
                 why = f"{path}: {name} is not what its states give: {error}"
                 print(f"left out, {why}")
                 continue
-            write_episode(parts[made], episode, original=name, render="faithful",
+            write_episode(folder / f"demo_{made}.hdf5", episode, original=name, render="faithful",
                           seconds=time.time() - begin)
             yield made
             made += 1

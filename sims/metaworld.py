@@ -87,11 +87,8 @@ class MetaWorld(Simulator):
         self.label = self.labels({moving: 2}, robot & (self.model.body_weldid > 0))
 
     def reset(self, seed=None, init=None):
-        """Starts an episode; give one of the two.  Returns the first frame.
-
-        seed  an integer >= 0: goal and objects are drawn from it (`scene.py` has the ranges)
-        init  0..49: a test scene, the seed EVALUATION + init
-        """
+        """Starts an episode, its goal and objects drawn from a seed >= 0; or a test scene, init
+        0..49, of the seed EVALUATION + init.  Returns the first frame."""
         self.env.seed(scene_seed(seed, init))
         # drawn, and set again: the first time leaves traces of what was drawn before
         for frozen in (False, True):

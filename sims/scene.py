@@ -6,17 +6,16 @@ from core.episodes import CAMERAS
 from core.files import fail
 from sims.camera import project
 
-# A scene, its fixtures and goal included, follows from its seed; the ranges of seeds do not meet.
-# Training scenes lie below EVALUATION: video i has seed i or, where the demonstrator failed,
-# i + k * 100_000.
+# A scene, its fixtures and goal included, follows from its seed; the ranges do not meet: video i
+# has seed i or, where the demonstrator failed, i + k * 100_000, below EVALUATION
 EVALUATION = 10_000_000  # + i: test scene i, as of reset(init=i)
 DEVELOPMENT = 20_000_000  # + k: development scene k, as of reset(seed=DEVELOPMENT + k)
 INITS = 50  # test scenes per task
 
 
 def scene_seed(seed, init):
-    """The seed of a scene that is given by its seed or by its number among the test scenes: both or
-    neither is a ValueError, a test scene that does not exist fails."""
+    """The seed of a scene, given by it or by its number among the test scenes: both or neither is a
+    ValueError, a test scene that does not exist fails."""
     if (seed is None) == (init is None):
         raise ValueError("reset needs either seed or init")
     if init is not None and not 0 <= init < INITS:
@@ -42,7 +41,7 @@ class Simulator:
     """
 
     def labels(self, objects, robot):
-        """`label`, from objects {body: label}, which their parts share, and robot (bodies,) bool."""
+        """`label`, from objects {body: label}, which parts inherit, and robot (bodies,) bool."""
         label = np.zeros(self.model.ngeom, np.uint8)
         for geom, body in enumerate(self.model.geom_bodyid):
             whole = body
