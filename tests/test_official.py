@@ -277,15 +277,6 @@ def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, again,
     assert ours.read_bytes() == before and not ours.with_suffix("").exists()
 
 
-def test_a_broken_file_is_one_line(copied, source, refused, again):
-    os.truncate(source, source.stat().st_size // 2)
-    refused(again, source, "fetch it again")
-    with h5py.File(source, "w") as f:
-        f["data"] = np.arange(5)
-    refused(again, source, "fetch it again")
-    assert not copied[1].exists()
-
-
 @pytest.mark.parametrize("key, change, word", [
     ("states", lambda v: v[:-1], "fetch it again"), ("actions", lambda v: v[:, 1:], "(16, 7)"),
     ("obs/eye_in_hand_rgb", lambda v: v[:, 1:, 1:], "(16, 64, 64, 3)"),
@@ -293,13 +284,18 @@ def test_a_broken_file_is_one_line(copied, source, refused, again):
     ("obs/agentview_rgb", lambda v: v[:, 1:], "(16, 63, 63, 3)"),
     ("states", lambda v: v[:, :-3], "numbers")],
     ids=["rows", "actions", "sizes", "floats", "size of one", "states of another scene"])
-def test_another_shape_is_one_line(copied, source, refused, again, key, change, word):
+def test_a_broken_file_is_one_line(copied, source, refused, again, key, change, word):
     with h5py.File(source, "a") as f:
         for demo in f["data"].values():
             value = demo[key][:]
             del demo[key]
             demo[key] = change(value)
     refused(again, source, word)
+    os.truncate(source, source.stat().st_size // 2)
+    refused(again, source, "not a whole", "fetch it again")
+    with h5py.File(source, "w") as f:
+        f["data"] = np.arange(5)
+    refused(again, source, "lacks data/demo_0", "fetch it again")
     assert not copied[1].exists()
 
 
