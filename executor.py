@@ -26,8 +26,8 @@ from tqdm import tqdm
 from core import networks, training
 from core.episodes import Episodes, look_times
 from core.files import fail
-from core.flags import (TrainingConfig, as_dict, differences, flag, from_dict, parse,
-                        run_path)
+from core.flags import (TrainingConfig, as_dict, differences, flag, from_dict, parse, run_path,
+                        suites)
 from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
@@ -126,10 +126,10 @@ class Executor(nn.Module):
         return self
 
     def shifted(self, batch):
-        """Random shifts of all pictures that a trained encoder sees, one draw for all looks of a
-        window -> batch, by how much each view has moved (B, 3, 2), in widths."""
+        """In training, random shifts of all pictures that a trained encoder sees, one draw for all
+        looks of a window -> batch, by how much each view has moved (B, 3, 2), in widths."""
         moved = torch.zeros(len(batch["state"]), 3, 2, device=batch["state"].device)
-        for k in [k for k in (*self.encoders, "frames", "goal") if k in batch]:
+        for k in [k for k in (*self.encoders, "frames", "goal") if self.training and k in batch]:
             beside = batch[k].flatten(1, -4).permute(0, 2, 3, 1, 4)     # (B, H, W, M, 3)
             images, pixels = networks.random_shift(beside.flatten(3))
             images = images.view(beside.shape).permute(0, 3, 1, 2, 4)   # (B, M, H, W, 3)
@@ -139,8 +139,7 @@ class Executor(nn.Module):
         return batch, moved
 
     def sets_of(self, batch):
-        """All token sets, {name: (B T, n, width)}: the planner's, kept or computed from obs, and
-        what its own encoders see."""
+        """The planner's token sets, kept or computed, and the encoders' {name: (B T, n, width)}."""
         flat = {k: v.flatten(0, 1) for k, v in batch.items()}
         sets = {k.removeprefix("set/"): v.float() for k, v in flat.items() if k.startswith("set/")}
         sets = sets or self.planner.plan(flat, self.config.form)
@@ -150,15 +149,11 @@ class Executor(nn.Module):
 
     def look(self, batch):
         """What is seen in each look, on its own.
-
         batch: state (B, T, S), wrist and, for encoders of its own, picture (B, T, H, W, 3) uint8,
         and the planner's sets, kept (set/<name> (B, T, n, width)) or obs to compute them from
-        -> CLS token (B, T, D), pooled plans for late fusion (B, T, 0 or D per plan).
-        """
+        -> CLS token (B, T, D), pooled plans for late fusion (B, T, 0 or D per plan)."""
         B, T = batch["state"].shape[:2]
-        moved = torch.zeros(B, 3, 2, device=batch["state"].device)
-        if self.training:
-            batch, moved = self.shifted(batch)
+        batch, moved = self.shifted(batch)
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
@@ -171,18 +166,14 @@ class Executor(nn.Module):
 
     def act(self, cls, late, state, waypoint=None):
         """Looks (B, T, D), late plans (B, T, .) and states (B, T, S) -> features (B, T, .), actions
-        (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres. `waypoint`: the true one, in
-        training.
-
+        (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
         motion and holds little of a target further off. The waypoint is where the demonstration's
-        gripper next opens or closes.
-        """
+        gripper next opens or closes."""
         T = cls.shape[1]
         x = self.time(cls + self.when[:T], self.causal[:T, :T])         # (B, T, D)
         x = torch.cat([x, late], -1)                                    # late fusion (ATM)
-        there = self.waypoint(x).float() * OFFSET_SCALE    # (B, T, 3)
-        there = there + self.scale["state"].mean[:3]
+        there = self.waypoint(x).float() * OFFSET_SCALE + self.scale["state"].mean[:3]  # (B, T, 3)
         # teacher forcing with noise: conditioned on poor predictions, the head would ignore them
         aim = there if waypoint is None else waypoint + WAYPOINT_NOISE * torch.randn_like(there)
         offset = (aim - state[..., :3]) / OFFSET_SCALE
@@ -209,10 +200,7 @@ class Executor(nn.Module):
 def waypoints(position, gripper):
     """Where the hand is when its gripper's command next changes, at the end if it does not. While
     the fingers still follow a change, its own place is the waypoint: whether to close now is often
-    open, where to be then is not.
-
-    position (T, 3) metres, gripper (T,) commands -> (T, 3) metres.
-    """
+    open, where to be then is not.  position (T, 3) metres, gripper (T,) commands -> (T, 3)."""
     changes = np.flatnonzero(np.diff(gripper > 0)) + 1
     passed = np.searchsorted(changes + FOLLOW, np.arange(len(gripper)), "right")    # (T,)
     return position[np.append(changes, len(gripper) - 1)[passed]]
@@ -259,11 +247,11 @@ class ActionData:
                 "hand": demos.gather("hand", episode, self.t[row]).astype(np.float32)}
 
     @torch.no_grad()
-    def compute(self, size=64):
+    def compute(self):
         """The frozen planner's sets of all frames -> {name: (draws, frames, n, width) float16};
         `picture` and `wrist`, which do not depend on the goal, for one draw."""
         device, kept, N = next(self.executor.parameters()).device, {}, len(self.demos)
-        parts = np.array_split(np.arange(N), -(-N // size))
+        parts = np.array_split(np.arange(N), -(-N // 64))
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
             for part in tqdm(parts, desc=f"plans, {self.draws} goals per frame", mininterval=5):
                 for draw in range(self.draws):
@@ -353,8 +341,7 @@ class Policy:
         from core.draw import row
         frame = sim.frame()
         masks = torch.as_tensor(frame["masks"], device=self.device)[None]       # (1, H, W)
-        with torch.no_grad():
-            plan = self.planner.draw(self.obs | {"masks": masks})
+        plan = self.planner.draw(self.obs | {"masks": masks})
         return row([("now", frame["agentview_rgb"]), *plan, ("wrist", frame["eye_in_hand_rgb"])])
 
 
@@ -367,22 +354,19 @@ def load_executor(path, device="cpu", Kind=Executor):
     return executor.to(device).eval().requires_grad_(False)
 
 
-def load_policy(path, device="cpu"):
-    """A trained executor as an actor."""
-    return Policy(load_executor(path, device))
-
-
 # --- command --------------------------------------------------------------------------------------
 
-def load_data(config, of):
-    """Episodes of the demonstrations and of the videos, made first if there are none; completes the
-    configuration by what they decide.  of: a trained planner's configuration, a dict, or {}."""
+def load_data(config, of, known):
+    """Episodes of demonstrations and videos, made first if there are none; completes the
+    configuration.  of: a trained planner's, a dict, or {}; known: the suites that it has seen."""
     from demos.record import ensure, task_names
-    c, its = config, of.get("suite", "libero_spatial")
-    c.suite, c.size = c.suite or its.split(",")[0].split(":")[0], of.get("size", c.size)
-    names = task_names(c.suite, c.tasks or of.get("tasks", "") * (c.suite in its), c.data)
+    c = config
+    c.suite, c.size = c.suite or (*known, "libero_spatial")[0], of.get("size", c.size)
+    names = task_names(c.suite, c.tasks or of.get("tasks", "") * (c.suite in known), c.data)
     ensure(c.suite, names, c.demos, c.data, c.size)
     demos, videos = (Episodes(c.data, c.suite, names, n) for n in (c.action_demos, c.demos))
+    if not demos.arrays["actions"]:
+        fail(f"the videos of {c.suite} have no actions to learn from: give the --suite to act in")
     if c.size != videos.size:
         fail(f"pictures of {c.size} px are asked for, {c.data}/ holds {videos.size} px: give "
              "another --data folder")
@@ -393,30 +377,26 @@ def load_data(config, of):
     return demos, videos
 
 
-def check(config, planner):
-    """Refuses a planner, or a class of them, that does not go with the other flags."""
-    c, execute = config, min(config.execute, config.chunk)
+def prepare(config, Kind=Executor):
+    """-> a new executor, of class Kind, on its planner, Episodes of the demonstrations and of the
+    videos, the path of the checkpoint."""
+    c, stem = config, Path(config.planner).stem
+    c.differs = differences(c, {"action_demos", "seed"})
+    trained = c.planner.endswith(".pt")
+    planner = load_planner(c.planner, c.device) if trained else untrained(c.planner)
     if c.form not in (None, *planner.forms):
         fail(f"--form {c.form}: {c.planner} has {' and '.join(planner.forms)}")
+    execute = min(c.execute, c.chunk)
     if planner.history > 1 and planner.stride % execute:
         fail(f"the planner's frames are {planner.stride} steps apart, no multiple of the {execute} "
              "steps between looks: give another --chunk")
     if c.action_demos > c.demos:
         fail(f"--action-demos {c.action_demos} is more than the {c.demos} videos: give --demos "
              f"{c.action_demos}")
-
-
-def prepare(config, Kind=Executor):
-    """Planner and data of a configuration -> a new executor, Episodes of the demonstrations and of
-    the videos, the path of the checkpoint.  Kind: the executor's class."""
-    c, stem = config, Path(config.planner).stem
-    c.differs = differences(c, {"action_demos", "seed"})
-    trained = c.planner.endswith(".pt")
-    planner = load_planner(c.planner, c.device) if trained else untrained(c.planner)
-    check(c, planner)
     of = as_dict(planner.config) if trained else {}
-    demos, videos = load_data(c, of)
-    if c.suite not in of.get("suite", c.suite):
+    known = suites(planner.config) if "suite" in of else {}
+    demos, videos = load_data(c, of, known)
+    if known and c.suite not in known:
         stem += f"_of-{of['suite']}"
     path = run_path(c, f"{stem}_{Kind.kind}")
     torch.manual_seed(c.seed)

@@ -27,9 +27,9 @@ import sims
 from core import training
 from core.draw import write_film
 from core.files import fail, write
-from core.flags import differences, flag, parse
+from core.flags import as_dict, differences, flag, parse
 from demos.record import Demonstrator, run_jobs, shares
-from executor import load_policy
+from executor import Executor, Policy, load_executor
 
 MADE_BY = "python executor.py --planner runs/<suite>/mask.pt"
 
@@ -44,8 +44,7 @@ class Config:
     scenes: str = flag("test", "test: LIBERO's bundled states, Meta-World's test seeds; "
                        "development: scenes to choose by; or the first of other seeds")
     noise: float = flag(0.0, "standard deviation of noise on the demonstrator's motion", minimum=0)
-    unseen: str = flag("", "what is new in the scenes of libero_spatial",
-                       choices=["", *sims.UNSEEN])
+    unseen: str = flag("", "what is new in libero_spatial's scenes", choices=["", *sims.UNSEEN])
     films: bool = flag(True, "an mp4 of each task's first success and first failure")
     workers: int = flag(2, "processes", minimum=1)
     results: str = flag("results", "folder of the results")
@@ -56,8 +55,7 @@ class Config:
 
 def play(sim, actor, scene, film=False):
     """One episode of any actor.  scene: what sim.reset takes, {"seed": s} or {"init": k}
-    -> success at the end, success at any step, steps, pictures (of every fourth step, if `film`).
-    """
+    -> success at the end, success at any step, steps, pictures (`film`: of every fourth step)."""
     actor.reset(sim, scene)     # may use the simulator, so the scene is set after it
     sim.reset(**scene)
     ever, pictures = False, []
@@ -116,24 +114,12 @@ def evaluate(make_actor, config, suite, tasks, size, render, folder):
 
 # --- results --------------------------------------------------------------------------------------
 
-def wilson(k, n, z=1.96):
-    """95 % Wilson interval of k successes in n episodes -> (low, high)."""
-    p, zz = k / n, z * z / n
-    middle, half = (p + zz / 2) / (1 + zz), z * np.sqrt(p * (1 - p) / n + zz / (4 * n)) / (1 + zz)
-    return max(0.0, float(middle - half)), min(1.0, float(middle + half))
-
-
 def commit():
     """The source's git commit, '+' if the code was changed since; None outside a repository."""
     git = lambda *words: subprocess.run(["git", *words], capture_output=True, text=True,
                                         cwd=Path(__file__).parent).stdout.strip()
     changed = bool(git("status", "--porcelain", "-uno", "*.py"))
     return git("rev-parse", "--short", "HEAD") + "+" * changed or None
-
-
-def command():
-    """The command that is running, as in README."""
-    return "python " + " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 def result_path(config, about):
@@ -151,34 +137,50 @@ def result_path(config, about):
 
 
 def report(config, about, found, seconds):
-    """Prints and writes the result of an evaluation.
-
-    about: suite, plan, preset, videos, action_demos, seed, differs and config (of the executor),
-    seconds of data and training; found: see `evaluate`.
-    """
+    """Prints and writes the result of an evaluation.  about: suite, plan, preset, videos,
+    action_demos, seed, differs and config (of the executor), seconds of data and training; and
+    counts, which success, if not at any step; found: see `evaluate`."""
+    from scipy.stats import binomtest
     counts = about.get("counts", "ever succeeded")
-    at_end = counts == "success at the end"
     tasks = {}
     for task, outcomes in found.items():
         _, end, ever, steps = zip(*outcomes)
-        tasks[task] = {"success": sum(end if at_end else ever), "episodes": len(end),
-                       "steps": round(float(np.mean(steps)), 1), "ever": sum(ever)}
+        tasks[task] = {"success": sum(end if counts == "success at the end" else ever),
+                       "episodes": len(end), "steps": round(float(np.mean(steps)), 1),
+                       "ever": sum(ever)}
     k, n = (sum(t[key] for t in tasks.values()) for key in ("success", "episodes"))
-    path, (low, high) = result_path(config, about), wilson(k, n)
+    low, high = binomtest(k, n).proportion_ci(method="wilson")
+    path = result_path(config, about)
     r = about | {
-        "scenes": config.scenes, "unseen": config.unseen or None,
-        "counts": counts,
+        "scenes": config.scenes, "unseen": config.unseen or None, "counts": counts,
         "success": k, "episodes": n, "interval": [round(low, 4), round(high, 4)], "tasks": tasks,
         "outcomes": [[task, *map(int, row)] for task, rows in found.items() for row in rows],
-        "command": command(), "commit": commit(), "versions": sims.versions(),
+        "evaluation": as_dict(config) | {"suite": about["suite"]},
+        "command": " ".join(["python", *sys.orig_argv[1:]]), "commit": commit(),
+        "versions": sims.versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
         "seconds": about["seconds"] | {"rollout": round(seconds)}}
-    for task, count in tasks.items():
-        print(f"  {count['success']:3d}/{count['episodes']:<3d} {task}   "
-              f"({count['steps']:.0f} steps)")
+    for task, t in tasks.items():
+        print(f"  {t['success']:3d}/{t['episodes']:<3d} {task}   ({t['steps']:.0f} steps)")
     write(path, json.dumps(r, indent=1) + "\n")
     print(f"{about['suite']} {about['plan']}: {k}/{n} = {100 * k / n:.1f} % [{100 * low:.1f}, "
           f"{100 * high:.1f}]   {seconds / 60:.1f} minutes -> {path}")
+
+
+def run(config, jobs):
+    """Evaluates jobs [(make_actor, about, tasks, size, render, folder)], see `evaluate` and
+    `report`; whatever can be refused is refused before the first scene is played."""
+    scenes_of(config)
+    paths = []
+    for _, about, *_ in jobs:
+        sims.check_unseen(about["suite"], config.unseen or None)
+        paths.append(path := result_path(config, about))
+        if paths.count(path) > 1:
+            fail(f"{path} would be of two of these: evaluate them apart, with another --results")
+    for make_actor, about, *where in jobs:
+        begin = time.time()
+        found = evaluate(make_actor, config, about["suite"], *where)
+        report(config, about, found, time.time() - begin)
 
 
 # --- command --------------------------------------------------------------------------------------
@@ -192,46 +194,43 @@ def about_executor(checkpoint, content):
             "seconds": c["seconds"] | {"executor": training.last_seconds(checkpoint)}}
 
 
-def jobs_of(config):
-    """What is to be evaluated: [(make_actor, about, suite, tasks, size, render, film folder)]."""
-    if config.checkpoints == ("demonstrator",):
-        about = {"suite": config.suite, "plan": "demonstrator", "preset": None, "config": None,
-                 "videos": None, "action_demos": None, "seed": None, "seconds": {}, "differs": "",
-                 "counts": "success at the end"}
-        return [(partial(Demonstrator, noise=config.noise), about, config.suite,
-                 sims.choose_tasks(config.suite, config.tasks), 128, "fast",
-                 Path("runs") / config.suite / "demonstrator_films")]
-    if not config.checkpoints:
-        fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or demonstrator")
+def executor_jobs(config, kind, made_by, make_actor):
+    """Jobs for `run` of the trained executors config.checkpoints.  kind, made_by: as of
+    training.load; make_actor(path, device, sim) -> actor."""
     jobs = []
     for path in config.checkpoints:
-        content = training.load(path, "executor", MADE_BY)
+        content = training.load(path, kind, made_by)
         c = content["config"]
         tasks = sims.choose_tasks(c["env"], config.tasks or ",".join(c["task_names"]))
-        unknown = [t for t in tasks if t not in c["task_names"]]
-        if unknown:
+        if unknown := [task for task in tasks if task not in c["task_names"]]:
             fail(f"{path} was not trained on {unknown[0]}")
-        jobs.append((partial(make_policy, path, config.device), about_executor(path, content),
-                     c["env"], tasks, c["size"], c["render"], path.removesuffix(".pt") + "_films"))
+        jobs.append((partial(make_actor, path, config.device), about_executor(path, content), tasks,
+                     c["size"], c["render"], path.removesuffix(".pt") + "_films"))
     return jobs
 
 
+def demonstrator_jobs(config):
+    """The one job for `run` of the scripted policy."""
+    about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
+    about |= {"suite": config.suite, "plan": "demonstrator", "differs": "", "seconds": {},
+              "counts": "success at the end"}
+    return [(partial(Demonstrator, noise=config.noise), about,
+             sims.choose_tasks(config.suite, config.tasks), 128, "fast",
+             Path("runs") / config.suite / "demonstrator_films")]
+
+
 def make_policy(path, device, sim):
-    return load_policy(path, device)
+    return Policy(load_executor(path, device))
 
 
 def main(argv=None):
     """Command line: evaluates checkpoints or the demonstrator and writes one JSON each."""
     config = parse(Config, "Success rates in the simulator.", argv)
-    jobs = jobs_of(config)
-    for make_actor, about, suite, tasks, size, render, folder in jobs:
-        sims.check_unseen(suite, config.unseen or None)
-        scenes_of(config)
-        result_path(config, about)      # whatever can be refused is refused before the first scene
-    for make_actor, about, suite, tasks, size, render, folder in jobs:
-        begin = time.time()
-        found = evaluate(make_actor, config, suite, tasks, size, render, folder)
-        report(config, about, found, time.time() - begin)
+    if not config.checkpoints:
+        fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or demonstrator")
+    scripted = config.checkpoints == ("demonstrator",)
+    run(config, demonstrator_jobs(config) if scripted else
+        executor_jobs(config, Executor.kind, MADE_BY, make_policy))
 
 
 if __name__ == "__main__":
