@@ -50,24 +50,19 @@ class Config(PlannerConfig):
                              blocks=(2, 2, 2, 2), channels=64, history=10)}
 
 
-# --- losses ---------------------------------------------------------------------------------------
+# --- losses and masks -----------------------------------------------------------------------------
 
 def soft_aggregate(prob):
     """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
-
-    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is in proportion to the odds.
-    """
+    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is in proportion to odds."""
     background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
     p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
     return torch.log(p / (1 - p))
 
 
 def bootstrapped_cross_entropy(logits, target, hardest):
-    """Cross-entropy of the hardest pixels of each picture (XMem); rises, by design, while their
-    fraction `hardest` falls.
-
-    logits (B, C, H, W), target (B, H, W) integers, hardest in (0, 1] -> scalar.
-    """
+    """Cross-entropy of each picture's hardest pixels (XMem); rises, by design, as their fraction
+    `hardest` in (0, 1] falls.  logits (B, C, H, W), target (B, H, W) integers -> scalar."""
     loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
     count = max(1, int(hardest * loss.shape[1]))
     return loss.topk(count, 1).values.mean()
@@ -79,10 +74,8 @@ def hardest_fraction(progress):
 
 
 def dice(prob, target):
-    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).
-
-    prob (B, N, H, W) in [0, 1], target (B, N, H, W) of 0 and 1 -> (B, N).
-    """
+    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).  prob (B, N, H, W) in
+    [0, 1], target (B, N, H, W) of 0 and 1 -> (B, N)."""
     m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
     return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
 
@@ -90,19 +83,14 @@ def dice(prob, target):
 def cell_cross_entropy(logits, masks):
     """ours, `--grounded`: cross-entropy of what the plan's tokens predict without any mask, each
     for its own cell.  D is given where the objects are, so the paper's losses let the plan hold
-    only how they move; with this one it also holds where they are.
-
-    logits (B, C, H', W') over background and objects, masks (B, C - 1, H, W) of 0 and 1 -> scalar.
-    """
+    only how they move; with this one it also holds where they are.  logits (B, C, H', W') over
+    background and objects, masks (B, C - 1, H, W) of 0 and 1 -> scalar."""
     share = F.adaptive_avg_pool2d(with_background(masks), logits.shape[-2:])  # (B, C, H', W')
     return F.cross_entropy(logits, share)
 
 
-# --- geometry -------------------------------------------------------------------------------------
-
 def binary_masks(masks, N):
-    """masks (..., H, W) of integers, 0 background -> (..., N, H, W) float of 0 and 1, one map for
-    each object 1..N."""
+    """Masks (..., H, W) of integers, 0 background -> of objects 1..N (..., N, H, W) of 0 and 1."""
     number = torch.arange(1, N + 1, device=masks.device)
     return (masks.unsqueeze(-3) == number[:, None, None]).float()
 
@@ -131,11 +119,9 @@ def upsample2(masks, shape):
 # --- networks -------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
-    """D of eq. 2: one object's binary mask now, and the plan -> its mask at every horizon.
-
-    Objects pass independently, so there may be any number of them.  ours: convolutions; the paper
-    says only that the features of masks and plan are concatenated.
-    """
+    """D of eq. 2: one object's binary mask now, and the plan -> its mask at every horizon.  Objects
+    pass independently, so there may be any number of them.
+    ours: convolutions; the paper says only that the features of masks and plan are concatenated."""
 
     def __init__(self, width):
         super().__init__()
@@ -149,11 +135,8 @@ class Decoder(nn.Module):
         self.out = nn.Conv2d(32, K, 1)
 
     def forward(self, plan, masks):
-        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W).
-
-        An object without a mask, which is hidden now or which the task does not have, is not
-        tracked: its probability is 0 (XMem's selector).
-        """
+        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W), 0 of
+        an object without a mask, hidden now or not of the task: untracked (XMem's selector)."""
         B, N, H, W = masks.shape
         grow = lambda x, like: F.interpolate(x, size=like.shape[-2:], mode="bilinear")
         d1 = self.down1(masks.flatten(0, 1)[:, None])  # (B N, 32, H/2, W/2)
@@ -191,17 +174,15 @@ class Planner(nn.Module):
         return x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
 
     def forward(self, frames, goal):
-        """Eq. 1: frames (B, T, H, W, 3), oldest first, goal (B, H, W, 3) uint8
-        -> plan (B, T, n, D)."""
+        """Eq. 1: frames (B, T, H, W, 3), oldest first, goal (B, H, W, 3) uint8 -> (B, T, n, D)."""
         return self.plan_from(torch.cat([self.encode(goal)[:, None], self.encode(frames)], 1))
 
     def plan_from(self, x):
         """x (B, 1 + T, n, D): encoded goal, then frames -> plan (B, T, n, D)."""
         # differs: n tokens per picture (a map); PLEX has one, which loses where things are
-        steps = x.shape[1]
+        steps, L = x.shape[1], x.shape[1] * self.n
         x = x + self.position + self.time[:steps]
-        mask = self.mask[:steps * self.n, :steps * self.n]
-        x = self.gpt(x.flatten(1, 2), mask)  # (B, (1 + T) n, D)
+        x = self.gpt(x.flatten(1, 2), self.mask[:L, :L])  # (B, (1 + T) n, D)
         return x.unflatten(1, (steps, self.n))[:, 1:]  # (B, T, n, D)
 
     def as_map(self, tokens):
@@ -209,14 +190,12 @@ class Planner(nn.Module):
         return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
 
     def sets(self, form):
-        """What the executor gets: {name: (places (n, 3): view 0, x, y in [0, 1]; width)}."""
-        if form not in self.forms:
-            raise ValueError(f"plan of form '{form}': a {self.kind} planner has {self.forms}")
+        """What `plan` brings: {name: (places (n, 3): view 0, x, y in [0, 1]; width)}."""
         places = networks.grid_places(self.side, view=0)  # (n, 3)
         return {"picture": (places, self.width), "plan": (places, self.width)}
 
     @torch.no_grad()
-    def plan(self, obs, form="latent"):
+    def plan(self, obs, form):
         """obs with frames (B, T, H, W, 3), goal (B, H, W, 3) uint8 -> {"picture": what P's encoder
         makes of the last frame, "plan": what P predicts}, (B, n, D) each."""
         seen = self.encode(obs["frames"])  # (B, T, n, D)
@@ -273,8 +252,8 @@ class MaskPlanner(Planner):
 
     @torch.no_grad()
     def draw(self, obs):
-        """For films, of the first of a batch: the masks (B, H, W) of integers in obs, moved to two
-        horizons, on the last frame -> [(caption, (H, W, 3) uint8)], none where obs has no masks."""
+        """[(caption, (H, W, 3) uint8)] of an observation's first: its masks (B, H, W) of integers,
+        moved to two horizons, on the last frame; none where obs has no masks."""
         if "masks" not in obs:
             return []
         masks = binary_masks(downsample2(obs["masks"][:1]), self.config.objects)
@@ -285,7 +264,7 @@ class MaskPlanner(Planner):
                 for k in (1, 3)]
 
 
-# --- batches --------------------------------------------------------------------------------------
+# --- data -----------------------------------------------------------------------------------------
 
 def make_batch(episodes, episode, t, rng, config):
     """The planner's view of frames t (B,) of some episodes, as a dict of arrays (see
@@ -304,15 +283,11 @@ def tensors(batch, planner):
     return {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
 
 
-# --- validation and picture -----------------------------------------------------------------------
-
 @torch.no_grad()
 def validate(planner, episodes, samples=600, seed=1):
-    """Mask IoU per horizon beside copying the last mask, on held-out episodes, of tracked objects.
-
-    Returns {group: {"planner": (K,), "copy": (K,), "n": (K,)}} for robot, moving and static: an
-    object is moving at a horizon if its mask then overlaps the present one by less than 0.7.
-    """
+    """IoU of tracked objects' masks, beside copying the present mask, on held-out episodes
+    -> {group: {"planner" | "copy" | "n": (K,)}} for robot, moving and static: an object is moving
+    at a horizon if its mask then overlaps the present one by less than 0.7."""
     N = planner.eval().config.objects
     total = {g: np.zeros((3, K)) for g in ("robot", "moving", "static")}
     for step in range(-(-samples // 50)):
@@ -324,13 +299,12 @@ def validate(planner, episodes, samples=600, seed=1):
         m, tracked = m.bool(), m[:, :1].amax((-1, -2)).bool()  # (B, 1, N)
         found = iou(binary_masks(label, N).bool(), m[:, 1:])  # (B, K, N)
         copied = iou(m[:, :1], m[:, 1:])  # (B, K, N)
+        values = torch.stack([found, copied, torch.ones_like(found)])  # (3, B, K, N)
         robot = torch.arange(N, device=m.device) == 0  # (N,)
         groups = {"robot": robot, "moving": ~robot & (copied < 0.7),
                   "static": ~robot & (copied >= 0.7)}
         for g, chosen in groups.items():
-            chosen = (chosen & tracked).expand_as(copied)
-            for row, value in enumerate((found, copied, torch.ones_like(found))):
-                total[g][row] += (value * chosen).sum((0, 2)).cpu().numpy()
+            total[g] += (values * (chosen & tracked)).sum((1, 3)).cpu().numpy()  # (3, K)
     return {g: {"planner": a / np.maximum(n, 1), "copy": b / np.maximum(n, 1), "n": n}
             for g, (a, b, n) in total.items()}
 

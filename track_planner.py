@@ -105,24 +105,22 @@ def features_at(features, points):
 
 
 def to_unit(images):
-    """(B, H, W, 3) uint8 -> (B, 3, H, W) float in [-1, 1]."""
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
+    return images.movedim(-1, -3).float() / 127.5 - 1
 
 
 def mask_patches(images, masked):
-    """images (B, 3, H, W) in [-1, 1], masked (B, H / SIDE, W / SIDE) bool -> the same images, grey
-    (0) where masked."""
+    """images (B, 3, H, W) in [-1, 1], masked (B, H/SIDE, W/SIDE) bool -> the same, masked ones grey
+    (0)."""
     pixels = masked.repeat_interleave(SIDE, 1).repeat_interleave(SIDE, 2)  # (B, H, W)
     return images.masked_fill(pixels[:, None], 0)
 
 
 def augment(images, tracks, strength):
     """ATM's augmentation (Table VI): colour jitter of 9 in 10 pictures, then a random shift of each
-    by up to 4 pixels, its tracks with it.
-
-    images (B, H, W, 3) uint8, tracks (B, T, N, 2) in [0, 1], strength of the jitter -> the same.
-    differs: the shift of tracks has the sign and the axes of the picture's; ATM's code swaps them.
-    """
+    by up to 4 pixels, its tracks with it.  images (B, H, W, 3) uint8, tracks (B, T, N, 2) in
+    [0, 1], strength of the jitter -> the same.
+    differs: tracks shift with the sign and the axes of the picture; ATM's code swaps them."""
     from torchvision.transforms import v2
     colours = v2.RandomApply([v2.ColorJitter(*[strength] * 4)], 0.9)
     # ours: one draw of colours for an eighth of the batch
@@ -135,10 +133,8 @@ def augment(images, tracks, strength):
 def displacements(tracks):
     """Tracks from POINTS in third person and wrist (B, 2, S, N, 2) -> how far each point will have
     gone, in units of DISPLACEMENT_SCALE.
-
-    differs: ATM's policy is given places. A point's displacement is a few percent of its
-    coordinate, too small a signal next to it.
-    """
+    differs: ATM's policy is given places; what changes is a few percent of a coordinate, too small
+    a signal next to it."""
     points = torch.tensor(POINTS, device=tracks.device)
     scale = torch.tensor(DISPLACEMENT_SCALE, device=tracks.device)[:, None, None, None]
     return (tracks - points) / scale
@@ -150,8 +146,7 @@ class TrackPlanner(nn.Module):
     """The track transformer (Fig. 2a).
 
     differs: plain pre-norm blocks; ATM's code norms the query only and shares one key and value
-    head. One sentence encoder for all planners (demos/language.py); ATM uses BERT.
-    """
+    head. One sentence encoder for all planners (demos/language.py); ATM uses BERT."""
     kind, Config, frozen = "track", Config, True
     history, stride = 1, 1  # one frame, "to avoid causal confusion" (appendix C)
 
@@ -162,18 +157,14 @@ class TrackPlanner(nn.Module):
         # differs: a small ResNet of the same stride in place of a linear patch embedding; what
         # points show is learned sooner, and the same path serves all presets
         self.encoder = networks.ImageEncoder(D, config.blocks, config.channels)
-        if self.encoder.stride != SIDE:
-            fail(f"{len(config.blocks)} stages of blocks make patches of {self.encoder.stride} "
-                 f"pixels, not {SIDE}: give 3 stages")
         if config.size % SIDE:
             fail(f"--size {config.size} is not divisible by {SIDE}, the side of a patch: choose a "
                  "multiple")
-        self.cells = config.size // SIDE
+        self.side = config.size // SIDE  # the feature map is side x side
         self.track = nn.Linear(2 * PATCH, D)
-        # (P, 1, D)
-        self.time = nn.Parameter(networks.sincos(torch.arange(STEPS // PATCH)[:, None].float(),
-                                                 D)[:, None])
-        self.register_buffer("grid", networks.grid_points(self.cells), persistent=False)  # (n, 2)
+        order = torch.arange(STEPS // PATCH).float()  # of the patches
+        self.time = nn.Parameter(networks.sincos(order[:, None], D)[:, None])  # (P, 1, D)
+        self.register_buffer("grid", networks.grid_points(self.side), persistent=False)  # (n, 2)
         self.text = nn.Linear(config.E, D) if config.goal == "language" else None
         self.task = nn.Parameter(torch.randn(D) * 0.02)  # marks the task's tokens
         self.transformer = networks.Transformer(D, config.depth, max(4, D // 48), config.dropout)
@@ -184,20 +175,16 @@ class TrackPlanner(nn.Module):
 
     def encode(self, images, mask_ratio=0.0):
         """(B, H, W, 3) uint8, a share of its patches masked -> map (B, D, h, w).
-
         differs: masked patches are grey pixels; ATM replaces their tokens by a learned one, which
-        an encoder that looks beyond its patch would see around.
-        """
-        masked = torch.rand(len(images), self.cells, self.cells, device=images.device) < mask_ratio
+        an encoder that looks beyond its patch would see around."""
+        masked = torch.rand(len(images), self.side, self.side, device=images.device) < mask_ratio
         return self.encoder(mask_patches(to_unit(images), masked))
 
     def locate(self, points):
         """Places (..., 2) in [0, 1] -> their encoding (..., D), one for points and cells.
-
         differs: ATM's points have none but the linear embedding of their coordinates, from which
-        attention learns late which patch is theirs.
-        """
-        return networks.sincos(points.float() * self.cells - 0.5, self.config.width)
+        attention learns late which patch is theirs."""
+        return networks.sincos(points.float() * self.side - 0.5, self.config.width)
 
     def forward(self, features, points, goal):
         """features (B, D, h, w) from `encode`; points (B, N, 2) in [0, 1], x right, y down; goal
@@ -217,10 +204,8 @@ class TrackPlanner(nn.Module):
         return x[:, :L].unflatten(1, (-1, N)), x[:, L:L + len(place)]
 
     def tracks_of(self, tokens, points):
-        """Tokens of tracks (B, P, N, D), points (B, N, 2) -> places (B, S, N, 2).
-
-        ours: the head predicts the way from the present place; the loss is on places, as in ATM.
-        """
+        """Tokens of tracks (B, P, N, D), points (B, N, 2) -> places (B, S, N, 2).  ours: the head
+        predicts the way from the present place; the loss is on places, as in ATM."""
         return points[:, None] + track_from_patches(self.track_head(tokens).float())
 
     def predict(self, images, points, goal):
@@ -243,35 +228,27 @@ class TrackPlanner(nn.Module):
         track = error.sum() / near.sum().clamp(min=1) / 2
         if not self.config.mask_ratio:
             return 10 * track, {"track": track.item()}
-        reconstructed = self.image_head(to_map(picture, self.cells)).float()  # (B, 3, H, W)
+        reconstructed = self.image_head(to_map(picture, self.side)).float()  # (B, 3, H, W)
         image = F.mse_loss(reconstructed, to_unit(images))  # of all patches, masked or not
         return 10 * track + image, {"track": track.item(), "image": image.item()}
 
-    # --- what executors use ---
-
     def sets(self, form):
-        """Token sets of a form of plan: {name: (places (n, 3): view, x, y; width)}."""
-        if form not in self.forms:
-            raise ValueError(f"a plan of {self.config.track} tracks has no form '{form}': choose "
-                             f"{' or '.join(self.forms)}")
+        """What `plan` brings: {name: (places (n, 3): view, x, y in [0, 1]; width)}."""
         if form != "latent":    # view-major, as the tokens of `plan` are: ATM's code mixes them up
             places = torch.tensor([[float(view), x, y] for view in (0, 1) for x, y in POINTS])
             return {"plan": (places, 2 * LENGTHS[form])}
-        cells, D = networks.grid_places(self.cells, view=0), self.config.width
+        cells, D = networks.grid_places(self.side, view=0), self.config.width
         plan = cells if self.config.track == "any" else torch.tensor([[0, 0.5, 0.5]])
         return {"picture": (cells, D), "plan": (plan, STEPS // PATCH * D)}
 
     @torch.no_grad()
     def plan(self, obs, form):
-        """The token sets {name: (B, n, width)} of a form.
-
-        tracks: of POINTS in both views, how far they will go, one token per view and point (ATM);
-        tracks-8, tracks-4: the first places alone. latent: the encoded picture, and before the
-        heads the tokens of the cells' middles or, for the hand's path, of the hand (Mask2Act 4.1).
-        """
+        """The token sets {name: (B, n, width)} of a form.  tracks: of POINTS in both views, how far
+        they will go, one token per view and point (ATM); tracks-8, tracks-4: the first places
+        alone. latent: the encoded picture, and before the heads the tokens of the cells' middles
+        or, for the hand's path, of the hand (Mask2Act 4.1)."""
         frame, B = obs["frames"][:, -1], len(obs["frames"])
         goal = obs["text" if self.config.goal == "language" else "goal"]
-        self.sets(form)  # raises on an unknown form
         if form == "latent":
             features = self.encode(frame)  # (B, D, h, w)
             tokens, _ = self(features, self.points_of(obs), goal)
@@ -284,27 +261,26 @@ class TrackPlanner(nn.Module):
         return {"plan": far.flatten(1, 2)}  # (B, 2 N, 2 S)
 
     def points_of(self, obs):
-        """The points of the latent plan in the third-person picture: the cells' middles or the hand
-        -> (B, N, 2)."""
+        """The latent plan's points (B, N, 2), third person: the cells' middles, or the hand."""
         if self.config.track == "ee":
             return obs["hand"].float()[:, None]
         return self.grid.expand(len(obs["frames"]), -1, -1)
 
     @torch.no_grad()
     def draw(self, obs):
-        """[(caption, (H, W, 3) uint8)]: the first observation's predicted tracks on its picture."""
+        """[(caption, (H, W, 3) uint8)] of an observation's first: predicted tracks on its frame."""
         obs = {k: v[:1] for k, v in obs.items()}
         frame, points = obs["frames"][:, -1], self.points_of(obs)
         goal = obs["text" if self.config.goal == "language" else "goal"]
         tracks = torch.cat([points[:, None], self.predict(frame, points, goal)], 1)[0].cpu().numpy()
-        return [("plan", draw_tracks(frame[0].cpu().numpy(), tracks,
-                                     np.ones(tracks.shape[:2], bool)))]
+        everywhere = np.ones(tracks.shape[:2], bool)
+        return [("plan", draw_tracks(frame[0].cpu().numpy(), tracks, everywhere))]
 
 
 # --- data -----------------------------------------------------------------------------------------
 
 def make_batch(episodes, camera, episode, t, rng, config):
-    """Training samples of frames t (B,) of some episodes in one camera, as a dict of arrays (see
+    """One camera's view of frames t (B,) of some episodes, as a dict of arrays (see
     TrackPlanner.loss); and visible (B, 1 + S, N) bool, before (B, 1, N, 2): where the points were a
     control step ago."""
     e = episode[:, None]
@@ -328,8 +304,7 @@ def make_batch(episodes, camera, episode, t, rng, config):
 
 
 def views_of(config, episodes):
-    """Cameras that are learned from: any point is followed in all that the data has, by one
-    network; the hand in the third person's."""
+    """Cameras learned from: all that the data has; for the hand's path the third person's."""
     return episodes.views if config.track == "any" else episodes.views[:1]
 
 
@@ -344,20 +319,18 @@ def training_batch(episodes, step, config):
 
 @torch.no_grad()
 def predicted(planner, batch):
-    """Predicted tracks of a batch of arrays -> (B, S, N, 2) array."""
-    device = next(planner.parameters()).device
-    image, tracks, goal = (torch.as_tensor(batch[k], device=device)
-                           for k in ("image", "tracks", "goal"))
-    return planner.eval().predict(image, tracks[:, 0], goal).cpu().numpy()
+    """TrackPlanner.predict, from arrays -> (B, S, N, 2) array."""
+    image, points, goal = (torch.as_tensor(x, device=planner.grid.device)
+                           for x in (batch["image"], batch["tracks"][:, 0], batch["goal"]))
+    return planner.eval().predict(image, points, goal).cpu().numpy()
 
 
 def validate(planner, episodes, samples=300, seed=1):
-    """Errors of predicted tracks of points that move, on held-out episodes, beside points that stay
-    and points that keep the velocity of the last step.
-
-    -> {camera: {"planner" | "stay" | "keep on": {"distance": (len(SCORED),) pixels of 128,
-    "within": TAP-Vid's delta_avg in %}}}
-    """
+    """Errors of predicted tracks of points that move, beside points that stay and points that keep
+    the velocity of the last step, on held-out episodes -> {camera: {"planner" | "stay" | "keep on":
+    {"distance": (len(SCORED),) pixels of 128, "within": TAP-Vid's delta_avg in %}}}; nan where the
+    episodes are too short for any."""
+    mean = lambda x: x.mean() if x.size else np.nan
     config, scores, ahead = planner.config, {}, SPACING * np.arange(1, 1 + STEPS)  # (S,)
     for camera in views_of(config, episodes):
         errors, counted = {name: [] for name in ("planner", "stay", "keep on")}, []
@@ -374,9 +347,8 @@ def validate(planner, episodes, samples=300, seed=1):
         counted, scores[camera] = np.concatenate(counted), {}
         for name, parts in errors.items():
             off = PIXELS * np.concatenate(parts)  # (samples, S, N)
-            at = [off[:, k][counted[:, k]].mean() for k in np.searchsorted(ahead, SCORED)]
-            # delta_avg counts pixels of 256
-            within = np.mean([(2 * off[counted] < d).mean() for d in (1, 2, 4, 8, 16)])
+            at = [mean(off[:, k][counted[:, k]]) for k in np.searchsorted(ahead, SCORED)]
+            within = mean(2 * off[counted][:, None] < (1, 2, 4, 8, 16))  # of pixels of 256
             scores[camera][name] = {"distance": np.array(at), "within": 100 * within}
     return scores
 
@@ -389,17 +361,16 @@ def table(scores):
         for name, s in rows.items():
             lines.append(f"    {name:12s}" + "".join(f" {x:6.2f}" for x in s["distance"])
                          + f"   {s['within']:5.1f} %")
-    return "\n".join(lines)
+    return "\n".join(lines).replace("nan", "  -")
 
 
-def show(planner, episodes, rows=4, seed=3):
+def show(planner, episodes, rows, seed=3):
     """Rows of (predicted | true tracks), one pair per camera -> (., ., 3) uint8."""
     config, drawn = planner.config, []
     for step in range(rows):
         cells = []
         for camera in views_of(config, episodes):
-            episode, t, rng = episodes.sample_frames(step, 1, seed)
-            batch = make_batch(episodes, camera, episode, t, rng, config)
+            batch = make_batch(episodes, camera, *episodes.sample_frames(step, 1, seed), config)
             now = batch["tracks"][0, :1]
             for tracks, name in ((np.concatenate([now, predicted(planner, batch)[0]]), "plan"),
                                  (batch["tracks"][0], "true")):
@@ -416,14 +387,13 @@ def main(argv=None):
     path = run_path(config, "track")
     planner = load_planner(path, config.device) if config.show else None
     videos, held_out, note = load_videos(config)
-    config.E = videos.text.shape[1]
+    picture = lambda trained, rows=4: show(trained, held_out, rows)
     if not planner:
+        config.E, note = videos.text.shape[1], f"{note}, goal: {config.goal}"
         torch.manual_seed(config.seed)
-        planner = training.fit(TrackPlanner(config),
-                               lambda step: training_batch(videos, step, config), config, path,
-                               lambda p: show(p, held_out), f"{note}, goal: {config.goal}")
-    training.report(config, path, table(validate(planner, held_out)),
-                    lambda: show(planner, held_out, 8))
+        batches = lambda step: training_batch(videos, step, config)
+        planner = training.fit(TrackPlanner(config), batches, config, path, picture, note)
+    training.report(config, path, table(validate(planner, held_out)), lambda: picture(planner, 8))
 
 
 if __name__ == "__main__":

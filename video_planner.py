@@ -56,7 +56,33 @@ class Config(PlannerConfig):
                       channel_multipliers=(1, 2, 3, 4, 5), batch=16, lr=1e-4)}
 
 
-# --- diffusion ------------------------------------------------------------------------------------
+# --- pictures and noise ---------------------------------------------------------------------------
+
+def to_unit(images):
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
+    return images.movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_bytes(x):
+    """The inverse, clipped: (..., 3, H, W) -> (..., H, W, 3) uint8."""
+    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
+
+
+def to_residual(pictures, now):
+    """Future pictures (B, F, 3, H, W), the present one (B, 3, H, W) in [-1, 1] -> what is diffused.
+    differs: the change from the present picture, 0 where nothing moves, which is most of it."""
+    return (pictures - now[:, None]) / RESIDUAL_STD
+
+
+def from_residual(x, now):
+    """The inverse, clipped."""
+    return (x * RESIDUAL_STD + now[:, None]).clamp(-1, 1)
+
+
+def means(pictures, p):
+    """(B, F, 3, H, W) -> means over p x p pixels (B, F, 3, H/p, W/p)."""
+    return F.avg_pool2d(pictures.flatten(0, 1), p).unflatten(0, pictures.shape[:2])
+
 
 def cosine_schedule(T):
     """alpha_bar, the share of the signal's variance left after each of T steps (Nichol and
@@ -74,7 +100,6 @@ def add_noise(x0, noise, alpha_bar):
 
 def loss_weight(alpha_bar):
     """Weight of the squared error of x0: min(1 + SNR, gamma) (Salimans and Ho, 2022, limited).
-
     differs: the paper has the error of the noise, its code that of the velocity by min-SNR weights
     (Hang et al., 2023): near 0 at the noisiest steps, which a short training then never learns."""
     return (1 / (1 - alpha_bar)).clamp(max=GAMMA)
@@ -101,11 +126,9 @@ def zeroed(layer):
 
 class VideoConv(nn.Module):
     """Factorised convolution (Fig. 3b), 3 x 3 in space, 3 in time: (B F, i, H, W) -> (B F, o, .).
-
     The one in time starts as the identity (Dirac), so the network starts as an image network.  It
     is a 1 x 1 convolution over each picture beside its neighbours: the same sum, without carrying
-    the pixels to another order and back.
-    """
+    the pixels to another order and back."""
 
     def __init__(self, i, o):
         super().__init__()
@@ -121,8 +144,7 @@ class VideoConv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two factorised convolutions, the embedding of noise level and task added between them, and a
-    shortcut."""
+    """Two factorised convolutions, the noise level's and task's embedding between, a shortcut."""
 
     def __init__(self, i, o, D):
         super().__init__()
@@ -173,10 +195,8 @@ class Layers(nn.ModuleList):
 
 class VideoUNet(nn.Module):
     """The U-Net of Fig. 3a over all pictures of a clip at once.
-
     differs: small noisy pictures in, from means over p x p pixels, and clean ones of full size out:
-    UniPi's cascade in one network.  p = 1 is the paper's; a laptop needs larger ones.
-    """
+    UniPi's cascade in one network.  p = 1 is the paper's; a laptop needs larger ones."""
 
     def __init__(self, config, C, E):
         """C channels of the pictures that it is conditioned on, E numbers per sentence or 0."""
@@ -230,39 +250,10 @@ class VideoUNet(nn.Module):
         return x.unflatten(0, (-1, FRAMES))
 
 
-# --- planner --------------------------------------------------------------------------------------
-
-def to_unit(images):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
-    return images.movedim(-1, -3).float() / 127.5 - 1
-
-
-def to_bytes(x):
-    """The inverse, clipped: (..., 3, H, W) -> (..., H, W, 3) uint8."""
-    return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
-
-
-def to_residual(pictures, now):
-    """Future pictures (B, F, 3, H, W), the present one (B, 3, H, W) in [-1, 1] -> what is diffused.
-
-    differs: the change from the present picture, 0 where nothing moves, which is most of it.
-    """
-    return (pictures - now[:, None]) / RESIDUAL_STD
-
-
-def means(pictures, p):
-    """(B, F, 3, H, W) -> means over p x p pixels (B, F, 3, H/p, W/p)."""
-    return F.avg_pool2d(pictures.flatten(0, 1), p).unflatten(0, pictures.shape[:2])
-
-
-def from_residual(x, now):
-    """The inverse, clipped."""
-    return (x * RESIDUAL_STD + now[:, None]).clamp(-1, 1)
-
-
 class VideoPlanner(nn.Module):
     """The diffusion model; its latent plan is the features at the bottleneck."""
-    kind, forms, frozen, history, stride, Config = "video", ["latent"], True, 1, 1, Config
+    kind, Config, frozen, forms = "video", Config, True, ["latent"]
+    history, stride = 1, 1
 
     def __init__(self, config):
         super().__init__()
@@ -328,14 +319,12 @@ class VideoPlanner(nn.Module):
         return to_bytes(from_residual(self.predict(x, pictures, text, times[-1]), pictures[:, :3]))
 
     def sets(self, form):
-        """-> {name: (places (n, 3): view 0, x, y in [0, 1]; width)} of what `plan` brings."""
-        if form not in self.forms:
-            raise ValueError(f"a video planner's plan has the forms {self.forms}, not {form!r}")
-        places = networks.grid_places(self.side, 0)                         # (n, 3)
+        """What `plan` brings: {name: (places (n, 3): view 0, x, y in [0, 1]; width)}."""
+        places = networks.grid_places(self.side, view=0)                    # (n, 3)
         return {"picture": (places, self.net.width), "plan": (places, FRAMES * self.net.width)}
 
     @torch.no_grad()
-    def plan(self, obs, form="latent"):
+    def plan(self, obs, form):
         """The U-Net's bottleneck at t = T with x_T = 0: a map per future picture, plan (B, n, F
         width); their mean without the task, picture (B, n, width)."""
         pictures, text = self.condition(obs)
@@ -390,7 +379,7 @@ def imagine(planner, batch, generator):
 
 
 def validate(planner, episodes, seed=1):
-    """PSNR and SSIM of imagined pictures of held-out clips, beside the present picture repeated
+    """PSNR and SSIM of imagined pictures, beside the present one repeated, on held-out episodes
     -> {("PSNR" | "SSIM", "imagined" | "stay"): (F,)}."""
     generator, found, clips = torch.Generator().manual_seed(seed), {}, planner.config.val_clips
     for first in range(0, clips, 20):
@@ -406,7 +395,7 @@ def validate(planner, episodes, seed=1):
 
 
 def table(scores):
-    """What `validate` returns as lines of text."""
+    """The scores of `validate` as lines of text."""
     lines = ["held-out videos, picture   " + "".join(f"{k:7d}" for k in range(1, 1 + FRAMES))]
     return "\n".join(lines + [f"  {measure:10s} {name:13s}" + "".join(f"{x:7.2f}" for x in row)
                               for (measure, name), row in scores.items()])
@@ -417,13 +406,12 @@ def show(planner, episodes, rows=4, seed=3):
     episode, t, rng = episodes.sample_frames(0, rows, seed)
     batch = make_batch(episodes, episode, t // 2, rng)      # early: more is to come
     imagined = imagine(planner, batch, torch.Generator().manual_seed(seed))
-    imagined = np.concatenate([batch["frames"], imagined], 1)               # (rows, 1 + F, H, W, 3)
-    lines = []
+    imagined, drawn = np.concatenate([batch["frames"], imagined], 1), []    # (rows, 1 + F, H, W, 3)
     for b in range(rows):
         name = episodes.tasks[episodes.task[episode[b]]].replace("_", " ")
         for clip, what in ((imagined[b], "imagined"), (batch["clip"][b], "true")):
-            lines.append(caption(np.concatenate(clip, 1), f"{what}: {name}"))
-    return np.concatenate(lines)
+            drawn.append(caption(np.concatenate(clip, 1), f"{what}: {name}"))
+    return np.concatenate(drawn)
 
 
 def main(argv=None):
@@ -431,18 +419,17 @@ def main(argv=None):
     from demos.record import load_videos
     config = parse(Config, "Stage 1 of AVDC and UniPi: learn to imagine videos.", argv)
     path = run_path(config, "video")
+    planner = load_planner(path, config.device) if config.show else None
     videos, held_out, note = load_videos(config)
-    config.E = videos.text.shape[1]
-    torch.manual_seed(config.seed)
-    frames = lambda step: videos.sample_frames(step, config.batch, config.seed)
-    batches = lambda step: make_batch(videos, *frames(step))
-    picture = lambda planner: show(planner, held_out)
-    if config.show:
-        planner = load_planner(path, config.device)
-        planner.config.sample_steps = config.sample_steps       # sampled as the flags say
-        planner.config.guidance = config.guidance
-    else:
+    picture = lambda trained: show(trained, held_out)
+    if not planner:
+        config.E = videos.text.shape[1]
+        torch.manual_seed(config.seed)
+        frames = lambda step: videos.sample_frames(step, config.batch, config.seed)
+        batches = lambda step: make_batch(videos, *frames(step))
         planner = training.fit(VideoPlanner(config), batches, config, path, picture, note)
+    planner.config.sample_steps = config.sample_steps       # sampled as the flags say
+    planner.config.guidance = config.guidance
     training.report(config, path, table(validate(planner, held_out)), lambda: picture(planner))
 
 

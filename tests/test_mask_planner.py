@@ -1,12 +1,15 @@
 """mask_planner.py: losses equal loops, plans are causal, nothing leaks, a killed run continues."""
 
+import importlib
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
 import mask_planner
-from conftest import TRAIN, run_and_kill
+from conftest import SUITE, TRAIN, equal, run_and_kill
+from core import training
 from core.draw import draw_masks
 from core.planners import load_planner
 
@@ -20,59 +23,30 @@ def small(**changes):
     return mask_planner.MaskPlanner(mask_planner.Config(**values))
 
 
-def batch_of(B=2, T=1, seed=0):
+def batch_of(B=2, T=1):
     """Random pictures; masks of robot, bowl and plate are rectangles that wander."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     picture = lambda *shape: torch.randint(0, 256, (*shape, 64, 64, 3), dtype=torch.uint8)
     masks = torch.zeros(B, 1 + K, 32, 32, dtype=torch.uint8)
     for b, label, k in np.ndindex(B, 3, 1 + K):
-        y, x = k + np.random.default_rng([seed, b, label]).integers(0, 20), k + 9 * label
+        y, x = k + (7 * b + 5 * label) % 20, k + 9 * label
         masks[b, k, y:y + 8, x:x + 7] = label + 1
     return {"frames": picture(B, T), "goal": picture(B), "masks": masks}
 
-
-# --- losses ---------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("N", [1, 3])       # N = 1: p^2 / (p^2 + (1 - p)^2)
 def test_soft_aggregate_is_proportional_to_the_odds(N):
     p = torch.rand(2, N, 4, 5) * 0.98 + 0.01
     p[:, 1:2] = 1e-6    # an object that is nowhere changes nothing
     share = mask_planner.soft_aggregate(p).softmax(1)
-    torch.testing.assert_close(share.sum(1), torch.ones(2, 4, 5))
     for b, y, x in np.ndindex(2, 4, 5):
         own = torch.stack([(1 - p[b, :, y, x]).prod(), *p[b, :, y, x]])
         odds = own / (1 - own)
         torch.testing.assert_close(share[b, :, y, x], odds / odds.sum(), atol=1e-5, rtol=1e-4)
-
-
-def test_soft_aggregate_is_finite_at_the_ends():
-    p = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).repeat(1, 2, 1, 1).requires_grad_()
-    logits = mask_planner.soft_aggregate(p)
+    p = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).repeat(1, N, 1, 1).requires_grad_()
+    logits = mask_planner.soft_aggregate(p)     # finite at the ends
     logits.softmax(1).square().sum().backward()
     assert logits.isfinite().all() and p.grad.isfinite().all()
-
-
-def test_bootstrapped_cross_entropy():
-    logits, target, total = torch.randn(3, 4, 5, 6), torch.randint(0, 4, (3, 5, 6)), 0
-    whole = mask_planner.bootstrapped_cross_entropy(logits, target, 1.0)
-    torch.testing.assert_close(whole, F.cross_entropy(logits, target))
-    for b in range(3):      # 9: 30 % of the 30 pixels of each picture
-        total += sum(sorted(-logits[b].log_softmax(0)[target[b, y, x], y, x].item()
-                            for y in range(5) for x in range(6))[-9:]) / 9
-    found = mask_planner.bootstrapped_cross_entropy(logits, target, 0.3).item()
-    assert found == pytest.approx(total / 3, rel=1e-5)
-    found = [mask_planner.hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
-    assert found == pytest.approx([1, 1, 0.575, 0.15, 0.15, 0.15])
-
-
-def test_dice():
-    m, g = torch.rand(2, 3, 8, 9), (torch.rand(2, 3, 8, 9) > 0.5).float()
-    loss = mask_planner.dice(m, g)
-    for b, n in np.ndindex(2, 3):
-        shared = sum(p * q for p, q in zip(m[b, n].flatten().tolist(), g[b, n].flatten().tolist()))
-        wanted = 1 - (2 * shared + 1) / (m[b, n].sum().item() + g[b, n].sum().item() + 1)
-        assert loss[b, n].item() == pytest.approx(wanted, abs=1e-5)
-    assert mask_planner.dice(g, g).abs().max() < 1e-6 and mask_planner.dice(1 - g, g).min() > 0.9
 
 
 @pytest.mark.parametrize("grounded", [False, True])
@@ -108,43 +82,20 @@ def test_loss_equals_a_loop(grounded):
     total = parts["ce"] + parts["dice"] + 3 * parts.get("cells", 0)
     assert loss.item() == pytest.approx(total, rel=1e-5)
     assert planner.progress.item() == pytest.approx(0.46), "one of 100 steps further"
+    found = [mask_planner.hardest_fraction(p) for p in (0, 0.2, 0.45, 0.7, 1, 2)]
+    assert found == pytest.approx([1, 1, 0.575, 0.15, 0.15, 0.15])
 
 
-def test_objects_that_are_not_tracked_do_not_count():
-    """Beyond --objects: background.  Of a task of two objects in a suite of three: as if of two."""
-    batch = batch_of()
-    alone, two = (batch | {"masks": batch["masks"] * (batch["masks"] <= n)} for n in (1, 2))
-    planner = small(objects=1, grounded=True).eval()
-    assert torch.equal(planner.loss(batch)[0], planner.loss(alone)[0])
-    a, b = (small(objects=n).eval().loss(two)[0] for n in (3, 2))
-    torch.testing.assert_close(a, b)
-
-
-# --- geometry -------------------------------------------------------------------------------------
-
-def test_binary_masks():
-    masks = torch.randint(0, 5, (2, 5, 6, 7), dtype=torch.uint8)
-    m = mask_planner.binary_masks(masks, 3)
-    assert all(torch.equal(m[:, :, n - 1], (masks == n).float()) for n in (1, 2, 3))
-    whole = mask_planner.with_background(m.flatten(0, 1))
-    assert torch.equal(whole.argmax(1), (masks * (masks <= 3)).flatten(0, 1).long())
-
-
-def test_iou():
-    a, b = torch.zeros(3, 4, 5, dtype=torch.bool), torch.zeros(3, 4, 5, dtype=torch.bool)
+def test_overlap_and_half_the_resolution():
+    a, b = torch.zeros(2, 3, 4, 5, dtype=torch.bool)
     a[0, :2], b[0, 1:3] = True, True        # rows 0, 1 and 1, 2: one of three
     a[1, 0, 0] = True                       # and the last ones are both empty
     assert mask_planner.iou(a, b).tolist() == pytest.approx([1 / 3, 0, 1])
+    for shape in ((6, 8), (5, 7)):
+        masks, (y, x) = np.random.default_rng(0).integers(4, size=shape), np.indices(shape)
+        full = mask_planner.upsample2(mask_planner.downsample2(masks), shape)
+        assert np.array_equal(full, masks[y - y % 2, x - x % 2])
 
-
-@pytest.mark.parametrize("shape", [(6, 8), (5, 7)])
-def test_half_the_resolution_and_back(shape):
-    masks, (y, x) = np.random.default_rng(0).integers(4, size=shape), np.indices(shape)
-    full = mask_planner.upsample2(mask_planner.downsample2(masks), shape)
-    assert np.array_equal(full, masks[y - y % 2, x - x % 2])
-
-
-# --- networks -------------------------------------------------------------------------------------
 
 def test_tokens_and_map_are_inverse():
     """A map with h != w through encode() and back."""
@@ -152,8 +103,7 @@ def test_tokens_and_map_are_inverse():
     planner.encoder.forward = lambda images: feature
     tokens = planner.encode(torch.zeros(2, 48, 80, 3, dtype=torch.uint8))
     assert tokens.shape == (2, 15, 32) and torch.equal(tokens[:, 7], feature[:, :, 1, 2])
-    square = torch.randn(2, 32, 4, 4)
-    assert torch.equal(planner.as_map(square.flatten(2).transpose(1, 2)), square)
+    assert planner.as_map(torch.arange(16)[None, :, None])[0, 0, 1].tolist() == [4, 5, 6, 7]
 
 
 def test_each_token_predicts_its_own_cell():
@@ -166,7 +116,6 @@ def test_each_token_predicts_its_own_cell():
 
 
 def test_every_token_knows_its_picture():
-    """Frames and goal are not exchanged, and no token belongs to the other picture."""
     planner, batch, seen = small(history=2).eval(), batch_of(T=2), {}
     planner.gpt.forward = lambda x, mask: seen.setdefault("x", x)
     planner(batch["frames"], batch["goal"])
@@ -223,16 +172,16 @@ def test_every_parameter_gets_a_gradient(history, grounded):
     assert not [k for k, p in planner.named_parameters() if p.grad is None or not p.grad.any()]
 
 
-def overfit(planner, batch, steps):
+def overfit(model, batch, steps):
     """Steps on one batch -> the parts of the first loss and of the last."""
-    optimizer, losses = torch.optim.AdamW(planner.train().parameters(), 2e-3), []
+    optimizer, all_parts = torch.optim.AdamW(model.train().parameters(), 2e-3), []
     for _ in range(steps):
-        loss, parts = planner.loss(batch)
+        loss, parts = model.loss(batch)
+        all_parts.append(parts)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        losses.append(parts)
-    return losses[0], losses[-1]
+    return all_parts[0], parts
 
 
 @pytest.mark.slow
@@ -242,21 +191,16 @@ def test_one_batch_is_overfitted():
     assert all(last[k] < 0.3 * first[k] for k in first), (first, last)
 
 
-# --- interface ------------------------------------------------------------------------------------
-
 def test_the_plan_matches_its_sets():
     planner, obs = small(history=2).eval(), batch_of(T=2)
     sets, plan = planner.sets("latent"), planner.plan(obs, "latent")
-    assert (planner.size, planner.history, planner.stride, planner.frozen) == (64, 2, 4, True)
     assert sets.keys() == plan.keys() == {"picture", "plan"}
     for name, (places, width) in sets.items():
         assert plan[name].shape == (2, *places.shape[:1], width) and not plan[name].requires_grad
     assert places[6].tolist() == [0, 2.5 / 4, 1.5 / 4], "third person; row 1, column 2 of 4 x 4"
     torch.testing.assert_close(plan["plan"], planner(obs["frames"], obs["goal"])[:, -1])
-    same, other = (planner.plan(obs | {"goal": 255 - obs["goal"]})[k] for k in sets)
+    same, other = (planner.plan(obs | {"goal": 255 - obs["goal"]}, "latent")[k] for k in sets)
     assert torch.equal(same, plan["picture"]) and not torch.allclose(other, plan["plan"])
-    with pytest.raises(ValueError, match="tracks"):
-        planner.sets("tracks")
 
 
 def test_films_show_two_horizons():
@@ -269,8 +213,6 @@ def test_films_show_two_horizons():
     now = draw_masks(obs["frames"][0, -1].numpy(), (masks[0] * (masks[0] <= 2)).numpy())
     assert (a, b) == ("plan +8", "plan +32") and (one == now).all() and (other == now).all()
 
-
-# --- data and training ----------------------------------------------------------------------------
 
 def test_batch_is_what_the_file_holds(videos):
     config = mask_planner.Config(history=3, stride=4)
@@ -295,36 +237,47 @@ def test_validation_compares_with_copying_the_mask(videos):
     assert (scores["static"]["copy"] > 0.7).all() and "copy" in mask_planner.table(scores)
 
 
-def run(data, out, *flags):
-    mask_planner.main([*TRAIN, "--data", str(data), "--out", str(out), *flags])
-    return load_planner(next(out.glob("*/*.pt")))
+@pytest.mark.parametrize("name, flags", [
+    ("mask", ["--grounded", "--objects", "2", "--seed", "1"]), ("track", ["--track", "ee"]),
+    ("track", ["--goal", "language"]), ("video", [])])
+def test_program(data, mask_path, tmp_path, capfd, name, flags):
+    """Of every planner: what training and --show print and leave."""
+    for more in ([], ["--show"]):
+        importlib.import_module(f"{name}_planner").main(
+            [*TRAIN, "--data", str(data), "--out", str(tmp_path), *flags, *more])
+        path, out = next(tmp_path.glob("*/*.pt")), capfd.readouterr().out
+        assert path.with_suffix(".txt").read_text() in out and f"--planner {path}" in out
+        path.with_suffix(".png").unlink()
+    planner, content = load_planner(path), training.load(path)
+    assert equal(dict(planner.state_dict()), dict(content["ema"] or content["model"]))
+    assert not planner.training and not any(p.requires_grad for p in planner.parameters())
+    if name == "mask":
+        assert planner.progress.item() == pytest.approx(1) and planner.config.objects == 2
+        assert not planner.position.equal(load_planner(mask_path).position), "of another seed"
 
 
-def test_program(data, mask_path, tmp_path, monkeypatch):
-    text = mask_path.with_suffix(".txt").read_text()
-    assert "copy" in text and mask_path.with_suffix(".png").exists()
-    monkeypatch.setattr(mask_planner, "validate", lambda *arguments: {})
-    start, other = load_planner(mask_path), run(data, tmp_path / "b", "--seed", "1")
-    assert not start.training and not any(p.requires_grad for p in start.parameters())
-    assert start.progress.item() == pytest.approx(1) and not start.position.equal(other.position)
-    for flags in ((), ("--show",)):
-        other = run(data, tmp_path / "c", "--grounded", "--objects", "2", *flags)
-    assert other.config.objects == 2 and other.ground.out_features == 5 * 3 * 16
+def test_bad_flags(data, tmp_path, refused):
+    argv = [*TRAIN, "--data", str(data), "--out", str(tmp_path / "runs")]
+    for name, flags, *words in (
+            ("mask", ["--suite", "x"], "unknown suite 'x'"), ("mask", ["--tasks", "77"], "77"),
+            ("mask", ["--objects", "0"], "--objects 0"), ("mask", ["--size", "96"], "64", "96"),
+            ("track", ["--size", "100"], "100"), ("video", ["--size", "100"], "100"),
+            *((name, ["--show"], f"{name}_tasks0.pt", "python mask_planner.py")
+              for name in ("mask", "track", "video"))):
+        refused(lambda: importlib.import_module(f"{name}_planner").main([*argv, *flags]), *words)
+    assert not list(tmp_path.glob("runs/*/*.pt"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("when", ["step", "save"])
-def test_killed_training_continues_exactly(data, mask_path, tmp_path, when):
-    run_and_kill("mask_planner", when, [*TRAIN, "--data", str(data), "--out", str(tmp_path)])
+@pytest.mark.parametrize("name, when", [("mask", "step"), ("mask", "save"), ("track", "step"),
+                                        ("video", "step")])
+def test_killed_training_continues_exactly(data, tmp_path, name, when):
+    """Of every planner."""
+    main = importlib.import_module(f"{name}_planner").main
+    argv = [*TRAIN, "--data", str(data), "--name", "x", "--out"]
+    main([*argv, str(tmp_path / "whole")])
+    run_and_kill(f"{name}_planner", when, [*argv, str(tmp_path / "broken")])
     torch.rand(7)       # --seed alone decides
-    whole, broken = load_planner(mask_path).state_dict(), run(data, tmp_path).state_dict()
-    assert all(torch.equal(v, broken[k]) for k, v in whole.items())
-
-
-@pytest.mark.parametrize("flags, words", [
-    (["--suite", "libero_space"], ["libero_space"]), (["--tasks", "77"], ["77"]),
-    (["--objects", "0"], ["--objects 0"]), (["--size", "96"], ["64", "96"]),
-    (["--show"], ["mask_tasks0.pt", "python mask_planner.py"])])
-def test_bad_flags(data, tmp_path, refused, flags, words):
-    refused(lambda: run(data, tmp_path / "runs", *flags), *words)
-    assert not list(tmp_path.glob("runs/*/*.pt"))
+    main([*argv, str(tmp_path / "broken")])
+    one, other = (training.load(tmp_path / k / SUITE / "x.pt") for k in ("whole", "broken"))
+    assert all(equal(one[k], other[k]) for k in ("model", "ema", "optimizer", "step"))
