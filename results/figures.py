@@ -7,7 +7,6 @@
 """
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,7 +22,7 @@ from core.files import fail, write
 from core.flags import flag, parse
 from executor import Executor, Policy, load_executor
 from results import tables
-from video_control.unipi import InverseDynamics, UniPi
+from video_control import unipi
 
 
 @dataclass
@@ -80,7 +79,7 @@ def shares(transformer, x):
     found = []
     for block in transformer.blocks:
         q, k, _ = block.split(x, 1)                                     # (1, heads, 1 or L, d)
-        found.append((q @ k.transpose(-1, -2) / math.sqrt(q.shape[-1])).softmax(-1)[0, :, 0])
+        found.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[0, :, 0])
         x = block(x)
     return torch.stack(found).mean((0, 1))
 
@@ -113,13 +112,12 @@ def cost(config, path, steps=600):
     """Floating point operations of planner and executor in an episode, by torch's counter, a
     multiplication and an addition as two -> path of a JSON."""
     from torch.utils.flop_counter import FlopCounterMode
-    kind = training.load(path, [Executor.kind, InverseDynamics.kind], rollout.MADE_BY)["kind"]
+    kind = training.load(path, [Executor.kind, unipi.InverseDynamics.kind], rollout.MADE_BY)["kind"]
     policy = (Policy(load_executor(path)) if kind == Executor.kind else
-              UniPi(load_executor(path, Kind=InverseDynamics)))
+              unipi.make_actor(path, "cpu", 0, None))
     c, black = policy.c, np.zeros((policy.c.size, policy.c.size, 3), np.uint8)
-    frame = dict.fromkeys(("agentview_rgb", "eye_in_hand_rgb"), black)
-    frame |= {key: np.zeros(n, np.float32)
-              for key, n in (("hand", 2), ("ee_states", 6), ("gripper_states", 2))}
+    frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float32),
+             "ee_states": np.zeros(6, np.float32), "gripper_states": np.zeros(2, np.float32)}
     sim = SimpleNamespace(task=c.task_names[0], goal_varies=True, frame=lambda masks: frame,
                           goal_image=lambda **scene: black)
     policy.reset(sim, {"init": 0})

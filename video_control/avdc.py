@@ -35,8 +35,9 @@ from video_control import flow
 from video_control.motion import grasp_point, infer_motions, subgoals
 from video_planner import FRAMES, VideoPlanner, clip_times, imagine
 
+TRUE = "oracle", "true"     # futures of the package's own policy, not imagined
 POINTS = 300        # of the object that are followed; differs: the authors take 500
-NOISE = {"oracle": 0.1, "true": 0.7}    # of a target, pixels; 1 in imagined pictures
+NOISE = {"oracle": 0.1, "true": 0.7, "generated": 1.0}      # of a target, pixels
 LIFTS = 0.1         # metres: an object that rises this far is held, any other pushed
 HOVER, BACK, LOWER = 0.2, 0.08, 0.03    # metres: above a point; behind it and below it, to push
 SINK = 0.01         # metres below the points seen, which are of the upper side, to hold
@@ -48,8 +49,8 @@ LIMIT = 500         # steps of an episode, as AVDC's
 
 @dataclass
 class Config(rollout.Config):
-    checkpoints: tuple[str, ...] = flag((), "where the video comes from: oracle, true, checkpoints "
-                                        "of video_planner.py", positional=True)
+    checkpoints: tuple[str, ...] = flag((), "futures: oracle, true, or checkpoints of "
+                                        "video_planner.py", positional=True)
     suite: str = flag("", "suites of Meta-World, each from its camera, such as avdc,avdc_view1; "
                       "empty: the video planner's, or all three of avdc")
     flow: str = flag("learned", "between pictures: learned (flow.py's <out>/avdc/flow.pt) or dis "
@@ -58,24 +59,21 @@ class Config(rollout.Config):
     out: str = flag("runs", "folder of the runs")
 
 
-# --- what is seen ---------------------------------------------------------------------------------
-
 def object_points(sim, rng):
-    """What the present picture shows of the object: places (P, 2), points (P, 3); and the bodies
-    that they are on and where, (P,), (P, 3), for the exact correspondence."""
+    """What the present picture shows of the object: places (P, 2), points (P, 3); and for the exact
+    correspondence the bodies that they are on and where, (P,), (P, 3)."""
     mask = sim.camera.mask(sim.data, sim.cameras[0], sim.label)             # (H, W)
-    rows, columns = np.nonzero(mask == 2)
-    if not len(rows):       # hidden: nothing to follow but the middle of the picture
-        rows = columns = np.array([len(mask) // 2])
-    chosen = rng.integers(len(rows), size=POINTS)
-    places = np.stack([columns[chosen], rows[chosen]], 1) + rng.uniform(size=(POINTS, 2))
-    places = places / len(mask)                                             # (P, 2)
+    pixels = np.argwhere(mask == 2)[:, ::-1]                                # (pixels, 2) x, y
+    if not len(pixels):     # hidden: nothing to follow but the middle of the picture
+        pixels = np.full((1, 2), len(mask) // 2)
+    places = pixels[rng.integers(len(pixels), size=POINTS)] + rng.uniform(size=(POINTS, 2))
+    places /= len(mask)                                                     # (P, 2)
     replay = Replay(sim.camera, sim.cameras[0], sim.model, sim.data.qpos[None])
     body, local = replay.pick(np.zeros(POINTS, int), places)
     own = np.isin(body, sim.model.geom_bodyid[sim.label == 2])
     own = own if own.any() else body >= 0
-    points = replay.follow(body[own], local[own])[0][0]
-    return places[own], points, (body[own], local[own])
+    fixed = body[own], local[own]
+    return places[own], replay.follow(*fixed)[0][0], fixed
 
 
 def has_room(sim, view, point):
@@ -95,26 +93,19 @@ def true_future(sim, other, scene):
     other.reset(**scene)
     copy_state(other.model, sim.data, other.data)
     other.observation = other.env._get_obs()    # its script goes by the last one
-    path, left = [sim.data.qpos.copy()], other.steps_after_success
-    for _ in range(other.horizon):
-        _, success = other.step(other.script(), observe=False)
+    path, after = [sim.data.qpos.copy()], 0
+    while len(path) <= other.horizon and after < other.steps_after_success:
+        after += other.step(other.script(), observe=False)[1]
         path.append(other.data.qpos.copy())
-        left -= success
-        if left <= 0:
-            break
     return np.stack(path)
 
 
-# --- acting ---------------------------------------------------------------------------------------
-
 class Actor:
     """AVDC in Meta-World: subgoals from a video, and a proportional controller that reaches them.
+    future: one of TRUE or a VideoPlanner; between: the flow from one picture to another, as
+    flow.dis_flow; replans: videos after the first."""
 
-    future: "oracle" or "true", of the package's own policy from now on, or a VideoPlanner
-    between: the flow from one picture to another, as flow.dis_flow; replans: videos after the first
-    """
-
-    def __init__(self, sim, future, between=None, replans=5):
+    def __init__(self, sim, future, between, replans):
         self.sim, self.future, self.between, self.replans = sim, future, between, replans
         self.kind = future if isinstance(future, str) else "generated"
         self.other = sims.make(sim.suite, sim.task, observe=False)      # plays true futures
@@ -129,8 +120,8 @@ class Actor:
             self.task = {"goal": sim.goal_image(**scene)[None], "text": embed(sim.language)[None]}
 
     def correspondence(self, fixed):
-        """The video from now on -> correspond(k, places, kept) as for `infer_motions`; `fixed`: see
-        `object_points`."""
+        """The video from now on -> correspond(k, places, kept) as for `infer_motions`; `fixed`:
+        the bodies of `object_points`."""
         sim = self.sim
         if self.kind == "generated":
             now = sim.camera.picture(sim.data, sim.cameras[0])
@@ -154,35 +145,31 @@ class Actor:
         view = sim.camera.pose(sim.data, sim.cameras[0])
         places, points, fixed = object_points(sim, self.rng)
         motions = infer_motions(places, points, self.correspondence(fixed), view, FRAMES,
-                                NOISE.get(self.kind, 1.0) / sim.camera.renderer.height)
+                                NOISE[self.kind] / sim.camera.renderer.height)
         path = subgoals(grasp_point(points), motions)                       # (1 + K, 3)
         if self.mode is None:
             rise = np.abs(path[1:-1, 2] - path[0, 2]).max()
             self.mode = "grasp" if rise > LIFTS else "push"
         if self.mode == "push":
             self.contact, path = push(sim, view, points, motions, path)
-            self.stage = "over"
         else:
             # ours: the points seen lie on the near side; the middle is half the width behind
-            across = np.ptp(points @ view[1][0])
-            behind = view[1][2] * [1, 1, 0] / np.linalg.norm(view[1][2][:2])
-            path = path + min(across / 2, 0.02) * behind - [0, 0, SINK]
+            right, _, ahead = view[1]
+            behind = ahead * [1, 1, 0] / np.linalg.norm(ahead[:2])
+            path = path + min(np.ptp(points @ right) / 2, 0.02) * behind - [0, 0, SINK]
             self.contact = path[0]
-            self.stage = "follow" if self.stage == "follow" else "over"
-        self.path, self.planned, self.before, self.steps = list(path[1:]), path, self.hand, 0
-
-    @property
-    def hand(self):
-        """The middle between the fingertips (3,), metres."""
-        return self.sim.env.tcp_center.copy()
+        if self.mode == "push" or self.stage != "follow":       # what is held is carried on
+            self.stage = "over"
+        self.path, self.planned = list(path[1:]), path
 
     def __call__(self, sim):
         """The action for the current state, (4,) float32 in [-1, 1]."""
-        self.still -= np.linalg.norm(self.hand - self.before) < STILL
-        self.before, self.steps = self.hand, self.steps + 1
+        hand = sim.env.tcp_center.copy()        # the middle between the fingertips (3,), metres
+        self.still -= np.linalg.norm(hand - self.before) < STILL
+        self.before, self.steps = hand, self.steps + 1
         if self.still <= 0 and self.plans_left:
             self.plan()
-        hand, target = self.hand, self.contact
+        target = self.contact
         if self.stage == "over":
             if np.linalg.norm((hand - target)[:2]) < 0.02:
                 self.stage = "down"
@@ -218,50 +205,45 @@ class Actor:
 
 
 def push(sim, view, points, motions, path):
-    """Where to put the closed hand to push the object on its way, and that way.
-
-    points (P, 3), path (1 + K, 3) of the medoid -> contact (3,), path.  ours: of the object's
-    points the one nearest to the medoid behind which the depth picture shows room for a hand.
-    """
+    """Where to put the closed hand to push the object on its way, and that way: points (P, 3), path
+    (1 + K, 3) of the medoid -> contact (3,), path.  ours: of the object's points the one nearest to
+    the medoid behind which the depth picture shows room for a hand."""
     def direction(path):
-        """From a point to its first subgoal over 10 cm away (3,)."""
+        """From a point to its first subgoal over 10 cm away, else to its last (3,)."""
         ahead = path[1:] - path[0]                                          # (K, 3)
-        far = np.flatnonzero(np.linalg.norm(ahead[:, :2], axis=1) > 0.1)
-        return ahead[far[0] if len(far) else -1]
+        far = np.linalg.norm(ahead[:, :2], axis=1) > 0.1
+        return ahead[far.argmax() if far.any() else -1]
 
-    low = [0, 0, LOWER]
-    d = direction(path)
+    d, low = direction(path), [0, 0, LOWER]
     if np.linalg.norm(d[:2]) < abs(d[2]):               # differs: down, from straight above
         return path[0] - low, path - low
-    candidates = sorted(points, key=lambda p: np.linalg.norm(p - path[0]))[::10]
-    for k, point in enumerate([*candidates, path[0]]):
+    nearest = sorted(points, key=lambda p: np.linalg.norm(p - path[0]))[::10]
+    for point in [*nearest, path[0]]:
         here = subgoals(point, motions)
         d = direction(here) * [1, 1, 0]
         contact = point - BACK * d / max(np.linalg.norm(d), 1e-6) - low
-        if k == len(candidates) or has_room(sim, view, contact):
-            return contact, here - low
+        if has_room(sim, view, contact):
+            break
+    return contact, here - low
 
 
-# --- command --------------------------------------------------------------------------------------
-
-def make_actor(future, flow_name, config, sim):
-    """Of names and paths: what a process of rollout.evaluate makes its actor from."""
-    between = None if future == "oracle" else flow.estimator(flow_name)
-    video = future if future in NOISE else load_planner(future, config.device)
+def make_actor(future, config, sim):
+    between = None if future == "oracle" else flow.estimator(config.flow, config.out)
+    video = future if future in TRUE else load_planner(future, config.device)
     return Actor(sim, video, between, config.replans)
 
 
 def about_future(future):
     """-> what a result holds of where the video comes from, its suites, the pictures' size."""
-    about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
-    about |= {"differs": "", "seconds": {}, "plan": f"flow-{future}"}
-    if future in NOISE:
+    if future in TRUE:
+        about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
+        about |= {"differs": "", "seconds": {}, "plan": f"flow-{future}"}
         return about, "avdc,avdc_view1,avdc_view2", 96
     content = training.load(future, "video", "python video_planner.py --suite avdc --goal language")
     c = VideoPlanner.Config(**content["config"])
-    about |= {"plan": "flow-generated", "preset": c.preset, "videos": c.demos, "action_demos": 0,
-              "seed": c.seed, "differs": differences(c, {"seed"}), "config": content["config"],
-              "seconds": {"planner": training.last_seconds(future)}}
+    about = {"preset": c.preset, "videos": c.demos, "action_demos": 0, "seed": c.seed,
+             "config": content["config"], "differs": differences(c, {"seed"}),
+             "seconds": {"planner": training.last_seconds(future)}, "plan": "flow-generated"}
     return about, ",".join(suites(c)), c.size
 
 
@@ -272,10 +254,9 @@ def main(argv=None):
         fail("give oracle, true, or a checkpoint of video_planner.py such as runs/avdc/video.pt")
     for future in config.checkpoints:
         about, known, size = about_future(future)
-        learned = Path(config.out) / "avdc" / "flow.pt"
-        if future != "oracle" and config.flow == "learned":
-            training.load(learned, "flow", "python -m video_control.flow")
-        actor = partial(make_actor, future, learned if config.flow == "learned" else "dis", config)
+        if future != "oracle":
+            flow.estimator(config.flow, config.out)     # fails here if there is none
+        actor = partial(make_actor, future, config)
         for suite in (config.suite or known).split(","):
             if not sims.goal_varies(suite):
                 fail(f"--suite {suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")

@@ -10,22 +10,25 @@ Sizes: B batch, P points, H W pixels, h w cells of a flow.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torchvision.models.optical_flow import raft_small
 
 from core import training
-from core.draw import draw_tracks, row
-from core.files import fail
-from core.flags import PlannerConfig, flag, from_dict, parse, run_path
+from core.files import fail, write
+from core.flags import TrainingConfig, flag, from_dict, parse, run_path
 from video_planner import FRAMES, clip_times, to_unit
 
 
 @dataclass
-class Config(PlannerConfig):
+class Config(TrainingConfig):
     suite: str = flag("avdc,avdc_view1,avdc_view2", "suites of videos with tracks")
+    size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
+    batch: int | None = flag(None, "pairs of pictures per step", minimum=1)
     name: str = flag("flow", "name of the run")
 
     val_pairs: int = 300    # held-out pairs to be scored by
@@ -35,14 +38,11 @@ class Config(PlannerConfig):
                "paper": dict(demos=50, steps=30000, size=128, batch=32, lr=4e-4, updates=12)}
 
 
-# --- network --------------------------------------------------------------------------------------
-
 class FlowNet(nn.Module):
     """A network for the flow from one picture to another, its loss and its use."""
     kind = "flow"
 
     def __init__(self, config):
-        from torchvision.models.optical_flow import raft_small
         super().__init__()
         self.config, self.net = config, raft_small(weights=None)
 
@@ -56,7 +56,7 @@ class FlowNet(nn.Module):
     def loss(self, batch):
         """batch: as `make_pairs` -> mean distance in pixels, parts.  Half of the pairs are blurred
         and noisy, as imagined pictures are."""
-        a, b = (degrade(batch[k]) if self.training else batch[k] for k in "ab")
+        a, b = (degrade(batch[k], 0.5) if self.training else batch[k] for k in "ab")
         # ours: what moves counts ten times, the object as much again; most of a picture is neither
         moves = batch["flow"].norm(dim=-1) > 0.005                          # (B, P)
         weight = batch["known"] * (1 + 9 * moves + 10 * batch["object"])
@@ -85,21 +85,19 @@ def read(flow, places):
     return x[:, :, 0].transpose(1, 2)
 
 
-def degrade(images, share=0.5):
+def sample_flow(flow, places):
+    """As `read`, of one flow (h, w, 2) at places (P, 2), arrays -> (P, 2)."""
+    flow, places = (torch.as_tensor(x).float()[None] for x in (flow, places))
+    return read(flow.permute(0, 3, 1, 2), places)[0].numpy()
+
+
+def degrade(images, share):
     """A share of the pictures (B, H, W, 3) uint8 at half the resolution and back, with noise."""
     x = images.permute(0, 3, 1, 2).float()
     blurred = F.interpolate(F.avg_pool2d(x, 2), scale_factor=2, mode="bilinear")
     blurred = blurred + 6 * torch.randn_like(blurred)
     chosen = torch.rand(len(x), 1, 1, 1, device=x.device) < share
     return torch.where(chosen, blurred, x).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
-
-
-# --- flow of two pictures -------------------------------------------------------------------------
-
-def sample_flow(flow, places):
-    """As `read`, of one flow (h, w, 2) at places (P, 2), arrays -> (P, 2)."""
-    flow, places = (torch.as_tensor(x).float()[None] for x in (flow, places))
-    return read(flow.permute(0, 3, 1, 2), places)[0].numpy()
 
 
 def dis_flow(a, b):
@@ -111,17 +109,17 @@ def dis_flow(a, b):
     return dis.calc(*grey, None) / a.shape[0]
 
 
-def estimator(source, device="cpu"):
-    """dis, or the checkpoint of a FlowNet -> a function from two pictures to their flow."""
-    if source == "dis":
+def estimator(name, out):
+    """dis, or learned: the checkpoint <out>/avdc/flow.pt -> a function from two pictures (H, W, 3)
+    uint8 to their flow (h, w, 2)."""
+    if name == "dis":
         return dis_flow
-    content = training.load(source, FlowNet.kind, "python -m video_control.flow")
+    content = training.load(Path(out) / "avdc" / "flow.pt", FlowNet.kind,
+                            "python -m video_control.flow")
     net = FlowNet(from_dict(Config, content["config"]))
     net.load_state_dict(content["model"])
-    return net.to(device).eval().requires_grad_(False).flow
+    return net.eval().requires_grad_(False).flow
 
-
-# --- data -----------------------------------------------------------------------------------------
 
 def make_pairs(episodes, step, batch, seed):
     """Pairs of pictures that follow each other in AVDC's clips, with the exact tracks -> dict a, b
@@ -134,11 +132,11 @@ def make_pairs(episodes, step, batch, seed):
     a, b = episodes.gather("obs/agentview_rgb", episode[:, None], times).swapaxes(0, 1)
     tracks = episodes.gather("tracks/agentview", episode[:, None], times).astype(np.float32)
     places, flow = tracks[:, 0], tracks[:, 1] - tracks[:, 0]                # (B, P, 2)
-    masks = episodes.gather("masks", episode, times[:, 0])                  # (B, H, W)
+    visible, masks = (episodes.gather(key, episode, times[:, 0])            # (B, P), (B, H, W)
+                      for key in ("visible/agentview", "masks"))
     x, y = (places * len(a[0])).astype(int).clip(0, len(a[0]) - 1).transpose(2, 0, 1)
     return {"a": a, "b": b, "places": places, "flow": flow,
-            "known": episodes.gather("visible/agentview", episode, times[:, 0])
-            & (np.abs(flow) < 1).all(-1),
+            "known": visible & (np.abs(flow) < 1).all(-1),
             "object": masks[np.arange(batch)[:, None], y, x] == 2}
 
 
@@ -152,31 +150,18 @@ def mirrored(pairs):
 def end_point_error(net, pairs):
     """Mean distance in pixels between a method's flow and the true one, as lines of text: of all
     points, on the object, and where the object moves by over a pixel."""
-    known, size = pairs["known"], pairs["a"].shape[1]
+    known, true, size = pairs["known"], pairs["flow"], pairs["a"].shape[1]
     own = known & pairs["object"]
     where = {"all": known, "object": own,
-             "moving object": own & (size * np.linalg.norm(pairs["flow"], axis=-1) > 1)}
+             "moving object": own & (size * np.linalg.norm(true, axis=-1) > 1)}
     lines = ["pixels off" + " " * 14 + "".join(f"{name:>15s}" for name in where)]
     for name, between in (("none", lambda a, b: np.zeros((1, 1, 2))), ("DIS", dis_flow),
                           ("learned", net.flow)):
-        flow = [sample_flow(between(a, b), places) for a, b, places in
-                zip(pairs["a"], pairs["b"], pairs["places"])]
-        off = size * np.linalg.norm(np.stack(flow) - pairs["flow"], axis=-1)    # (B, P)
+        flows = map(between, pairs["a"], pairs["b"])
+        found = np.stack([*map(sample_flow, flows, pairs["places"])])       # (B, P, 2)
+        off = size * np.linalg.norm(found - true, axis=-1)                  # (B, P)
         lines.append(f"  {name:22s}" + "".join(f"{off[x].mean():15.2f}" for x in where.values()))
     return lines
-
-
-def show(net, pairs, rows=6):
-    """Rows of both pictures and where points go: truly, learned, DIS -> (., ., 3) uint8."""
-    lines = []
-    for a, b, places, flow, known in list(zip(*(pairs[k] for k in (
-            "a", "b", "places", "flow", "known"))))[:rows]:
-        flows = {"true": flow, "learned": sample_flow(net.flow(a, b), places),
-                 "DIS": sample_flow(dis_flow(a, b), places)}
-        drawn = [(name, draw_tracks(a, np.stack([places, places + way]), known[None]))
-                 for name, way in flows.items()]
-        lines.append(row([("now", a), ("then", b), *drawn], scale=2))
-    return np.concatenate(lines)
 
 
 def main(argv=None):
@@ -187,18 +172,19 @@ def main(argv=None):
         fail(f"--size {config.size} is not divisible by 8: choose a multiple")
     path = run_path(config, "flow")
     videos, held_out, note = load_videos(config)
-    held_out = make_pairs(held_out, 0, config.val_pairs, 1)
 
     def batches(step):
         pairs = make_pairs(videos, step, config.batch, config.seed)
         return mirrored(pairs) if step % 2 else pairs
 
     torch.manual_seed(config.seed)
-    net = training.fit(FlowNet(config), batches, config, path, lambda n: show(n, held_out), note)
-    rough = {k: degrade(torch.as_tensor(held_out[k]), 1.0).numpy() for k in "ab"}
-    scores = ["held out", *end_point_error(net, held_out),
-              "blurred and noisy", *end_point_error(net, held_out | rough)]
-    training.report(config, path, "\n".join(scores), lambda: show(net, held_out))
+    net = training.fit(FlowNet(config), batches, config, path, note=note)
+    pairs = make_pairs(held_out, 0, config.val_pairs, 1)
+    rough = {k: degrade(torch.as_tensor(pairs[k]), 1.0).numpy() for k in "ab"}
+    scores = "\n".join(["held out", *end_point_error(net, pairs),
+                        "blurred and noisy", *end_point_error(net, pairs | rough)])
+    print(scores + "\nnext: python -m video_control.avdc true")
+    write(path.with_suffix(".txt"), scores + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
-"""From where points are seen to how the object that they are on moves (AVDC section 3.3).
-
-The rigid motion behind the flow from one picture to the next, the dual motion of a camera, the
-chain of motions through a video, the subgoals that follow.
+"""From where points are seen to how the object that they are on moves (AVDC section 3.3): the rigid
+motion behind the flow from one picture to the next, the chain of motions through a video, the
+subgoals that follow.
 
 Sizes: P points, K future pictures.
 """
@@ -10,31 +9,27 @@ import numpy as np
 
 from sims.camera import project
 
-
-def rotation(w):
-    """Rotation vector (3,) radians -> matrix (3, 3)."""
-    from scipy.spatial.transform import Rotation
-    return Rotation.from_rotvec(w).as_matrix()
+ROUNDS = 40         # of Gauss-Newton, at most
+PRIOR = 1.0, 0.3    # how far an object is expected to turn and move, radians and metres
 
 
-def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
+def fit_motion(points, targets, view, noise):
     """The minimum of the paper's L_trans: the rigid motion that brings points to where the picture
     shows them.
 
     points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
-    for `camera.project`; noise: of a good target, in pictures; prior: how far, in radians and
-    metres, an object is expected to turn and move
+    for `camera.project`; noise: of a good target, in pictures
     -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
 
     differs: Gauss-Newton from standing still, for the authors' RANSAC and 50 starts of BFGS:
     weights that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out,
     and the prior keeps depth, which a small object's picture hardly shows, from flying off.
     """
+    from scipy.spatial.transform import Rotation
     eye, axes, focal = view
-    centre, R, t = points.mean(0), np.eye(3), np.zeros(3)
-    keep = np.repeat(1 / np.square(prior), 3)           # (6,) stiffness of turn and way
-    turn = np.zeros(3)
-    for k in range(rounds):
+    centre, R, t, turn = points.mean(0), np.eye(3), np.zeros(3), np.zeros(3)
+    keep = np.repeat(1 / np.square(PRIOR), 3)           # (6,) stiffness of turn and way
+    for k in range(ROUNDS):
         arm = (points - centre) @ R.T                                       # (P, 3)
         local = (centre + arm + t - eye) @ axes.T                           # right, down, ahead
         X, Y, Z = local.T
@@ -42,13 +37,10 @@ def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
             return np.eye(3), np.zeros(3), np.ones(len(points), bool)
         off = 0.5 + focal * local[:, :2] / Z[:, None] - targets             # (P, 2)
         size = np.linalg.norm(off, axis=1)
-        if k < rounds // 2:
-            weight = 1 / np.maximum(size, noise) / noise
-        else:
-            weight = 1 / (1 + (size / (2 * noise)) ** 2) / noise ** 2       # (P,)
-        zero = np.zeros_like(Z)
-        J = focal * np.stack([np.stack([1 / Z, zero, -X / Z ** 2], 1),
-                              np.stack([zero, 1 / Z, -Y / Z ** 2], 1)], 1) @ axes  # (P, 2, 3)
+        weight = (1 / np.maximum(size, noise) / noise if k < ROUNDS // 2 else
+                  1 / (1 + (size / (2 * noise)) ** 2) / noise ** 2)         # (P,)
+        J = focal * np.stack([np.stack([1 / Z, 0 * Z, -X / Z ** 2], 1),
+                              np.stack([0 * Z, 1 / Z, -Y / Z ** 2], 1)], 1) @ axes  # (P, 2, 3)
         # d(point)/d(turn) is the cross product with the arm
         cross = np.cross(np.eye(3)[None], arm[:, None], axis=-1)            # (P, 3 axes, 3)
         J = np.concatenate([J @ cross.transpose(0, 2, 1), J], 2)            # (P, 2, 6)
@@ -56,39 +48,24 @@ def fit_motion(points, targets, view, noise, prior=(1.0, 0.3), rounds=40):
         b = np.einsum("pij,p,pi->j", J, weight, off) + keep * np.concatenate([turn, t])
         step = np.linalg.solve(A, -b)
         step *= min(1, 0.5 / np.linalg.norm(step[:3]), 0.2 / np.linalg.norm(step[3:]))
-        R, t, turn = rotation(step[:3]) @ R, t + step[3:], turn + step[:3]
-        if np.abs(step).max() < 1e-7 and k > rounds // 2:
+        R, t, turn = Rotation.from_rotvec(step[:3]).as_matrix() @ R, t + step[3:], turn + step[:3]
+        if np.abs(step).max() < 1e-7 and k > ROUNDS // 2:
             break
     return R, centre + t - R @ centre, size < 4 * noise
 
 
-def camera_motion(points, targets, view, noise):
-    """The dual (iTHOR): the scene stands still and the camera moves.  Arguments as for `fit_motion`
-    -> R, t of the camera: C = T^-1."""
-    R, t, good = fit_motion(points, targets, view, noise)
-    return R.T, -R.T @ t, good
-
-
-def unproject(places, depth, view):
-    """Places (P, 2) in [0, 1] and depth (P,) metres -> points (P, 3)."""
-    eye, axes, focal = view
-    ray = np.concatenate([(places - 0.5) / focal, np.ones((len(places), 1))], 1)
-    return eye + (ray * depth[:, None]) @ axes
-
-
 def infer_motions(places, points, correspond, view, K, noise):
     """Points of the object (P, 3), seen at places (P, 2), through a video of K future pictures.
-
     correspond(k, places (P', 2), kept (P',)) -> where these of the points are in the next picture
-    -> [(R, t)] * K.  differs: from each picture to the next, as the authors' code, and not from the
-    first to each: the points that the motion has moved are where the next flow is read.  A point
-    that went another way, as one that a hand has covered, is lost for good, as long as a fifth of
-    all are left.
+    -> [(R, t)] * K.
+
+    differs: from each picture to the next, as the authors' code, and not from the first to each:
+    the points that the motion has moved are where the next flow is read.  A point that went another
+    way, as one that a hand has covered, is lost for good, as long as a fifth of all are left.
     """
     motions, kept, whole = [], np.arange(len(points)), len(points)
     for k in range(K):
-        targets = correspond(k, places, kept)
-        R, t, good = fit_motion(points, targets, view, noise)
+        R, t, good = fit_motion(points, correspond(k, places, kept), view, noise)
         points = points @ R.T + t
         if good.sum() > whole / 5:
             points, kept = points[good], kept[good]

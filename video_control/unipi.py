@@ -4,10 +4,9 @@
     python -m video_control.unipi runs/mt10/video_unipi.pt      # evaluated: a video per episode
     python -m video_control.unipi runs/mt10/video_unipi.pt --replan 8       # UniPi-Replan
 
-A goal-conditioned inverse dynamics model pi(action, done | observation, picture to reach) learns
-from a few action-labelled demonstrations; when it predicts done, the next picture of the imagined
-video is the one to reach.  The network is the executor on cloning, the picture to reach in the goal
-picture's place.
+An inverse dynamics model pi(action, done | observation, picture to reach) learns from a few
+action-labelled demonstrations; when it predicts done, the next picture of the imagined video is the
+one to reach.  The network is the executor on cloning, with that picture in the goal picture's place.
 
 Sizes: B batch, T looks, F future pictures, H W pixels.
 """
@@ -45,9 +44,8 @@ class InverseDynamics(Executor):
     kind = "unipi"
 
     def __init__(self, config, video):
-        c = config
-        super().__init__(c, Cloning(Cloning.Config(size=c.size, width=c.width, blocks=c.blocks,
-                                                   channels=c.channels)))
+        super().__init__(config, Cloning(Cloning.Config(
+            size=config.size, width=config.width, blocks=config.blocks, channels=config.channels)))
         self.video = video.requires_grad_(False)
         self.done = nn.Linear(self.waypoint[0].in_features, 1)
 
@@ -58,8 +56,8 @@ class InverseDynamics(Executor):
 
     def act(self, *inputs):
         """As Executor's, keeping the features for the done head."""
-        self.features, action, there = super().act(*inputs)
-        return self.features, action, there
+        self.features, *rest = super().act(*inputs)
+        return self.features, *rest
 
     def loss(self, batch):
         """batch: as Executor's, goal (B, T, H, W, 3) the picture to reach, arrived (B, T) bool
@@ -88,39 +86,29 @@ class SubgoalData(ActionData):
 
 class UniPi(Policy):
     """The closed loop of `Policy` from picture to picture of imagined videos; replan: steps after
-    which a new one is imagined, 0: never.
+    which a new one is imagined, 0: never.  differs: UniPi-Replan imagines the rest of the task, as
+    UniPi does, but anew; ATM trains another video model, one picture, 8 steps ahead."""
 
-    differs: UniPi-Replan imagines the rest of the task, as UniPi does, but anew; ATM trains another
-    video model, which predicts one picture, 8 steps ahead.
-    """
-
-    def __init__(self, model, replan=0):
+    def __init__(self, model, replan):
         super().__init__(model)
         self.replan = replan
 
     def reset(self, sim, scene):
         super().reset(sim, scene)
-        self.video, self.step, self.seed = [], 0, 0
+        self.video, self.age, self.seed = [], 0, 0
 
     def observe(self, frame):
-        """As Policy's, with the picture to reach in the goal picture's place."""
-        obs = super().observe(frame)
-        if not self.video or self.replan and self.step >= self.replan:
+        """As Policy's, with the picture to reach in the goal picture's place: the next one of the
+        video if at the last look the present one was predicted to be reached, done."""
+        obs, model = super().observe(frame), self.executor
+        self.age += self.execute
+        if len(self.video) > 1 and model.done(model.features)[0, -1, 0].sigmoid() > SURE:
+            self.video.pop(0)
+        if not self.video or self.replan and self.age >= self.replan:
             generator = torch.Generator().manual_seed(self.seed)
-            self.video = list(self.executor.video.imagine(obs, generator)[0])   # F of (H, W, 3)
-            self.step, self.seed = 0, self.seed + 1
+            self.video = list(model.video.imagine(obs, generator)[0])       # F of (H, W, 3)
+            self.age, self.seed = 0, self.seed + 1
         return obs | {"goal": self.video[0][None]}
-
-    @torch.no_grad()
-    def __call__(self, sim):
-        looks = not self.queue
-        action = super().__call__(sim)
-        if looks:
-            done = self.executor.done(self.executor.features)[0, -1, 0].sigmoid()
-            if done > SURE and len(self.video) > 1:     # this chunk still goes to the old picture
-                self.video.pop(0)
-        self.step += 1
-        return action
 
 
 def make_actor(path, device, replan, sim):
