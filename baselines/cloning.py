@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
+from torchvision import models
+from torchvision.transforms.v2.functional import normalize
 
 from core import networks, training
 from core.episodes import CAMERAS
 from core.files import fail
 from core.flags import as_dict, flag, parse
-
-PREFIX = "module.convnet."  # of the names of R3M's weights
 
 
 @dataclass
@@ -63,10 +63,8 @@ class Cloning(nn.Module):
 
 
 class LanguageCloning(nn.Module):
-    """ATM's BC: the sentence's embedding as the plan, beside the executor's own encoders.
-
-    differs: the executor of all plans, without a plan; ATM's is its policy with tracks of zeros.
-    """
+    """ATM's BC: the sentence's embedding as the plan, beside the executor's own encoders.  differs:
+    the executor of all plans, without a plan; ATM's is its policy with tracks of zeros."""
     kind, forms, frozen, history, stride = "none-language", ["sentence"], True, 1, 1
     Config = Config
 
@@ -85,24 +83,16 @@ class LanguageCloning(nn.Module):
         return []
 
 
-# --- R3M ------------------------------------------------------------------------------------------
-
-
 class R3M(nn.Module):
-    """A ResNet as R3M publishes it, and a projection, in place of networks.ImageEncoder.
-
-    differs: at the picture's own size, where R3M enlarges to 224 pixels.
-    """
+    """A ResNet as R3M publishes it, and a projection, in place of networks.ImageEncoder.  differs:
+    at the picture's own size, where R3M enlarges to 224 pixels."""
     stride = 32
 
     def __init__(self, dim, depth):
         super().__init__()
-        import torchvision
-        self.convnet = getattr(torchvision.models, f"resnet{depth}")(weights=None)
+        self.convnet = getattr(models, f"resnet{depth}")(weights=None)
         self.head = nn.Conv2d(self.convnet.fc.in_features, dim, 1)
         self.convnet.fc = nn.Identity()
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406])[:, None, None], False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225])[:, None, None], False)
 
     cells = networks.ImageEncoder.cells
 
@@ -116,16 +106,15 @@ class R3M(nn.Module):
 
     def forward(self, images):
         """(B, H, W, 3) uint8 -> (B, D, h, w) float."""
-        x, net = (images.permute(0, 3, 1, 2) / 255 - self.mean) / self.std, self.convnet
+        x, net = images.permute(0, 3, 1, 2) / 255, self.convnet             # (B, 3, H, W)
+        x = normalize(x, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
         x = net.maxpool(net.relu(net.bn1(net.conv1(x))))                    # (B, 64, H/4, W/4)
         return self.head(net.layer4(net.layer3(net.layer2(net.layer1(x)))))
 
 
 class R3MCloning(Cloning):
     """Cloning whose encoders, of both cameras, start from R3M's and are trained on (ATM, V-A).
-
-    differs: ATM, before, goes on training them by R3M's own loss on its videos.
-    """
+    differs: ATM, before, goes on training them by R3M's own loss on its videos."""
     kind = "r3m"
 
     def __init__(self, config):
@@ -149,16 +138,16 @@ class R3MCloning(Cloning):
 def read_r3m(path):
     """R3M's published checkpoint -> its ResNet's weights {name: tensor}, the ResNet's depth."""
     content = training.load(path, made_by="R3M's authors publish it, for ResNet-18, 34 and 50")
-    found = content.get("r3m")
-    found = found if isinstance(found, dict) else {}
-    weights = {k.removeprefix(PREFIX): v for k, v in found.items() if k.startswith(PREFIX)}
+    prefix, found = "module.convnet.", content.get("r3m", {})
+    weights = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
     if "layer1.0.conv1.weight" not in weights:
-        fail(f"{path} has no weights {PREFIX}* under 'r3m': give R3M's published checkpoint")
-    depth = 50 if "layer1.0.conv3.weight" in weights else \
-        34 if "layer1.2.conv1.weight" in weights else 18
-    wanted = {k: v.shape for k, v in R3M(8, depth).convnet.state_dict().items()}
-    for name in wanted | weights:
-        if name not in weights or weights[name].shape != wanted.get(name):
+        fail(f"{path} has no weights {prefix}* under 'r3m': give R3M's published checkpoint")
+    depth = (50 if "layer1.0.conv3.weight" in weights else
+             34 if "layer1.2.conv1.weight" in weights else 18)
+    found, wanted = ({name: x.shape for name, x in state.items()}
+                     for state in (weights, R3M(8, depth).convnet.state_dict()))
+    for name in wanted | found:
+        if found.get(name) != wanted.get(name):
             fail(f"{path} looks like a ResNet-{depth}, but its {name} does not: give R3M's "
                  "published checkpoint")
     return weights, depth

@@ -78,8 +78,8 @@ class FeaturePlanner(mask_planner.Planner):
 
 
 def make_batch(episodes, step, config, seed, demos=None):
-    """A step's frames, goals and frames to come, and of demonstrations, Episodes, half as many
-    pairs of pictures and the actions between, as a dict of arrays (see FeaturePlanner.loss)."""
+    """A dict of arrays: a step's frames, goals and frames to come, and of demonstrations, Episodes,
+    half as many pairs of pictures and the actions between (see FeaturePlanner.loss)."""
     (episode, t, rng), add = episodes.sample_frames(step, config.batch, seed), np.add.outer
     gather = lambda times: episodes.gather(PICTURE, episode[:, None], times)
     batch = {"frames": gather(look_times(t, config.history, config.stride)),
@@ -93,40 +93,34 @@ def make_batch(episodes, step, config, seed, demos=None):
 
 
 @torch.no_grad()
-def validate(planner, episodes, samples=300, seed=1):
-    """Mean squared error of the predicted features, of unit variance, on held-out episodes
-    -> {"plan" | "stay": (K,)}; stay: the present picture's features."""
+def validate(planner, episodes):
+    """Mean squared error of the predicted features, of unit variance, on held-out episodes, beside
+    the present picture's -> lines of text."""
     config, errors = planner.eval().config, []
-    for step in range(-(-samples // config.batch)):
-        batch = tensors(make_batch(episodes, step, config, seed), planner)
+    for step in range(-(-300 // config.batch)):
+        batch = tensors(make_batch(episodes, step, config, 1), planner)
         target = standard(planner.encode(batch["future"]))  # (B, K, n, D)
         plan = planner.predict(planner(batch["frames"], batch["goal"])[:, -1])  # (B, K, n, D)
         stay = standard(planner.encode(batch["frames"][:, -1:]))  # (B, 1, n, D)
         error = torch.stack([plan, stay.expand_as(plan)]) - target  # (2, B, K, n, D)
         errors.append(error.square().mean((1, 3, 4)).cpu().numpy())  # (2, K)
-    return dict(zip(("plan", "stay"), np.mean(errors, 0)))
-
-
-def table(scores):
-    """The scores of `validate` as lines of text."""
     lines = ["held-out error of features" + "".join(f"{f'+{k}':>7s}" for k in HORIZONS)]
     return "\n".join(lines + [f"  {name:24s}" + "".join(f"{x:7.3f}" for x in row)
-                              for name, row in scores.items()])
+                              for name, row in zip(("plan", "stay"), np.mean(errors, 0))])
 
 
 @torch.no_grad()
-def show(planner, episodes, rows=6, seed=3, bank=400):
-    """For every horizon the picture, among `bank` others, whose features are most like the
-    predicted ones, beside the true one -> (., ., 3) uint8."""
-    others = episodes.gather(PICTURE, *episodes.sample_frames(1, bank, seed)[:2])  # (bank, H, W, 3)
-    batch = make_batch(episodes, 0, planner.config, seed)
+def show(planner, episodes):
+    """For every horizon the picture, among 400 others, whose features are most like the predicted
+    ones, beside the true one -> (., ., 3) uint8."""
+    others = episodes.gather(PICTURE, *episodes.sample_frames(1, 400, seed=3)[:2])  # (400, H, W, 3)
+    batch = {k: v[:6] for k, v in make_batch(episodes, 0, planner.config, seed=3).items()}
     tensor = tensors(batch | {"others": others}, planner)
-    known = standard(planner.encode(tensor["others"]))  # (bank, n, D)
-    predicted = planner.predict(planner(tensor["frames"], tensor["goal"])[:, -1])[:rows]
-    off = torch.stack([(known - x).square().mean((1, 2)) for x in predicted.flatten(0, 1)])
-    nearest = others[off.argmin(1).cpu().numpy()]  # (rows K, H, W, 3)
-    return mask_planner.sheet(batch["goal"][:rows], batch["frames"][:rows, -1],
-                              nearest.reshape(-1, K, *nearest.shape[1:]), batch["future"][:rows])
+    known = standard(planner.encode(tensor["others"]))  # (400, n, D)
+    plan = planner.predict(planner(tensor["frames"], tensor["goal"])[:, -1])  # (6, K, n, D)
+    off = torch.stack([(known - x).square().mean((1, 2)) for x in plan.flatten(0, 1)])  # (6 K, 400)
+    nearest = others[off.argmin(1).cpu().numpy()].reshape(batch["future"].shape)
+    return mask_planner.sheet(batch["goal"], batch["frames"][:, -1], nearest, batch["future"])
 
 
 def main(argv=None):
@@ -143,7 +137,7 @@ def main(argv=None):
         torch.manual_seed(config.seed)
         batches = lambda step: make_batch(videos, step, config, config.seed, demos)
         planner = training.fit(FeaturePlanner(config), batches, config, path, picture, note)
-    training.report(config, path, table(validate(planner, held_out)), lambda: picture(planner))
+    training.report(config, path, validate(planner, held_out), lambda: picture(planner))
 
 
 if __name__ == "__main__":

@@ -6,10 +6,12 @@
 An inverse dynamics model, which sees what comes after, learns from the few action demonstrations
 and labels all videos. The labelled suite is rolled out and tabled as its parent.
 
-Sizes: B batch, V cameras, K pictures that the model sees, F frames, n tokens per picture, D width,
+Sizes: B batch, V cameras, K pictures that the model sees, T frames, n tokens per picture, D width,
 A action and S state numbers, H W pixels.
 """
 
+import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +30,12 @@ from core.flags import PlannerConfig, flag, parse, run_path
 # follow their command within eight
 TIMES = (0, 2, 8)
 PICTURES = [f"obs/{camera}_rgb" for camera in CAMERAS]
-# the state too, as a video without actions has none
-LABELS = ("actions", "obs/ee_states", "obs/gripper_states")
+LABELS = ("actions", "obs/ee_states", "obs/gripper_states")    # a video has no states either
 
 
 @dataclass
 class Config(PlannerConfig):
-    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of "
-                                    "the videos)", minimum=1)
-
+    action_demos: int | None = flag(None, "demonstrations with actions per task", minimum=1)
     PRESETS = {"tiny": dict(demos=2, action_demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32,
                             blocks=(1, 1, 1), channels=16),
                "laptop": dict(demos=20, action_demos=10, steps=3000, size=96, batch=32, lr=1e-3,
@@ -49,66 +48,59 @@ class InverseDynamics(nn.Module):
     """Action and robot state at a picture, from it and from pictures that come after."""
     kind = "vpt"
 
-    def __init__(self, config, mean, std):
-        """mean, std (A + S,) of what is predicted: actions, then states."""
+    def __init__(self, config, labels):
+        """labels (frames, A + S): what is predicted, actions, then states."""
         super().__init__()
         self.config, D = config, config.width
         self.encoders = nn.ModuleList(networks.ImageEncoder(D, config.blocks, config.channels)
                                       for _ in CAMERAS)
         n = len(CAMERAS) * len(TIMES) * self.encoders[0].cells(config.size) ** 2
         self.head = nn.Sequential(nn.LayerNorm(n * D), nn.Linear(n * D, 256), nn.GELU(),
-                                  nn.Linear(256, len(mean)))
-        self.register_buffer("mean", torch.as_tensor(mean))
-        self.register_buffer("std", torch.as_tensor(std))
-
-    def encode(self, view, images):
-        """(F, H, W, 3) uint8 of camera 0 or 1 -> (F, n D)."""
-        return self.encoders[view](images).flatten(1)
+                                  nn.Linear(256, labels.shape[1]))
+        self.register_buffer("mean", torch.as_tensor(labels.mean(0)))
+        self.register_buffer("std", torch.as_tensor(labels.std(0).clip(1e-3)))
 
     def forward(self, x):
-        """Encoded pictures (B, V, K, n D) -> actions and states (B, A + S), standardised."""
-        return self.head(x.flatten(1))
+        """Each camera's encoded pictures [(B, K, D, h, w)] -> actions and states (B, A + S)."""
+        return self.head(torch.stack(x, 1).flatten(1))                  # standardised
 
     def loss(self, batch):
         """batch: pictures (B, V, K, H, W, 3) uint8, label (B, A + S) -> MSE, parts."""
-        B, _, K = batch["pictures"].shape[:3]
-        x = [self.encode(view, networks.random_shift(batch["pictures"][:, view].flatten(0, 1))[0])
-             for view in range(len(CAMERAS))]
-        predicted = self(torch.stack([y.unflatten(0, (B, K)) for y in x], 1))
+        size, views = batch["pictures"].shape[:3:2], batch["pictures"].unbind(1)
+        predicted = self([encode(networks.random_shift(x.flatten(0, 1))[0]).unflatten(0, size)
+                          for encode, x in zip(self.encoders, views)])
         loss = F.mse_loss(predicted.float(), (batch["label"] - self.mean) / self.std)
         return loss, {"inverse": loss.item()}
 
     @torch.no_grad()
-    def label(self, views, size=64):
-        """An episode's pictures (F, H, W, 3) of each camera -> actions and states (F, A + S)."""
-        device, at = self.mean.device, np.arange(len(views[0]))[:, None] + TIMES
-        at = at.clip(max=len(views[0]) - 1)
-        x = [torch.cat([self.encode(view, torch.tensor(part, device=device)) for part in
-                        np.array_split(pictures, -(-len(pictures) // size))])
-             for view, pictures in enumerate(views)]
-        predicted = self(torch.stack([y[at] for y in x], 1))            # (F, A + S)
+    def label(self, views):
+        """An episode's pictures (T, H, W, 3) of each camera -> actions and states (T, A + S)."""
+        T, device = len(views[0]), self.mean.device
+        at = (np.arange(T)[:, None] + TIMES).clip(max=T - 1)            # (T, K)
+        parts = [torch.tensor(x, device=device).tensor_split(-(-T // 64)) for x in views]
+        predicted = self([torch.cat([*map(encode, few)])[at]
+                          for encode, few in zip(self.encoders, parts)])
         return (predicted * self.std + self.mean).cpu().numpy()
 
 
-def make_batch(demos, labels, step, config):
-    """Pictures of demonstrations (Episodes) and their `labels` (frames, A + S), see loss."""
+def make_batch(demos, step, config):
+    """A step's pictures of demonstrations (Episodes), actions and states, see loss."""
     episode, t, _ = demos.sample_frames(step, config.batch, config.seed)
     pictures = [demos.gather(k, episode[:, None], t[:, None] + TIMES) for k in PICTURES]
-    return {"pictures": np.stack(pictures, 1), "label": labels[demos.start[episode] + t]}
+    return {"pictures": np.stack(pictures, 1),
+            "label": np.concatenate([demos.gather(k, episode, t) for k in LABELS], 1)}
 
 
-def write_labelled(source, target, model, widths):
+def write_labelled(source, target, model):
     """A copy of the task's data file with predicted actions and states in place of its own."""
-    import os
-    import shutil
     target.parent.mkdir(parents=True, exist_ok=True)
     tmp = target.with_suffix(".tmp")
     shutil.copy(source, tmp)
     with h5py.File(tmp, "r+") as f:
         for name, demo in f["data"].items():
-            parts = np.split(model.label([demo[k][:] for k in PICTURES]), widths, 1)
-            for key, value in zip(LABELS, parts):
-                demo[key][:] = value
+            found = model.label([demo[k][:] for k in PICTURES])         # (T, A + S)
+            for key in LABELS:
+                demo[key][:], found = np.split(found, [demo[key].shape[1]], 1)
         f["data"].attrs["source"] = "vpt"
     os.replace(tmp, target)
 
@@ -123,14 +115,12 @@ def main(argv=None):
     if target.exists():
         fail(f"{target} exists: delete it, or choose another --data folder")
     demos = Episodes(config.data, videos.suite, videos.tasks, config.action_demos)
-    labels = [np.concatenate(demos.arrays[name]) for name in LABELS]
-    widths, labels = np.cumsum([x.shape[1] for x in labels])[:-1], np.concatenate(labels, 1)
+    labels = np.concatenate([np.concatenate(demos.arrays[key]) for key in LABELS], 1)
     torch.manual_seed(config.seed)
-    model = InverseDynamics(config, labels.mean(0), labels.std(0).clip(1e-3))
-    model = training.fit(model, lambda step: make_batch(demos, labels, step, config), config, path)
-    for task in videos.tasks:
-        write_labelled(Path(config.data) / videos.suite / f"{task}.hdf5", target / f"{task}.hdf5",
-                       model, widths)
+    model = training.fit(InverseDynamics(config, labels),
+                         lambda step: make_batch(demos, step, config), config, path)
+    for name in (f"{task}.hdf5" for task in videos.tasks):
+        write_labelled(target.with_name(videos.suite) / name, target / name, model)
     print(f"next: python executor.py --planner none --suite {target.name} --action-demos "
           f"{config.demos}")
 

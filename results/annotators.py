@@ -31,7 +31,7 @@ def region(found, true):
 def boundary(found, true):
     """F: found, true (H, W) bool -> harmonic mean of the boundary's precision and recall."""
     import cv2
-    reach = max(1, int(np.ceil(0.008 * np.hypot(*true.shape))))  # DAVIS' share of the diagonal
+    reach = int(np.ceil(0.008 * np.hypot(*true.shape)))  # DAVIS' share of the diagonal
     disc = (np.hypot(*np.mgrid[-reach:reach + 1, -reach:reach + 1]) <= reach).astype(np.uint8)
     cross = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
     a, b = (mask & ~(cv2.erode(np.uint8(mask), cross) > 0) for mask in (found, true))
@@ -45,15 +45,15 @@ def boundary(found, true):
 def grade_masks(found, true, N):
     """found, true (T, H, W) of 0..N -> J and F, means over objects and frames after the first."""
     pairs = [(f == k, t == k) for k in range(1, N + 1) for f, t in zip(found[1:], true[1:])]
-    return {name: float(np.mean([measure(*pair) for pair in pairs]))
-            for name, measure in (("J", region), ("F", boundary))}
+    return {"J": np.mean([region(*pair) for pair in pairs]),
+            "F": np.mean([boundary(*pair) for pair in pairs])}
 
 
-def grade_tracks(found, seen, true, visible, when, within=(1, 2, 4, 8, 16)):
+def grade_tracks(found, seen, true, visible, when):
     """Places (T, K, 2), visibility (T, K), the truth; frames after the queries at `when` (K,)."""
     later = np.arange(len(true))[:, None] > when  # (T, K)
     off = 256 * np.linalg.norm(found.astype(np.float64) - true, axis=-1)  # (T, K)
-    shown, near = later & visible, off < np.reshape(within, (-1, 1, 1))  # (T, K), (5, T, K)
+    shown, near = later & visible, off < np.reshape([1, 2, 4, 8, 16], (-1, 1, 1))  # (5, T, K)
     false = (later & seen & ~(visible & near)).sum((1, 2))  # (5,) hidden, or elsewhere
     jaccard = (shown & seen & near).sum((1, 2)) / np.maximum(1, shown.sum() + false)
     return {"delta_avg": (shown & near).sum((1, 2)).mean() / max(1, shown.sum()),
@@ -71,7 +71,7 @@ def queries(visible):
 def grade(episodes, annotator, config, names):
     """Means over the episodes, {"masks": {annotator: {J, F}}, "tracks": {"all" | "moving": ...}},
     and counts.  names: {task: what its objects look like, the robot first}"""
-    grades, points = {"masks": {}, "tracks": {"all": {}, "moving": {}}}, 0
+    of_masks, of_tracks, points = {}, {"all": {}, "moving": {}}, 0
     for e, T in enumerate(episodes.length):
         task = episodes.tasks[episodes.task[e]]
         frames, true, place, visible = (episodes.gather(key, e, range(T)) for key in (
@@ -86,16 +86,16 @@ def grade(episodes, annotator, config, names):
         if config.tracks != "sim":
             tracks[config.tracks] = annotator.track(frames, when, where)
         for name, found in masks.items():
-            grades["masks"].setdefault(name, []).append(grade_masks(found, true, len(names[task])))
+            of_masks.setdefault(name, []).append(grade_masks(found, true, len(names[task])))
         for which, k in (("all", when >= 0), ("moving", place.var(0).sum(1) > sims.camera.MOVES)):
             for name, (found, seen) in tracks.items() if k.any() else ():
-                grades["tracks"][which].setdefault(name, []).append(grade_tracks(
+                of_tracks[which].setdefault(name, []).append(grade_tracks(
                     found[:, k], seen[:, k], place[:, k], visible[:, k], when[k]))
         points += len(when)
-    for table in (grades["masks"], *grades["tracks"].values()):
-        table |= {name: {key: round(float(np.mean([row[key] for row in rows])), 4)
-                         for key in rows[0]} for name, rows in table.items()}
-    return grades | {"episodes": len(episodes.length), "points": points, "frames": len(episodes)}
+    mean = lambda grades: {name: {key: round(float(np.mean([row[key] for row in rows])), 4)
+                                  for key in rows[0]} for name, rows in grades.items()}
+    return {"masks": mean(of_masks), "tracks": {k: mean(v) for k, v in of_tracks.items()},
+            "episodes": len(episodes.length), "points": points, "frames": len(episodes)}
 
 
 @dataclass
@@ -118,9 +118,9 @@ def main(argv=None):
     names = {task: prompts(sims.describe(config.suite, task)[1], config.objects)
              for task in task_names(config.suite, config.tasks, config.data)}
     annotator, episodes = Annotator(config), Episodes(config.data, config.suite, list(names), 1)
-    flags = "".join(f" --{name} {getattr(config, name)}" for name in ("suite", "masks", "tracks"))
     about = {"suite": config.suite, "size": episodes.size, "tasks": len(names),
-             "command": f"python -m results.annotators{flags}", "versions": sims.versions()}
+             "command": f"python -m results.annotators --suite {config.suite} --masks "
+             f"{config.masks} --tracks {config.tracks}", "versions": sims.versions()}
     about |= grade(episodes, annotator, config, names) | {"seconds": round(time.time() - begin, 1)}
     print(text := json.dumps(about, indent=1))
     write(f"results/{config.suite}_grade.json", text + "\n")

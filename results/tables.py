@@ -37,11 +37,9 @@ def t_interval(rates):
 
 def cells(folder):
     """One row of all evaluations that differ in the training seed alone: the first one's content,
-    with plan (its full name), seeds (how many), rate, interval, count, between (both in words).
-
-    A file's name holds all that differs from the presets, so names that agree but for the seed are
-    of one configuration.  Executors that share a planner of one seed are marked.
-    """
+    with plan (its full name), seeds (how many), rate, interval, count, between (both in words).  A
+    file's name holds all that differs from the presets, so names that agree but for the seed are of
+    one configuration.  Executors that share a planner of one seed are marked."""
     groups, rows = {}, []
     for r in (r for r in read(folder) if "plan" in r):
         seed, of = r["seed"], ((r.get("config") or {}).get("planner_config") or {}).get("seed")
@@ -61,11 +59,8 @@ def cells(folder):
     return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0, r["plan"]))
 
 
-# --- tables: the folder's files -> lines, none where there is nothing -----------------------------
-
-
 def table(head, rows):
-    """Titles "a | b" and rows of cells -> lines of Markdown."""
+    """Titles "a | b" and rows of cells -> lines of Markdown, none of no rows."""
     line = lambda row: f"| {' | '.join('-' if x is None else str(x) for x in row)} |"
     return [f"| {head} |", "|---" * (1 + head.count(" | ")) + "|", *map(line, rows)] * bool(rows)
 
@@ -85,8 +80,7 @@ def overview(folder):
 
 def evaluations(folder):
     """Every evaluation, those of unseen variants and of some tasks, too."""
-    columns = ("suite", "plan", "preset", "videos", "action_demos", "scenes", "counts", "count",
-               "between")
+    columns = "suite plan preset videos action_demos scenes counts count between".split()
     spent = lambda r: ", ".join(f"{k} {s / 60:.1f}" for k, s in r["seconds"].items() if s)
     return table("suite | plan | preset | videos | action demos | scenes | counts | success | 95 % "
                  "interval | seeds | minutes | commit", [
@@ -97,10 +91,12 @@ def evaluations(folder):
 def tasks(folder):
     """Of the demonstrator and of AVDC a table per suite, a column per result, a row per task that
     is not always solved."""
-    lines, of = [], [r for r in cells(folder) if not r["action_demos"]]
-    for suite in sorted({r["suite"] for r in of}):
-        plans = {r["plan"]: r["tasks"] for r in of if r["suite"] == suite}
-        found = {task.replace("_", " "): [one.get(task) for one in plans.values()]
+    lines, of = [], {}
+    for r in cells(folder):
+        if not r["action_demos"]:
+            of.setdefault(r["suite"], {})[r["plan"]] = r["tasks"]
+    for suite, plans in of.items():
+        found = {task.replace("_", " "): [tasks.get(task) for tasks in plans.values()]
                  for task in next(iter(plans.values()))}
         lines += [""] * bool(lines) + table(" | ".join([suite, *plans]), [
             (task, *(t and f"{t['success']}/{t['episodes']}" for t in row))

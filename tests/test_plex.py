@@ -10,35 +10,32 @@ from core.planners import load_planner
 from test_mask_planner import overfit
 
 
-def small():
+@pytest.fixture
+def planner():
     torch.manual_seed(0)
     values = plex.Config.PRESETS["tiny"] | dict(preset="tiny", A=7)
     return plex.FeaturePlanner(plex.Config(**values)).train()
 
 
-def batch_of(videos, planner):
+@pytest.fixture
+def batch(videos, planner):
     return plex.tensors(plex.make_batch(videos, 5, planner.config, 3, videos), planner)
 
 
-def test_batch_is_what_the_file_holds(videos):
-    batch = batch_of(videos, small())
-    (episode, t, _), (demo, s, _) = videos.sample_frames(5, 4, 3), videos.sample_frames(5, 2, 1)
-    pictures, actions = videos.arrays["obs/agentview_rgb"], videos.arrays["actions"]
-    rows = lambda arrays, e, t: arrays[e][np.clip(t, 0, videos.length[e] - 1)]
-    for b, (e, t) in enumerate(zip(episode, t)):
-        assert np.array_equal(batch["frames"][b], rows(pictures, e, t + np.array([-4, 0])))
-        assert np.array_equal(batch["future"][b], rows(pictures, e, t + np.array([4, 8, 16, 32])))
-        assert np.array_equal(batch["goal"][b], pictures[1 - e][-1]), "another demonstration's end"
-    for b, (e, s) in enumerate(zip(demo, s)):
-        assert np.array_equal(batch["pair"][b], rows(pictures, e, s + np.array([0, 8])))
-        assert np.array_equal(batch["action"][b], rows(actions, e, s + np.arange(8)))
+def test_batch_is_what_the_file_holds(videos, batch):
+    rows = lambda key, e, t: videos.arrays[key][e][np.clip(t, 0, videos.length[e] - 1)]
+    for b, (e, t) in enumerate(zip(*videos.sample_frames(5, 4, 3)[:2])):
+        for name, times in (("frames", [-4, 0]), ("future", [4, 8, 16, 32])):
+            assert np.array_equal(batch[name][b], rows(plex.PICTURE, e, np.add(t, times)))
+        assert np.array_equal(batch["goal"][b], videos.last_frames(1 - e)), "another one's end"
+    for b, (e, t) in enumerate(zip(*videos.sample_frames(5, 2, 1)[:2])):
+        assert np.array_equal(batch["pair"][b], rows(plex.PICTURE, e, np.add(t, [0, 8])))
+        assert np.array_equal(batch["action"][b], rows("actions", e, t + np.arange(8)))
 
 
-def test_the_future_teaches_the_planner_and_not_the_encoder(videos):
-    planner = small()
+def test_the_future_teaches_the_planner_and_not_the_encoder(planner, batch):
     for p in planner.parameters():
         torch.nn.init.normal_(p, std=0.05)
-    batch = batch_of(videos, planner)
     whole, parts = planner.loss(batch)
     inverse = (planner.actions(batch["pair"]) - batch["action"]).square().mean()
     with torch.no_grad():
@@ -64,7 +61,6 @@ def test_program(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_one_batch_is_overfitted(videos):
-    planner = small()
-    first, last = overfit(planner, batch_of(videos, planner), 100)
+def test_one_batch_is_overfitted(planner, batch):
+    first, last = overfit(planner, batch, 100)
     assert all(last[k] < 0.5 * first[k] for k in first), (first, last)

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+
 from baselines.cloning import Cloning
 from core import networks, training
 from core.flags import as_dict
@@ -50,9 +51,8 @@ def test_pages(tmp_path, refused):
     folder, mark = tmp_path / "results", "<!-- {0} -->\nold\n<!-- /{0} -->\nz\n"
     folder.mkdir()
     refused(lambda: tables.main(["--results", str(folder)]), "no results", "rollout.py")
-    made_up(folder)
-    made_up(folder, **NOBODY)
-    made_up(folder, **NOBODY, unseen="layout", suite="libero_spatial")
+    for fields in ({}, NOBODY, NOBODY | {"unseen": "layout", "suite": "libero_spatial"}):
+        made_up(folder, **fields)
     (tmp_path / "README.md").write_text("a\n" + mark.format("overview"))
     (folder / "README.md").write_text("".join(mark.format(f.__name__) for f in tables.TABLES))
     for _ in range(2):
