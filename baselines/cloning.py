@@ -99,9 +99,7 @@ class R3M(nn.Module):
     def train(self, mode=True):
         """ours: its BatchNorm keeps the statistics it was published with."""
         super().train(mode)
-        for module in self.convnet.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eval()
+        self.convnet.eval()
         return self
 
     def forward(self, images):
@@ -126,8 +124,8 @@ class R3MCloning(Cloning):
         self.encoder, self.wrist = (R3M(config.width, config.resnet) for _ in CAMERAS)
 
     def sets(self, form):
-        places, D = networks.grid_places(self.wrist.cells(self.size), 1), self.config.width
-        return super().sets(form) | {"wrist": (places, D)}
+        places = networks.grid_places(self.wrist.cells(self.size), 1)
+        return super().sets(form) | {"wrist": (places, self.config.width)}
 
     def plan(self, obs, form):
         """As Cloning's, and obs with wrist (B, H, W, 3) uint8."""

@@ -80,15 +80,16 @@ class FeaturePlanner(mask_planner.Planner):
 def make_batch(episodes, step, config, seed, demos=None):
     """A dict of arrays: a step's frames, goals and frames to come, and of demonstrations, Episodes,
     half as many pairs of pictures and the actions between (see FeaturePlanner.loss)."""
-    (episode, t, rng), add = episodes.sample_frames(step, config.batch, seed), np.add.outer
-    gather = lambda times: episodes.gather(PICTURE, episode[:, None], times)
-    batch = {"frames": gather(look_times(t, config.history, config.stride)),
-             "future": gather(add(t, HORIZONS)),
+    episode, t, rng = episodes.sample_frames(step, config.batch, seed)
+    past, ahead = look_times(t, config.history, config.stride), np.add.outer(t, HORIZONS)
+    batch = {"frames": episodes.gather(PICTURE, episode[:, None], past),        # (B, T, H, W, 3)
+             "future": episodes.gather(PICTURE, episode[:, None], ahead),       # (B, K, H, W, 3)
              "goal": episodes.last_frames(episodes.goal_of(episode, rng))}
     if demos:
         episode, t, _ = demos.sample_frames(step, config.batch // 2, config.seed + 1)
-        batch["pair"] = demos.gather(PICTURE, episode[:, None], add(t, [0, BETWEEN]))
-        batch["action"] = demos.gather("actions", episode[:, None], add(t, np.arange(BETWEEN)))
+        times = np.add.outer(t, np.arange(1 + BETWEEN))
+        batch["pair"] = demos.gather(PICTURE, episode[:, None], times[:, [0, BETWEEN]])
+        batch["action"] = demos.gather("actions", episode[:, None], times[:, :BETWEEN])
     return batch
 
 

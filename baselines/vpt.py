@@ -38,10 +38,9 @@ class Config(PlannerConfig):
     action_demos: int | None = flag(None, "demonstrations with actions per task", minimum=1)
     PRESETS = {"tiny": dict(demos=2, action_demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32,
                             blocks=(1, 1, 1), channels=16),
-               "laptop": dict(demos=20, action_demos=10, steps=3000, size=96, batch=32, lr=1e-3,
-                              width=128, blocks=(1, 1, 1), channels=32),
+               "laptop": dict(demos=20, action_demos=10, steps=3000, size=96, batch=32, lr=1e-3),
                "paper": dict(demos=50, action_demos=10, steps=10000, size=128, batch=128, lr=5e-4,
-                             width=128, blocks=(2, 2, 2, 2), channels=64)}
+                             blocks=(2, 2, 2, 2), channels=64)}
 
 
 class InverseDynamics(nn.Module):
@@ -91,22 +90,9 @@ def make_batch(demos, step, config):
             "label": np.concatenate([demos.gather(k, episode, t) for k in LABELS], 1)}
 
 
-def write_labelled(source, target, model):
-    """A copy of the task's data file with predicted actions and states in place of its own."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    tmp = target.with_suffix(".tmp")
-    shutil.copy(source, tmp)
-    with h5py.File(tmp, "r+") as f:
-        for name, demo in f["data"].items():
-            found = model.label([demo[k][:] for k in PICTURES])         # (T, A + S)
-            for key in LABELS:
-                demo[key][:], found = np.split(found, [demo[key].shape[1]], 1)
-        f["data"].attrs["source"] = "vpt"
-    os.replace(tmp, target)
-
-
 def main(argv=None):
-    """Command line: trains the inverse dynamics model, labels all videos."""
+    """Command line: trains the inverse dynamics model; copies the data files with predicted actions
+    and states in place of their own."""
     from demos.record import load_videos
     config = parse(Config, "VPT: actions for all videos from a few demonstrations.", argv)
     path = run_path(config, f"vpt{config.action_demos}")
@@ -119,8 +105,17 @@ def main(argv=None):
     torch.manual_seed(config.seed)
     model = training.fit(InverseDynamics(config, labels),
                          lambda step: make_batch(demos, step, config), config, path)
-    for name in (f"{task}.hdf5" for task in videos.tasks):
-        write_labelled(target.with_name(videos.suite) / name, target / name, model)
+    target.mkdir()
+    for task in videos.tasks:
+        part = target / f"{task}.tmp"
+        shutil.copy(target.with_name(videos.suite) / f"{task}.hdf5", part)
+        with h5py.File(part, "r+") as f:
+            for demo in f["data"].values():
+                found = model.label([demo[k][:] for k in PICTURES])     # (T, A + S)
+                for key in LABELS:
+                    demo[key][:], found = np.split(found, [demo[key].shape[1]], 1)
+            f["data"].attrs["source"] = "vpt"
+        os.replace(part, part.with_suffix(".hdf5"))
     print(f"next: python executor.py --planner none --suite {target.name} --action-demos "
           f"{config.demos}")
 

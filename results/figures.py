@@ -26,11 +26,10 @@ from video_control import unipi
 
 
 @dataclass
-class Config:
+class Config(tables.Config):
     what: tuple[str, ...] = flag((), "curve, unseen, attention or cost; of the last two the "
                                  "executor's checkpoint", positional=True)
     tasks: str = flag("0,4", "numbers or names of tasks, comma-separated; empty: all")
-    results: str = flag("results", "folder of the results")
 
 
 def curve(config, _):
@@ -40,9 +39,9 @@ def curve(config, _):
     import matplotlib.pyplot as plt
     rows = [r for r in tables.cells(config.results)
             if r["action_demos"] and r["scenes"] == "test" and not r["unseen"]]
-    suites, plans = (sorted({r[key] for r in rows}) for key in ("suite", "plan"))
     if not rows:
         fail(f"no success rates in {config.results}/: python rollout.py <checkpoint> makes one")
+    suites, plans = (sorted({r[key] for r in rows}) for key in ("suite", "plan"))
     figure, axes = plt.subplots(1, len(suites), squeeze=False, sharey=True, layout="constrained",
                                 figsize=(4.5 * len(suites) + 1.5, 3.6))
     for axis, suite in zip(axes[0], suites):

@@ -109,10 +109,10 @@ def annotators(folder):
     rows = []
     for r in read(folder, "*_grade.json"):
         about = f"{r['suite']}: {r['frames']} frames of {r['size']} px, {r['points']} points"
-        parts = [("masks", r["masks"])] + [(f"tracks, {k}", v) for k, v in r["tracks"].items()]
-        rows += [(about, what, name, ", ".join(f"{k.replace('_', ' ')} {x:.3f}"
-                                               for k, x in grades.items()))
-                 for what, by_name in parts for name, grades in by_name.items()]
+        parts = {"masks": r["masks"]} | {f"tracks, {k}": v for k, v in r["tracks"].items()}
+        line = lambda grades: ", ".join(f"{k} {x:.3f}" for k, x in grades.items()).replace("_", " ")
+        rows += [(about, what, name, line(grades))
+                 for what, by_name in parts.items() for name, grades in by_name.items()]
     return table("suite | of | annotator | grades", rows)
 
 

@@ -17,14 +17,12 @@ def box(x, y, side=20, size=64):
 
 
 def test_region_and_boundary():
-    a, far, none = box(10, 10), box(40, 40), np.zeros((64, 64), bool)
-    assert annotators.region(a, a) == annotators.boundary(a, a) == 1
-    assert annotators.region(a, box(20, 10)) == pytest.approx(200 / 600)
-    assert annotators.region(a, far) == annotators.boundary(a, far) == 0
-    assert annotators.boundary(a, box(11, 10)) == 1 > annotators.region(a, box(11, 10)), "tolerated"
-    assert annotators.region(none, none) == annotators.boundary(none, none) == 1
-    assert annotators.boundary(none, a) == 0
-    assert annotators.boundary(np.ones_like(a), none) == 1, "the picture's border is no boundary"
+    """A pixel's shift is tolerated by F alone; the picture's border is no boundary."""
+    a, none = box(10, 10), np.zeros((64, 64), bool)
+    for found, true, J, F in ((a, a, 1, 1), (a, box(40, 40), 0, 0), (none, none, 1, 1),
+                              (none, a, 0, 0), (a, box(11, 10), 380 / 420, 1), (~none, none, 0, 1)):
+        assert annotators.region(found, true) == pytest.approx(J)
+        assert annotators.boundary(found, true) == pytest.approx(F)
 
 
 def test_tracks_against_a_loop_over_points():
@@ -57,8 +55,7 @@ def test_flow_beats_points_that_stay(data, tmp_path, monkeypatch, refused):
     annotators.main([*argv, "--tracks", "flow"])
     grades = json.loads((tmp_path / "results" / f"{SUITE}_grade.json").read_text())
     assert grades["episodes"] == 1 and grades["points"] > 100 and grades["masks"]["first mask"]
-    moving = grades["tracks"]["moving"]
-    assert all(0 <= value <= 1 for row in moving.values() for value in row.values())
-    assert moving["flow"]["average_jaccard"] > moving["stay"]["average_jaccard"]
+    stay, flow = (grades["tracks"]["moving"][name]["average_jaccard"] for name in ("stay", "flow"))
+    assert 0 <= stay < flow <= 1
     refused(lambda: annotators.main([*argv, "--masks", "sam", "--objects", "arm."]), "--objects",
             "akita_black_bowl_1")

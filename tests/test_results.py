@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
 
@@ -41,9 +40,6 @@ def test_seeds_are_the_unit(tmp_path):
     assert row["interval"] == pytest.approx((0.4 - half, 0.4 + half), abs=1e-6)
     assert rows["mask_early"]["interval"] == (0.1, 0.6)
     assert "| mask | laptop | 2 | 40.0 (3 seeds: 15.2 - 64.8) |" in tables.overview(tmp_path)
-    rates = np.random.default_rng(0).normal(0.5, 0.05, (1000, 3))
-    hits = [low <= 0.5 <= high for low, high in map(tables.t_interval, rates)]
-    assert np.mean(hits) == pytest.approx(0.95, abs=0.02)
 
 
 def test_pages(tmp_path, refused):
@@ -73,9 +69,8 @@ def test_cost_and_attention(tmp_path, refused):
     of = Cloning.Config(size=64, width=32, channels=16)
     config = Config(planner="none", kind="none", env="mt10", task_names=("reach",), form="goal",
                     A=4, planner_config=as_dict(of), **Config.PRESETS["tiny"])
-    training.save(path := str(tmp_path / "none_executor.pt"), kind="executor", step=5, ema=None,
-                  config=as_dict(config), model=Executor(config, Cloning(of)).state_dict(),
-                  version=training.VERSION)
+    training.save(path := str(tmp_path / "none_executor.pt"), kind="executor",
+                  config=as_dict(config), model=Executor(config, Cloning(of)).state_dict())
     count = lambda steps: figures.cost(figures.Config(results=str(tmp_path)), path, steps)
     one, two = (json.loads(open(count(steps)).read())["tflops"] for steps in (1, 5))
     assert 0 < 1.5 * one < two < 2.5 * one, "two looks in five steps"

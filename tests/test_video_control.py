@@ -147,14 +147,13 @@ def test_exact_correspondence_solves_a_scene(button):
 
 def test_imagined_pictures_are_followed_by_their_flow(button):
     """A video in which nothing moves: the subgoals stay in place, and it imagines again."""
-    class Still(torch.nn.Module):
-        alpha_bar = torch.zeros(1)
+    def imagine(obs, generator):
+        assert obs["goal"].shape == (1, 96, 96, 3) and obs["text"].shape == (1, 384)
+        return obs["frames"].expand(1, FRAMES, 96, 96, 3)
 
-        def imagine(self, obs, generator):
-            assert obs["goal"].shape == (1, 96, 96, 3) and obs["text"].shape == (1, 384)
-            return obs["frames"].expand(1, FRAMES, 96, 96, 3)
-
-    actor = avdc.Actor(button, Still(), flow.dis_flow, replans=1)
+    still = torch.nn.Module()
+    still.alpha_bar, still.imagine = torch.zeros(1), imagine
+    actor = avdc.Actor(button, still, flow.dis_flow, replans=1)
     actor.reset(button, {"seed": 7})
     button.reset(seed=7)
     assert actor(button).shape == (4,) and actor.plans_left == 1

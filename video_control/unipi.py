@@ -6,7 +6,7 @@
 
 An inverse dynamics model pi(action, done | observation, picture to reach) learns from a few
 action-labelled demonstrations; when it predicts done, the next picture of the imagined video is the
-one to reach.  The network is the executor on cloning, with that picture in the goal picture's place.
+one to reach.  The network is the executor on cloning, that picture in the goal picture's place.
 
 Sizes: B batch, T looks, F future pictures, H W pixels.
 """
