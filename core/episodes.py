@@ -41,9 +41,6 @@ HELD_OUT = 2  # validation episodes per task
 ABOUT = ("source", "size", "render", "objects", "text_embedding", "env", "goal_varies")
 
 
-# --- writing --------------------------------------------------------------------------------------
-
-
 def write_episode(path, episode, **attrs):
     """Writes one episode to a file of its own: a `.part` is renamed when it is whole."""
     part = path.with_suffix(".part")
@@ -66,12 +63,8 @@ def assemble(path, parts, attrs):
         data = f.create_group("data")
         for name in names:
             with h5py.File(parts / f"{name}.hdf5") as one:
-                episode = data.create_group(name)
-                for key in one:
-                    one.copy(key, episode)
-                episode.attrs.update(one.attrs)
+                one.copy(one, data, name)
         data.attrs.update(attrs, total=sum(int(data[name].attrs["num_samples"]) for name in names))
-        # robomimic's filter keys
         f["mask/valid"] = np.array(names[:HELD_OUT], "S")
         f["mask/train"] = np.array(names[HELD_OUT:], "S")
     os.replace(tmp, path)
@@ -91,28 +84,24 @@ def split_assembled(path, parts):
     os.remove(path)
 
 
-# --- reading --------------------------------------------------------------------------------------
-
-
 def open_data(path):
     """Opens a data file for reading; one line that names the way out if it is missing or broken."""
     path = Path(path)
+    command = f"python extract.py --suite {path.parent.name}"
     if not path.exists():
-        fail(f"no data file {path}: make it with python extract.py --suite {path.parent.name}")
+        fail(f"no data file {path}: make it with {command}")
     try:
         f = h5py.File(path, "r")
         if not isinstance(f.get("data"), h5py.Group) or not len(f["data"]):
             raise OSError("no episodes")
-        first = f["data"].get("demo_0", {})
         lacks = [name for name in ABOUT if name not in f["data"].attrs]
-        lacks += [name for name in ("masks", "tracks") if name not in first]
-        if lacks:
-            fail(f"{path} lacks {', '.join(lacks)}, so this extract.py has not made it: "
-                 "choose another --data folder or delete it")
-        return f
+        lacks += [name for name in ("masks", "tracks") if name not in f["data"].get("demo_0", ())]
     except OSError as error:
-        fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run "
-             f"python extract.py --suite {path.parent.name}")
+        fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run {command}")
+    if lacks:
+        fail(f"{path} lacks {', '.join(lacks)}, so this extract.py has not made it: choose another "
+             "--data folder or delete it")
+    return f
 
 
 def source_of(path):
@@ -125,8 +114,7 @@ def source_of(path):
 
 def mapped(dataset, whole):
     """A dataset as an array: what lies contiguous in the file is a view of `whole`, the file mapped
-    into memory as bytes (one map per file: the kernel limits their number, and each costs memory);
-    the rest is read."""
+    into memory as bytes (one map per file: the kernel limits their number); the rest is read."""
     offset = dataset.id.get_offset()
     if offset is None or not dataset.nbytes:
         return dataset[:]
@@ -134,8 +122,8 @@ def mapped(dataset, whole):
 
 
 def look_times(t, count, stride):
-    """When a window of `count` looks, `stride` steps apart, that ends at step t (...) was seen; no
-    look is before the episode's first.  -> (..., count), oldest first."""
+    """The steps of a window of `count` looks, `stride` steps apart, that ends at step t (...), none
+    before the episode's first -> (..., count), oldest first."""
     return np.maximum(np.asarray(t)[..., None] + stride * np.arange(1 - count, 1), 0)
 
 
@@ -154,8 +142,8 @@ class Episodes:
     OF_VIDEOS = ("obs/agentview_rgb", "masks", "tracks/agentview", "visible/agentview", "hand")
 
     def __init__(self, data, suite, tasks, demos, split="train"):
-        self.suite, self.tasks, self.seconds = suite, tasks, 0.0
-        self.arrays, length, task, text, self.objects = {k: [] for k in self.KEYS}, [], [], [], []
+        self.suite, self.tasks, self.seconds, self.objects = suite, tasks, 0.0, []
+        self.arrays, length, task, text = {k: [] for k in self.KEYS}, [], [], []
         for k, name in enumerate(tasks):
             path = Path(data) / suite / f"{name}.hdf5"
             with open_data(path) as f:
@@ -164,9 +152,10 @@ class Episodes:
                 keys = self.OF_VIDEOS if about["source"] == "video" else self.KEYS
                 for demo in self.chosen(f, path, demos, split):
                     lacks = [key for key in keys if key not in demo]
-                    if lacks or "num_samples" not in demo.attrs:
-                        fail(f"{path} lacks {demo.name}/{(lacks or ['num_samples'])[0]}: delete it "
-                             f"and run python extract.py --suite {suite}")
+                    lacks += ["num_samples"] * ("num_samples" not in demo.attrs)
+                    if lacks:
+                        fail(f"{path} lacks {demo.name}/{lacks[0]}: delete it and run python "
+                             f"extract.py --suite {suite}")
                     for key in keys:
                         self.arrays[key].append(mapped(demo[key], whole))
                     length.append(int(demo.attrs["num_samples"]))
@@ -186,8 +175,8 @@ class Episodes:
         about, there = f["data"].attrs, len(f["data"]) - HELD_OUT
         if about["source"] == "video" or about.get("exhausted"):
             demos = min(demos, there)   # as many as there are: nothing makes more
-        names = [f"demo_{i}" for i in (range(HELD_OUT) if split == "valid" else
-                                       range(HELD_OUT, HELD_OUT + demos))]
+        first, last = (0, HELD_OUT) if split == "valid" else (HELD_OUT, HELD_OUT + demos)
+        names = [f"demo_{i}" for i in range(first, last)]
         if any(n not in f["data"] for n in names):
             fail(f"{path} holds {there} videos, not {demos}: python extract.py --suite "
                  f"{path.parent.name} --demos {demos}"
@@ -202,8 +191,8 @@ class Episodes:
         return int(self.start[-1])
 
     def gather(self, key, episode, t):
-        """Rows of `key`.  episode (...), t (...) integers, t beyond an episode's ends taken there
-        -> (..., row)."""
+        """Rows of `key` at steps t (...), at most the episode's last, of episode (...) -> (..., row).
+        """
         episode, t = np.broadcast_arrays(episode, t)
         t = np.clip(t, 0, self.length[episode] - 1)
         rows = [self.arrays[key][e][i] for e, i in zip(episode.ravel(), t.ravel())]
@@ -219,17 +208,11 @@ class Episodes:
 
     def goal_of(self, episode, rng):
         """For each episode one whose last frame is the goal picture: a random other one of its task
-        (PLEX) -> (B,).
-
-        differs: where each scene has a goal of its own (Meta-World) the episode itself.
-        """
+        (PLEX) -> (B,).  differs: where each scene has a goal of its own (Meta-World), itself."""
         goal = episode.copy()
-        for k, e in enumerate(episode):
-            if self.own_goal[e]:
-                continue
-            others = np.flatnonzero(self.task == self.task[e])
-            others = others[others != e] if len(others) > 1 else others
-            goal[k] = rng.choice(others)
+        for k in np.flatnonzero(~self.own_goal[episode]):
+            others = np.flatnonzero(self.task == self.task[episode[k]])
+            goal[k] = rng.choice(others[others != episode[k]] if len(others) > 1 else others)
         return goal
 
     def last_frames(self, episode):

@@ -1,6 +1,5 @@
 """How every program ends on bad input, in one line, and how files are written, all or nothing."""
 
-import errno
 import os
 import sys
 
@@ -13,7 +12,7 @@ def fail(message):
 
 def stop_if_full(error, folder):
     """A full disk is the user's to solve: one line. Any other error of writing is raised again."""
-    if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
+    if "No space left" in str(error):
         fail(f"disk full while writing {folder}, what was there is untouched; free some space, "
              "or choose another folder, and run again")
     raise error
@@ -29,11 +28,9 @@ def write(path, content, append=False):
         with open(part, "ab" if append else "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            if not append:
-                os.fsync(file.fileno())     # a power cut must not leave the new name without data
+            os.fsync(file.fileno())     # a power cut must not leave the new name without data
     except OSError as error:
         if not append and os.path.exists(part):
             os.remove(part)
         stop_if_full(error, path)
-    if not append:
-        os.replace(part, path)
+    os.replace(part, path)

@@ -11,8 +11,7 @@ checkpoints keep. Default None: the preset, or the machine, decides.
 import argparse
 import dataclasses
 import hashlib
-import os
-import types
+import math
 import typing
 from pathlib import Path
 
@@ -20,17 +19,17 @@ import torch
 
 from core.files import fail
 
-# what does not shape a model: it may differ between a run and its continuation, and is in no name
-FREE = {"device", "data", "out", "name", "preset", "show", "planner", "suite", "bf16", "films",
-        "workers", "results"}
-SHORT = {"action_demos": "d", "seed": "s"}     # in names of runs
+# Neither weights nor scores depend on these: they are in no name, and a run goes on with others.
+FREE = {"device", "data", "out", "name", "preset", "show", "planner", "seconds", "films", "workers",
+        "results"}
+# Only scores depend on these, how a trained model samples: they are in names of results alone.
+SAMPLING = {"sample_steps", "guidance", "val_clips"}
 
 
-def flag(default, help, choices=None, minimum=None, maximum=None, positional=False):
+def flag(default, help, choices=None, minimum=-math.inf, maximum=math.inf, positional=False):
     """A dataclass field that is a flag (`positional`: words before the flags)."""
     return dataclasses.field(default=default, metadata={
-        "help": help, "choices": choices, "minimum": minimum, "maximum": maximum,
-        "positional": positional})
+        "help": help, "choices": choices, "range": (minimum, maximum), "positional": positional})
 
 
 @dataclasses.dataclass
@@ -76,41 +75,21 @@ def flags_of(Config):
     return [f for f in dataclasses.fields(Config) if "help" in f.metadata]
 
 
-# --- the machine ----------------------------------------------------------------------------------
-
-
-def default_device():
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def cpu_flags():
     """What the CPU can do, as Linux names it; elsewhere nothing."""
-    if not os.path.exists("/proc/cpuinfo"):
-        return []
-    with open("/proc/cpuinfo") as file:
-        return next((line.split() for line in file if line.startswith("flags")), [])
-
-
-def default_bf16(device):
-    """Is bf16 autocast a gain: a GPU with bf16, or a CPU with avx512_bf16 or amx_bf16."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return bool({"avx512_bf16", "amx_bf16"} & set(cpu_flags()))
+    info = Path("/proc/cpuinfo")
+    text = info.read_text() if info.exists() else ""
+    return text.partition("\nflags")[2].partition("\n")[0].split()
 
 
 def fast_products():
     """fp32 matrix products on the CPU by oneDNN: MKL, torch's own choice, leaves half of the width
-    of an AMD core idle (103 instead of 250 billion operations a second).
-
-    torch asks oneDNN only if products may be rounded to bf16 first; a CPU without AMX does not
-    round (a sum of 384 is 1e-4 off, with MKL 5e-5), one with AMX would, and is left alone.
-    """
+    of an AMD core idle (103 instead of 250 billion operations a second).  torch asks oneDNN only if
+    products may be rounded to bf16 first; a CPU without AMX does not round (a sum of 384 is 1e-4
+    off, with MKL 5e-5), one with AMX would, and is left alone."""
     products = getattr(torch.backends.mkldnn, "matmul", None)       # of torch 2.9 and later
     if products and "avx512f" in cpu_flags() and "amx_bf16" not in cpu_flags():
         products.fp32_precision = "bf16"
-
-
-# --- command line ---------------------------------------------------------------------------------
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -118,64 +97,58 @@ class OneLineParser(argparse.ArgumentParser):
         fail(f"{message} (python {self.prog} --help lists the flags)")
 
 
-def make_parser(Config, description):
+def make_parser(Config, description, presets):
     """One --kebab-case flag per field; what is not given stays out of the parser's result."""
-    presets, hints = getattr(Config, "PRESETS", {}), typing.get_type_hints(Config)
+    hints = typing.get_type_hints(Config)
     parser = OneLineParser(description=description, allow_abbrev=False,
                            argument_default=argparse.SUPPRESS)
     for field in flags_of(Config):
-        hint, about = hints[field.name], field.metadata
-        if types.NoneType in typing.get_args(hint):         # int | None
-            hint = typing.get_args(hint)[0]
-        options = {"type": hint, "choices": about["choices"]}
-        if hint is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        default = field.default if field.default is not None else ", ".join(
-            f"{name} {preset[field.name]}" for name, preset in presets.items()
-            if field.name in preset) or "what suits the machine"
-        name = "--" + field.name.replace("_", "-")
+        name, about = field.name, field.metadata
+        kind = (*typing.get_args(hints[name]), hints[name])[0]      # int of int | None
         if about["positional"]:
-            name, options = field.name, {"nargs": "*"}
-        default = "" if default in ("", ()) else f" (default: {default})"
-        parser.add_argument(name, help=(about["help"] + default).replace("%", "%%"), **options)
+            options = {"nargs": "*"}
+        elif kind is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        else:
+            options = {"type": kind, "choices": about["choices"]}
+        default = field.default if field.default is not None else ", ".join(
+            f"{preset} {values[name]}" for preset, values in presets.items()
+            if name in values) or "what suits the machine"
+        text = about["help"] + f" (default: {default})" * (default not in ("", ()))
+        word = name if about["positional"] else "--" + name.replace("_", "-")
+        parser.add_argument(word, help=text.replace("%", "%%"), **options)
     return parser
 
 
 def parse(Config, description, argv=None):
-    """Command line -> Config: the given flags, else the preset's values, else the defaults."""
-    given = vars(make_parser(Config, description).parse_args(argv))
-    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
-    presets, values = getattr(Config, "PRESETS", {}), {}
+    """Command line -> Config: the given flags, else the preset's values, else the defaults; device
+    and precision that are not given are the machine's."""
+    presets, cuda = getattr(Config, "PRESETS", {}), torch.cuda.is_available()
+    values = vars(make_parser(Config, description, presets).parse_args(argv))
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
     if presets:
-        cuda = torch.cuda.is_available()
-        preset = given.get("preset") or ("paper" if cuda else "laptop")
-        why = ("asked for" if "preset" in given else "CUDA device found" if cuda else
+        preset = values.get("preset", "paper" if cuda else "laptop")
+        why = ("asked for" if "preset" in values else "CUDA device found" if cuda else
                "no CUDA device; --preset paper for the paper's sizes")
         print(f"preset {preset} ({why})", flush=True)
-        values = presets[preset] | {"preset": preset}
-    config = Config(**(values | given))
+        values = presets[preset] | {"preset": preset} | values
+    config = Config(**values)
     for field in flags_of(Config):
-        value, about = getattr(config, field.name), field.metadata
-        low, high = about["minimum"], about["maximum"]
-        if value is not None and ((low is not None and not value >= low)
-                                  or (high is not None and not value <= high)):
+        value, low, high = getattr(config, field.name), *field.metadata["range"]
+        if isinstance(value, int | float) and not low <= value <= high:
             fail(f"--{field.name.replace('_', '-')} {value}: must be at least {low}"
-                 + (f" and at most {high}" if high is not None else ""))
-    settle_machine(config)
+                 + f" and at most {high}" * (high < math.inf))
+    if hasattr(config, "device"):
+        usual = "cuda" if cuda else "cpu"
+        config.device = config.device or usual
+        if config.device.partition(":")[0] not in ("cpu", usual):
+            fail(f"--device {config.device}: this machine has {usual}")
+        if getattr(config, "bf16", True) is None:
+            # a gain on a GPU with bf16, and on a CPU with products of it
+            config.bf16 = (torch.cuda.is_bf16_supported() if config.device != "cpu" else
+                           bool({"avx512_bf16", "amx_bf16"} & {*cpu_flags()}))
+        fast_products()     # here: what is computed before training is then the same after a kill
     return config
-
-
-def settle_machine(config):
-    """Device and precision that the machine decides; refuses a device that it does not have."""
-    if not hasattr(config, "device"):
-        return
-    config.device = config.device or default_device()
-    if config.device != "cpu" and not (config.device.startswith("cuda")
-                                       and torch.cuda.is_available()):
-        fail(f"--device {config.device}: this machine has {default_device()}")
-    if getattr(config, "bf16", True) is None:
-        config.bf16 = default_bf16(config.device)
-    fast_products()     # here, so that what is computed before training is the same after a kill
 
 
 def as_dict(config):
@@ -185,31 +158,29 @@ def as_dict(config):
 
 def from_dict(Config, values):
     """Plain dict -> Config; refuses fields that it does not know."""
-    unknown = sorted(set(values) - {f.name for f in dataclasses.fields(Config)})
-    if unknown:
+    if unknown := sorted({*values} - {f.name for f in dataclasses.fields(Config)}):
         fail(f"{Config.__name__} has no field {', '.join(unknown)}: the checkpoint is from another "
              "version of this code; train it again")
     return Config(**values)
 
 
-# --- names of runs --------------------------------------------------------------------------------
-
-
 def differences(config, free=()):
     """What of a configuration is not its preset's, but for the fields `free`, as part of a file
     name: two configurations that compute different things never share a name."""
-    presets, words = getattr(config, "PRESETS", {}), []
-    for field in flags_of(type(config)):
-        usual = presets.get(getattr(config, "preset", None), {}).get(field.name, field.default)
-        value = getattr(config, field.name)
-        if field.name in {*FREE, *free} or value == usual or field.metadata["positional"]:
+    preset, words = getattr(config, "PRESETS", {}).get(getattr(config, "preset", None), {}), []
+    for field in flags_of(config):
+        usual = preset.get(field.name, field.default)
+        value, about = getattr(config, field.name), field.metadata
+        # a run's folder is its suite, and bf16 is the machine's
+        if value == usual or about["positional"] or field.name in {*FREE, "suite", "bf16", *free}:
             continue
         if isinstance(value, bool):
             words.append(field.name if value else f"no-{field.name}")
-        elif field.metadata["choices"] and isinstance(value, str):
+        elif about["choices"] and isinstance(value, str):
             words.append(value)
         else:
-            words.append(SHORT.get(field.name, field.name) + str(value).replace(",", "+"))
+            short = {"action_demos": "d", "seed": "s"}.get(field.name, field.name)
+            words.append(short + str(value).replace(",", "+"))
     name = "".join(f"_{word}" for word in words)
     return name if len(name) < 80 else "_" + hashlib.sha1(name.encode()).hexdigest()[:10]
 
@@ -232,4 +203,5 @@ def run_path(config, base):
     first, *_ = chosen = suites(config)
     sources = "" if chosen == {first: config.demos} else "_from-" + "+".join(
         suite + f"-{number}" * (number != config.demos) for suite, number in chosen.items())
-    return Path(config.out) / first / f"{config.name or base + sources + differences(config)}.pt"
+    name = config.name or base + sources + differences(config, SAMPLING)
+    return Path(config.out) / first / f"{name}.pt"

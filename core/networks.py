@@ -10,11 +10,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.resnet import BasicBlock
 
-from core.files import fail
-
-
-# --- networks -------------------------------------------------------------------------------------
-
 
 def drop(x, share):
     """Dropout.  ours: on a CPU each byte of a draw decides once, by which `share` is rounded to a
@@ -28,8 +23,7 @@ def drop(x, share):
 
 
 def attend(q, k, v, mask=None, dropout=0.0):
-    """Attention: q (B, heads, Q, d), k, v (B, heads, L, d), mask (Q, L) bool
-    -> (B, heads, Q, d)."""
+    """Attention: q (B, heads, Q, d), k, v (B, heads, L, d), mask (Q, L) bool -> as q."""
     if q.is_cuda or q.dtype != torch.bfloat16 and not dropout:
         return F.scaled_dot_product_attention(q, k, v, mask, dropout)
     # The same, written out: in bf16 on a CPU 2.9 times faster, forward and backward; autocast would
@@ -41,16 +35,13 @@ def attend(q, k, v, mask=None, dropout=0.0):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block.  x (B, L, D) -> (B, Q, D): all L tokens, or the first Q."""
+    """Pre-norm transformer block."""
 
     def __init__(self, dim, heads, dropout=0.0):
         super().__init__()
-        if dim % heads:
-            fail(f"width {dim} is not divisible by {heads} heads; choose a multiple")
         self.heads, self.dropout = heads, dropout
         self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.out = nn.Linear(dim, dim)
+        self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
     def split(self, x, first=None):
@@ -66,8 +57,8 @@ class Block(nn.Module):
         return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
 
     def forward(self, x, mask=None, first=None):
-        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column; first: how many of
-        the tokens are wanted, None: all -> (B, Q, D)."""
+        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, Q, D): all L
+        tokens, or the `first` ones."""
         q, k, v = self.split(x, first)
         dropout = self.dropout if self.training else 0.0
         y = attend(q, k, v, None if mask is None else mask[:first], dropout)
@@ -76,8 +67,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """`depth` blocks and a final LayerNorm.  x (B, L, D) -> (B, Q, D): all L tokens, or the
-    first Q."""
+    """`depth` blocks and a final LayerNorm."""
 
     def __init__(self, dim, depth, heads, dropout=0.0):
         super().__init__()
@@ -93,9 +83,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
 
     def forward(self, x, mask=None, first=None):
-        """x (B, L, D) float; mask (L, L) bool, True = may attend; first: how many of the tokens are
-        wanted, None: all.  What the last block would output for the others is not computed
-        -> (B, Q, D)."""
+        """x (B, L, D) -> (B, Q, D), as a Block: the last one outputs the `first` tokens alone."""
         for block in self.blocks[:-1]:
             x = block(x, mask)
         return self.norm(self.blocks[-1](x, mask, first))
@@ -108,24 +96,17 @@ def block_causal_mask(steps, tokens):
 
 
 class ImageEncoder(nn.Module):
-    """ResNet with GroupNorm.  Images -> feature map (B, D, h, w).
-
-    `blocks` = residual blocks per stage, `channels` = width of the first stage, doubled at each
-    next one: (2, 2, 2, 2) and 64 is ResNet-18 with stride 32; (1, 1, 1) has stride 16. Weights
-    start at random: nothing is downloaded.
-    """
+    """ResNet with GroupNorm.  `blocks` = residual blocks per stage, `channels` = width of the first
+    stage, a multiple of 16, doubled at each next one: (2, 2, 2, 2) and 64 is ResNet-18 with stride
+    32; (1, 1, 1) has stride 16."""
 
     def __init__(self, dim, blocks=(2, 2, 2, 2), channels=64):
         super().__init__()
-        if not blocks or min(blocks) < 1 or channels % 16:
-            fail(f"image encoder of {blocks} blocks and {channels} channels: at least one block "
-                 "per stage, channels a multiple of 16")
         # differs: GroupNorm, where ResNet has BatchNorm: its statistics go on moving in a "frozen"
         # encoder, and rollout batches of one differ from training batches.
         norm = lambda width: nn.GroupNorm(width // 16, width)
-        stem = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), norm(channels), nn.ReLU(inplace=True),
-                nn.MaxPool2d(3, 2, 1)]
-        body, width = [], channels
+        body, width = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), norm(channels),
+                       nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)], channels
         for stage, count in enumerate(blocks):
             for block in range(count):
                 new, stride = channels * 2 ** stage, 2 if stage and not block else 1
@@ -133,7 +114,7 @@ class ImageEncoder(nn.Module):
                 body.append(BasicBlock(width, new, stride, None if new == width else shortcut,
                                        norm_layer=norm))
                 width = new
-        self.body, self.head = nn.Sequential(*stem, *body), nn.Conv2d(width, dim, 1)
+        self.body, self.head = nn.Sequential(*body), nn.Conv2d(width, dim, 1)
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -152,11 +133,8 @@ class ImageEncoder(nn.Module):
 
 
 def random_shift(images, pad=4):
-    """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).
-
-    images (B, H, W, 3) -> the same shape, and by how many pixels what they show has moved, (B, 2) x
-    right, y down.
-    """
+    """Shifts each picture by up to `pad` pixels, edges repeated (DrQ).  images (B, H, W, 3) -> the
+    same shape, and by how many pixels what they show has moved, (B, 2) x right, y down."""
     B, H, W, _ = images.shape
     move = torch.randint(-pad, pad + 1, (2, B, 1))
     rows = (torch.arange(H) - move[0]).clamp(0, H - 1).to(images.device)    # (B, H)
@@ -171,13 +149,12 @@ def count(model):
 
 
 def sincos(places, D):
-    """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT and
-    MAE."""
+    """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT, MAE."""
     half = D // (2 * places.shape[-1])
-    # (..., k, half)
-    angle = places[..., None] / 10000 ** (torch.arange(half, device=places.device) / half)
-    return F.pad(torch.cat([angle.sin(), angle.cos()], -1).flatten(-2),
-                 (0, D - 2 * half * places.shape[-1]))
+    frequency = 10000 ** (torch.arange(half, device=places.device) / half)
+    angle = places[..., None] / frequency                               # (..., k, half)
+    code = torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)        # (..., 2 k half)
+    return F.pad(code, (0, D - code.shape[-1]))                         # (..., D)
 
 
 def grid_points(side):
@@ -193,8 +170,7 @@ def grid_places(side, view):
 
 
 class Standardise(nn.Module):
-    """Numbers (..., width) of the data, with mean 0 and variance 1 once `fit` has seen them, but
-    for those that never change."""
+    """Numbers (..., width), once `fit` has seen them with mean 0 and variance 1 where they vary."""
 
     def __init__(self, width):
         super().__init__()
@@ -204,8 +180,7 @@ class Standardise(nn.Module):
     def fit(self, x):
         """x (rows, width), array; of many rows about 100,000 are enough."""
         x = x[::-(-len(x) // 100_000)]
-        mean, std = (torch.as_tensor(y) for y in (x.mean(0, dtype="float64"),
-                                                  x.std(0, dtype="float64")))
+        mean, std = (torch.as_tensor(f(0, dtype="float64")) for f in (x.mean, x.std))
         self.mean.copy_(torch.where(std > 1e-3, mean, 0))
         self.std.copy_(torch.where(std > 1e-3, std, 1))
 
@@ -214,10 +189,8 @@ class Standardise(nn.Module):
 
 
 class Embed(nn.Module):
-    """A token set -> tokens of the executor's width that hold their place, view and kind.
-
-    No norm per token: it would erase how far a tracked point goes.
-    """
+    """A token set -> tokens of the executor's width that hold their place, view and kind.  No norm
+    per token: it would erase how far a tracked point goes."""
 
     def __init__(self, places, width, D):
         super().__init__()
@@ -230,7 +203,7 @@ class Embed(nn.Module):
         widths -> (B, n, D)."""
         view = self.places[:, 0].long()
         xy = self.places[:, 1:] + moved[:, view]                        # (B, n, 2)
-        place = sincos(16 * xy, self.kind.shape[1])            # (B, n, D)
+        place = sincos(16 * xy, self.kind.shape[1])                     # (B, n, D)
         return self.linear(x) + place + self.view[view] + self.kind
 
 

@@ -22,7 +22,6 @@ PLANNERS = {  # kind -> module and class
 
 
 def planner_class(kind):
-    """The class of a kind of planner."""
     module, name = PLANNERS[kind].split(":")
     return getattr(importlib.import_module(module), name)
 
@@ -34,8 +33,7 @@ def build(kind, config):
 
 
 def load_planner(path, device="cpu"):
-    """A trained planner from its checkpoint, in eval() and frozen, with averaged weights if its
-    training made any."""
+    """A trained planner from its checkpoint, in eval() and frozen, with averaged weights if any."""
     content = training.load(path, kind=list(PLANNERS), made_by="python mask_planner.py, "
                             "track_planner.py or video_planner.py --suite <suite>")
     planner = build(content["kind"], content["config"])
@@ -45,8 +43,7 @@ def load_planner(path, device="cpu"):
 
 def untrained(kind):
     """The class of a planner that has no loss of its own, no stage 1, such as cloning."""
-    without = [k for k in PLANNERS if not hasattr(planner_class(k), "loss")]
-    if kind not in without:
-        fail(f"--planner {kind}: give a checkpoint of stage 1 (python mask_planner.py makes "
-             f"runs/<suite>/mask.pt), or {', '.join(without)}")
-    return planner_class(kind)
+    without = {k: planner_class(k) for k in PLANNERS if not hasattr(planner_class(k), "loss")}
+    return without.get(kind) or fail(f"--planner {kind}: give a checkpoint of stage 1 (python "
+                                     "mask_planner.py makes runs/<suite>/mask.pt), or "
+                                     + ", ".join(without))

@@ -27,15 +27,10 @@ from tqdm import tqdm
 
 from core.draw import save_picture
 from core.files import fail, write
-from core.flags import as_dict, default_device, fast_products
+from core.flags import FREE, SAMPLING, as_dict, differences
 from core.networks import count
 
 VERSION = 2     # of the checkpoint's layout
-# Fields that may change between a run and its continuation; every other field shapes the weights.
-FREE_FIELDS = {"device", "data", "out", "name", "preset", "show", "seconds", "planner"}
-
-
-# --- checkpoints ----------------------------------------------------------------------------------
 
 
 def save(path, **content):
@@ -48,47 +43,40 @@ def save(path, **content):
 def load(path, kind=None, made_by=None):
     """The content of a checkpoint as a dict, on the CPU. `kind` = what it must hold, a name or
     several; `made_by` = the command that makes it."""
-    path = os.fspath(path)
-    kinds = (kind,) if isinstance(kind, str) else kind
+    path, kinds = os.fspath(path), [kind] if isinstance(kind, str) else kind
     if not os.path.isfile(path):
-        fail(f"{path} does not exist" + (f"; make it with: {made_by}" if made_by else ""))
-    broken = f"{path} is damaged or no checkpoint; delete it and make it again"
-    broken += f" with: {made_by}" if made_by else ""
+        fail(f"{path} does not exist" + f"; make it with: {made_by}" * bool(made_by))
+    broken = (f"{path} is damaged or no checkpoint; delete it and make it again"
+              + f" with: {made_by}" * bool(made_by))
     try:
-        # a truncated file too: a zip's directory is at its end
-        with zipfile.ZipFile(path) as file:
+        with zipfile.ZipFile(path) as file:     # not of a truncated file: its directory is last
             if file.testzip():      # torch.load checks no checksum: changed bytes would be weights
                 fail(broken)
         # weights_only runs no code that the file brings
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError, zipfile.BadZipFile) as error:
+        content = {**torch.load(path, map_location="cpu", weights_only=True)}
+    except (RuntimeError, pickle.UnpicklingError, EOFError, TypeError, zipfile.BadZipFile) as error:
         fail(f"{broken} ({type(error).__name__})")
-    if not isinstance(content, dict):
-        fail(broken)
     if kinds and content.get("kind") not in kinds:
         fail(f"{path} holds a model of kind '{content.get('kind')}', and one of kind "
              f"'{' or '.join(kinds)}' is needed here")
-    if "version" in content and content["version"] != VERSION:
+    if content.get("version", VERSION) != VERSION:
         fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
     return content
 
 
 def resume(model, config, path):
-    """Load the weights at `path` into the model, if there are any. -> that checkpoint or None."""
+    """Load the weights at `path` into the model, if there are any. -> that checkpoint, or {}."""
     if not os.path.exists(path):
-        return None
+        return {}
     content = load(path, kind=model.kind)
     old, new = content["config"], as_dict(config)
     differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in old | new
-                 if k not in FREE_FIELDS and old.get(k) != new.get(k)]
+                 if k not in FREE | SAMPLING and old.get(k) != new.get(k)]
     if differing:
         fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
              "choose another --name or --out, or delete that file")
     model.load_state_dict(content["model"])
     return content
-
-
-# --- training -------------------------------------------------------------------------------------
 
 
 def learning_rate(done, config):
@@ -99,13 +87,12 @@ def learning_rate(done, config):
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def make_optimizer(model, config, fused):
-    """AdamW over the trainable parameters, without decay on biases and norms (the 1-D ones)."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def make_optimizer(parameters, config):
+    """AdamW, without decay on biases and norms (the 1-D ones)."""
     return torch.optim.AdamW([
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ], lr=config.lr, fused=fused)
+    ], lr=config.lr, fused=parameters[0].is_cuda)
 
 
 @torch.no_grad()
@@ -121,7 +108,7 @@ def update_average(average, model, decay, done):
 
 def join_processes(config):
     """Join the other processes if torchrun started this one. -> (rank, world, device)."""
-    device = torch.device(config.device or default_device())
+    device = torch.device(config.device)
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
@@ -145,9 +132,8 @@ class Loss(nn.Module):
 
 
 def keep_memory():
-    """Tells glibc to keep what a step frees for the next one, instead of giving it back to the
-    kernel, which clears every page anew: a step of ATM's policy at the paper's sizes takes a tenth
-    less on a CPU."""
+    """Lets glibc keep what a step frees for the next one: the kernel would clear every page anew. A
+    step of ATM's policy at the paper's sizes takes a tenth less on a CPU."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:                 # not outside of Linux
         mallopt(-4, 0)          # M_MMAP_MAX: no block is mapped on its own
@@ -231,16 +217,6 @@ def take_step(compute_loss, batch, optimizer, parameters, config, done):
     return row
 
 
-def announce(model, config, path, device, world, done, note):
-    """The first lines of a run: what is trained, where and how long; where it continues."""
-    where = f"{device}" + f" x {world}" * (world > 1) + ", bf16" * bool(config.bf16)
-    log_line(f"{model.kind} on {where}: {count(model):,} trainable parameters, {config.steps} steps"
-             + (f", {note}" if note else "") + f" -> {path}")
-    if done:
-        log_line(f"{path} is at step {done}: "
-                 + ("continuing" if done < config.steps else "finished, nothing to do"))
-
-
 def fit(model, batches, config, path, picture=None, note=""):
     """Train `model` for config.steps; return it in eval(), with averaged weights if config.ema > 0.
 
@@ -248,29 +224,32 @@ def fit(model, batches, config, path, picture=None, note=""):
     after an interruption, it continues from `path` and ends with the weights of an unbroken run.
     Writes <run>.pt (= path), <run>.jsonl (log) and <run>.png (picture(model): (H, W, 3) uint8).
     """
-    path = os.fspath(path)
+    run = os.fspath(path).removesuffix(".pt")
     keep_memory()
-    fast_products()
     rank, world, device = join_processes(config)
     model.to(device).train()
     content = resume(model, config, path)
-    done = content["step"] if content else 0
+    done = content.get("step", 0)
     compute_loss = Loss(model)
     if world > 1:   # gives all processes the first one's weights, and averages their gradients
         compute_loss = nn.parallel.DistributedDataParallel(compute_loss, broadcast_buffers=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = make_optimizer(model, config, fused=device.type == "cuda")
+    optimizer = make_optimizer(parameters, config)
     average = copy.deepcopy(model).eval() if config.ema else None
     if content:
         optimizer.load_state_dict(content["optimizer"])
         if average:
             average.load_state_dict(content["ema"])
     if rank == 0:
-        announce(model, config, path, device, world, done, note)
-    run = path.removesuffix(".pt")
+        log_line(f"{model.kind} on {device}" + f" x {world}" * (world > 1)
+                 + ", bf16" * bool(config.bf16) + f": {count(model):,} trainable parameters, "
+                 f"{config.steps} steps" + f", {note}" * bool(note) + f" -> {path}")
+        if done:
+            log_line(f"{path} is at step {done}: "
+                     + ("continuing" if done < config.steps else "finished, nothing to do"))
     log = Log(run + ".jsonl", done, config) if rank == 0 and done < config.steps else None
-    quiet = not log or not sys.stderr.isatty()
-    bar = tqdm(total=config.steps, initial=done, unit="step", disable=quiet)
+    # None: a bar on a terminal, none elsewhere
+    bar = tqdm(total=config.steps, initial=done, unit="step", disable=None if log else True)
     while done < config.steps:
         # Seeded per step, dropout and noise leave no generator state to store in the checkpoint.
         torch.manual_seed((config.seed << 32) + done * world + rank)
@@ -302,10 +281,13 @@ def fit(model, batches, config, path, picture=None, note=""):
 
 def report(config, path, scores, picture):
     """Prints a planner's scores on held-out videos (text) and writes them beside its checkpoint;
-    with --show also picture() -> (H, W, 3) uint8, which training has drawn itself."""
-    path = os.fspath(path).removesuffix(".pt")
+    with --show also picture() -> (H, W, 3) uint8, which training has drawn itself. Names of both
+    hold how it was sampled, where not as in its preset."""
+    run = os.fspath(path).removesuffix(".pt")
+    name = run + differences(config, {*as_dict(config)} - SAMPLING)
     print(scores)
-    write(path + ".txt", scores + "\n")
+    write(name + ".txt", scores + "\n")
     if config.show:
-        save_picture(path + ".png", picture())
-    print(f"picture: {path}.png   next: python executor.py --planner {path}.pt")
+        save_picture(name + ".png", picture())
+    print(f"picture: {name if config.show else run}.png   "
+          f"next: python executor.py --planner {run}.pt")

@@ -4,6 +4,8 @@ What takes seconds to make is made once: a simulator, the data of one task, plan
 of the tiny preset.
 """
 
+import ctypes
+import importlib
 import os
 import re
 import signal
@@ -19,7 +21,16 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import torch  # noqa: E402
 import torchvision  # noqa: E402, F401: imported after an OpenGL context, its libraries can crash
 
+import sims  # noqa: E402
+from core import training  # noqa: E402
+from core.episodes import Episodes  # noqa: E402
+from demos.record import ensure  # noqa: E402
+
 torch.set_num_threads(1)
+# What a test frees leaves the process: kept, as `fit` does, it is a gigabyte beside a simulator's 2
+training.keep_memory = lambda: None
+if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+    libc.mallopt(-3, 1 << 17)           # M_MMAP_THRESHOLD, bytes
 
 SUITE, SIZE = "libero_spatial", 64
 CPU = ["--preset", "tiny", "--device", "cpu"]
@@ -30,30 +41,27 @@ EXECUTOR = [*CPU, "--no-bf16"]
 KILLED = """
 import importlib, os, signal, sys
 from core.episodes import Episodes
-from core import flags
-module = importlib.import_module("{module}")
+module, when, saves = importlib.import_module(sys.argv[1]), sys.argv[2], []
 module.Config.save_every = 2
-die = lambda: os.kill(os.getpid(), signal.SIGKILL)
-sample, replace, saves = Episodes.sample_frames, os.replace, []
+sample, replace = Episodes.sample_frames, os.replace
 def sample_or_die(self, step, *rest):
-    if "{when}" == "step" and step == 3 and len(saves):
-        die()
+    if when == "step" and step == 3 and saves:
+        os.kill(os.getpid(), signal.SIGKILL)
     return sample(self, step, *rest)
 def replace_or_die(a, b):
-    if str(b).endswith(".pt"):
-        saves.append(b)
-        if "{when}" == "save" and len(saves) == 2:
-            die()
+    saves.extend([b] * str(b).endswith(".pt"))
+    if when == "save" and len(saves) == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
     return replace(a, b)
 Episodes.sample_frames, os.replace = sample_or_die, replace_or_die
-module.main(sys.argv[1:])
+module.main(sys.argv[3:])
 """
 
 
 def run_and_kill(module, when, argv):
     """The command, killed in its fourth step or while its second checkpoint replaces the first
     (saved every 2 steps)."""
-    run = subprocess.run([sys.executable, "-c", KILLED.format(module=module, when=when), *argv],
+    run = subprocess.run([sys.executable, "-c", KILLED, module, when, *argv],
                          env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
     assert run.returncode == -signal.SIGKILL, run.stderr
 
@@ -78,7 +86,6 @@ def equal(a, b):
 @pytest.fixture(scope="session")
 def sim():
     """Task 0 of libero_spatial; every test starts with its own reset."""
-    import sims
     sim = sims.make(SUITE, 0, SIZE)
     yield sim
     sim.close()
@@ -88,15 +95,13 @@ def sim():
 def data(tmp_path_factory):
     """Folder of real data: task 0, demo_0 and demo_1 held out, demo_2 and demo_3 the videos.
     Read only."""
-    from demos.record import ensure, task_names
     folder = tmp_path_factory.mktemp("shared") / "data"
-    ensure(SUITE, task_names(SUITE, "0", folder), 2, folder, SIZE, workers=1)
+    ensure(SUITE, sims.tasks(SUITE)[:1], 2, folder, SIZE, workers=1)
     return folder
 
 
 @pytest.fixture(scope="session")
 def task():
-    import sims
     return sims.tasks(SUITE)[0]
 
 
@@ -107,7 +112,6 @@ def data_file(data, task):
 
 @pytest.fixture(scope="session")
 def videos(data, task):
-    from core.episodes import Episodes
     return Episodes(data, SUITE, [task], 2)
 
 
@@ -119,13 +123,10 @@ def runs(data):
 
 def trained(program, name):
     """A session's fixture: the checkpoint of a planner of the tiny preset."""
-
     @pytest.fixture(scope="session")
     def path(data, runs):
-        import importlib
         importlib.import_module(program).main([*TRAIN, "--data", str(data), "--out", str(runs)])
         return runs / SUITE / f"{name}_tasks0.pt"
-
     return path
 
 
@@ -143,9 +144,7 @@ def executor_path(data, runs, mask_path):
 
 @pytest.fixture
 def refused(capfd):
-    """refused(function, *words): the call ends with exit code 2 and one line on stderr that holds
-    the words."""
-
+    """refused(function, *words): it ends with exit code 2 and one line on stderr with the words."""
     def check(function, *words):
         capfd.readouterr()
         with pytest.raises(SystemExit) as stop:
@@ -156,5 +155,4 @@ def refused(capfd):
         assert stop.value.code == 2 and len(lines) == 1, lines
         for word in words:
             assert str(word) in lines[0], lines[0]
-
     return check
