@@ -12,12 +12,8 @@ COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [23
 
 def draw_masks(image, masks):
     """image (H, W, 3) uint8 with masks (H, W) of 0..N laid over it in colours -> (H, W, 3)."""
-    return blend(image, COLOURS[masks % len(COLOURS)].astype(np.float32),
-                 0.55 * (masks > 0)[..., None])
-
-
-def blend(image, colour, opacity):
-    return (image * (1 - opacity) + colour * opacity).clip(0, 255).astype(np.uint8)
+    colour, alpha = COLOURS[masks % len(COLOURS)], 0.55 * (masks > 0)[..., None]
+    return (image * (1 - alpha) + colour * alpha).clip(0, 255).astype(np.uint8)
 
 
 def draw_tracks(image, tracks, visible, scale=1):
@@ -37,13 +33,13 @@ def draw_tracks(image, tracks, visible, scale=1):
 
 
 def draw_heat(image, weights):
-    """image (H, W, 3) uint8, weights (h w,) of its patches over it, the largest red -> (H, W, 3).
-    """
+    """image (H, W, 3) uint8, weights (h w,) of its patches over it, largest red -> (H, W, 3)."""
     import cv2
     from matplotlib import colormaps
     side = round(len(weights) ** 0.5)
     heat = cv2.resize(weights.reshape(side, side) / weights.max(), image.shape[1::-1])  # (H, W)
-    return blend(image, 255 * colormaps["jet"](heat)[..., :3], 0.6)
+    colour = 255 * colormaps["jet"](heat)[..., :3]
+    return (0.4 * image + 0.6 * colour).clip(0, 255).astype(np.uint8)
 
 
 def caption(image, text, height=14):

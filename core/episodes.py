@@ -37,8 +37,7 @@ from core.files import fail
 
 CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
 HELD_OUT = 2  # validation episodes per task
-# attributes that readers need
-ABOUT = ("source", "size", "render", "objects", "text_embedding", "env", "goal_varies")
+ABOUT = ("source", "size", "render", "objects", "text_embedding", "env", "goal_varies")  # at least
 
 
 def write_episode(path, episode, **attrs):
@@ -95,7 +94,6 @@ def open_data(path):
         if not isinstance(f.get("data"), h5py.Group) or not len(f["data"]):
             raise OSError("no episodes")
         lacks = [name for name in ABOUT if name not in f["data"].attrs]
-        lacks += [name for name in ("masks", "tracks") if name not in f["data"].get("demo_0", ())]
     except OSError as error:
         fail(f"{path} is not a whole data file ({str(error)[:60]}): delete it and run {command}")
     if lacks:
@@ -128,14 +126,12 @@ def look_times(t, count, stride):
 
 
 class Episodes:
-    """Read-only episodes of some tasks of a suite.
-
+    """Read-only episodes of some tasks of a suite, whose pictures stay on disk until gathered.
     split 'train' -> the first `demos` videos per task, 'valid' -> the held-out ones.
+
     length (episodes,) steps, task (episodes,) index into `tasks`, start (episodes + 1,) rows before
     each, text (tasks, E) embeddings of the instructions, objects: names, of the task with the most,
-    views: the cameras that all have, seconds of one core that the episodes took to make.
-    Pictures stay on disk until gathered.
-    """
+    views: the cameras that all have, seconds of one core that the episodes took to make."""
     KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
             "obs/ee_states", "obs/joint_states", "obs/gripper_states",
             *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in CAMERAS), "hand")
@@ -191,8 +187,7 @@ class Episodes:
         return int(self.start[-1])
 
     def gather(self, key, episode, t):
-        """Rows of `key` at steps t (...), at most the episode's last, of episode (...) -> (..., row).
-        """
+        """Rows of `key`: of episode (...) at t (...), beyond its ends those there -> (..., row)."""
         episode, t = np.broadcast_arrays(episode, t)
         t = np.clip(t, 0, self.length[episode] - 1)
         rows = [self.arrays[key][e][i] for e, i in zip(episode.ravel(), t.ravel())]

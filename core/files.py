@@ -18,19 +18,17 @@ def stop_if_full(error, folder):
     raise error
 
 
-def write(path, content, append=False):
-    """Bytes or text to a file, all or nothing: a run killed here leaves the previous file whole.
-    `append`: behind what is there, instead."""
+def write(path, content):
+    """Bytes or text to a file, all or nothing: a run killed here leaves the previous file whole."""
     path = os.fspath(path)
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    part = path if append else path + ".tmp"
     try:
-        with open(part, "ab" if append else "wb") as file:
+        with open(path + ".tmp", "wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())     # a power cut must not leave the new name without data
     except OSError as error:
-        if not append and os.path.exists(part):
-            os.remove(part)
+        if os.path.exists(path + ".tmp"):
+            os.remove(path + ".tmp")
         stop_if_full(error, path)
-    os.replace(part, path)
+    os.replace(path + ".tmp", path)

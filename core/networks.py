@@ -1,7 +1,5 @@
 """Network blocks: attention, transformer, image encoder, pooling, augmentation.
-
-Sizes: B batch, L tokens, D width, H W pixels, h w cells of a feature map.
-"""
+B batch, L tokens, D width, H W pixels, h w cells of a feature map."""
 
 import math
 
@@ -105,8 +103,9 @@ class ImageEncoder(nn.Module):
         # differs: GroupNorm, where ResNet has BatchNorm: its statistics go on moving in a "frozen"
         # encoder, and rollout batches of one differ from training batches.
         norm = lambda width: nn.GroupNorm(width // 16, width)
-        body, width = [nn.Conv2d(3, channels, 7, 2, 3, bias=False), norm(channels),
-                       nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)], channels
+        width = channels
+        body = [nn.Conv2d(3, width, 7, 2, 3, bias=False), norm(width), nn.ReLU(inplace=True),
+                nn.MaxPool2d(3, 2, 1)]
         for stage, count in enumerate(blocks):
             for block in range(count):
                 new, stride = channels * 2 ** stage, 2 if stage and not block else 1
@@ -143,16 +142,11 @@ def random_shift(images, pad=4):
     return images[b, rows[:, :, None], columns[:, None, :]], move[[1, 0], :, 0].T.to(images.device)
 
 
-def count(model):
-    """Number of trainable parameters."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def sincos(places, D):
     """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT, MAE."""
     half = D // (2 * places.shape[-1])
-    frequency = 10000 ** (torch.arange(half, device=places.device) / half)
-    angle = places[..., None] / frequency                               # (..., k, half)
+    period = 10000 ** (torch.arange(half, device=places.device) / half)
+    angle = places[..., None] / period                                  # (..., k, half)
     code = torch.cat([angle.sin(), angle.cos()], -1).flatten(-2)        # (..., 2 k half)
     return F.pad(code, (0, D - code.shape[-1]))                         # (..., D)
 

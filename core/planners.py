@@ -34,8 +34,8 @@ def build(kind, config):
 
 def load_planner(path, device="cpu"):
     """A trained planner from its checkpoint, in eval() and frozen, with averaged weights if any."""
-    content = training.load(path, kind=list(PLANNERS), made_by="python mask_planner.py, "
-                            "track_planner.py or video_planner.py --suite <suite>")
+    content = training.load(path, [*PLANNERS], "python mask_planner.py, track_planner.py or "
+                            "video_planner.py --suite <suite>")
     planner = build(content["kind"], content["config"])
     planner.load_state_dict(content["ema"] or content["model"])
     return planner.to(device).eval().requires_grad_(False)
@@ -44,6 +44,6 @@ def load_planner(path, device="cpu"):
 def untrained(kind):
     """The class of a planner that has no loss of its own, no stage 1, such as cloning."""
     without = {k: planner_class(k) for k in PLANNERS if not hasattr(planner_class(k), "loss")}
-    return without.get(kind) or fail(f"--planner {kind}: give a checkpoint of stage 1 (python "
-                                     "mask_planner.py makes runs/<suite>/mask.pt), or "
-                                     + ", ".join(without))
+    return without.get(kind) or fail(
+        f"--planner {kind}: give a checkpoint of stage 1 (python mask_planner.py makes "
+        f"runs/<suite>/mask.pt), or {', '.join(without)}")

@@ -1,9 +1,7 @@
-"""Training, the same for all models: checkpoints, steps, continuation, the log.
+"""Training, the same for all models: checkpoints, steps, continuation, the log.  A model is an
+nn.Module with `kind` (str), `config` (its dataclass), `loss(batch) -> (scalar, dict of floats)`.
 
     fit(model, data.batch, config, "runs/mask.pt")      # writes mask.pt, mask.jsonl, mask.png
-
-A model is an nn.Module with `kind` (a string), `config` (its dataclass) and
-`loss(batch) -> (scalar, dict of floats)`.
 """
 
 import atexit
@@ -28,13 +26,11 @@ from tqdm import tqdm
 from core.draw import save_picture
 from core.files import fail, write
 from core.flags import FREE, SAMPLING, as_dict, differences
-from core.networks import count
 
 VERSION = 2     # of the checkpoint's layout
 
 
 def save(path, **content):
-    """Write a checkpoint."""
     buffer = io.BytesIO()
     torch.save(content, buffer)
     write(path, buffer.getbuffer())
@@ -146,11 +142,11 @@ def log_line(line):
 
 
 def read_log(path):
-    """The rows of <run>.jsonl, as dicts; none without one. A kill can have cut the last line."""
+    """The rows of <run>.jsonl, as dicts; none without one."""
     if not os.path.exists(path):
         return []
     with open(path) as file:
-        return [json.loads(line) for line in file if line.endswith("\n")]
+        return [json.loads(line) for line in file]
 
 
 def last_seconds(checkpoint):
@@ -171,11 +167,9 @@ class Log:
 
     def __init__(self, path, done, config):
         """Keep the lines up to step `done`: a resumed run writes the later ones again."""
-        self.path, self.config, self.rows, self.samples = path, config, [], 0
-        kept = [row for row in read_log(path) if row["step"] <= done]
-        if os.path.exists(path):
-            write(path, "".join(json.dumps(row) + "\n" for row in kept))
-        self.first, self.begin = done, time.time() - (kept[-1]["seconds"] if kept else 0)
+        self.path, self.config, self.rows, self.samples, self.first = path, config, [], 0, done
+        self.lines = [line for line in read_log(path) if line["step"] <= done]
+        self.begin = time.time() - (self.lines[-1]["seconds"] if self.lines else 0)
 
     def step(self, done, row, samples):
         """After every step: `row` = loss and parts, `samples` = size of the batch."""
@@ -184,9 +178,6 @@ class Log:
         self.samples += samples
         if done == self.first + 1:      # the first step also pays for kernels and caches
             self.warm, self.core = now, time.process_time()
-        if done == self.first + 11 and left:
-            pace = (now - self.warm) / 10
-            log_line(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
         if done % self.config.log_every and left:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
@@ -198,7 +189,8 @@ class Log:
         self.rows = []
         parts = (f"{k} {v:.4g}" for k, v in line.items() if k != "step")
         log_line(f"step {done}  " + "  ".join(parts))
-        write(self.path, json.dumps(line) + "\n", append=True)
+        self.lines.append(line)
+        write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
 
 def take_step(compute_loss, batch, optimizer, parameters, config, done):
@@ -220,10 +212,9 @@ def take_step(compute_loss, batch, optimizer, parameters, config, done):
 def fit(model, batches, config, path, picture=None, note=""):
     """Train `model` for config.steps; return it in eval(), with averaged weights if config.ema > 0.
 
-    batches(step) -> dict of arrays, a function of the step alone. Run again with the same config
-    after an interruption, it continues from `path` and ends with the weights of an unbroken run.
-    Writes <run>.pt (= path), <run>.jsonl (log) and <run>.png (picture(model): (H, W, 3) uint8).
-    """
+    batches(step) -> dict of arrays, a function of the step alone: after an interruption the same
+    call continues from `path` and ends with the weights of an unbroken run.  Writes <run>.pt (=
+    path), <run>.jsonl (log) and <run>.png (picture(model): (H, W, 3) uint8)."""
     run = os.fspath(path).removesuffix(".pt")
     keep_memory()
     rank, world, device = join_processes(config)
@@ -242,8 +233,9 @@ def fit(model, batches, config, path, picture=None, note=""):
             average.load_state_dict(content["ema"])
     if rank == 0:
         log_line(f"{model.kind} on {device}" + f" x {world}" * (world > 1)
-                 + ", bf16" * bool(config.bf16) + f": {count(model):,} trainable parameters, "
-                 f"{config.steps} steps" + f", {note}" * bool(note) + f" -> {path}")
+                 + ", bf16" * bool(config.bf16) + f": {sum(p.numel() for p in parameters):,} "
+                 f"trainable parameters, {config.steps} steps" + f", {note}" * bool(note)
+                 + f" -> {path}")
         if done:
             log_line(f"{path} is at step {done}: "
                      + ("continuing" if done < config.steps else "finished, nothing to do"))
@@ -264,9 +256,9 @@ def fit(model, batches, config, path, picture=None, note=""):
         if log:
             log.step(done, row, world * len(next(iter(batch.values()))))
         if log and (done % config.save_every == 0 or done == config.steps):
-            save(path, kind=model.kind, config=as_dict(config), model=model.state_dict(),
-                 optimizer=optimizer.state_dict(), ema=average and average.state_dict(), step=done,
-                 version=VERSION)
+            save(path, kind=model.kind, config=as_dict(config), version=VERSION, step=done,
+                 model=model.state_dict(), ema=average and average.state_dict(),
+                 optimizer=optimizer.state_dict())
             if picture:
                 with torch.no_grad():
                     save_picture(run + ".png", picture((average or model).eval()))

