@@ -83,6 +83,11 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+def pytest_collection_modifyitems(items):
+    """Before the simulator below is opened: what needs much memory, or another one of LIBERO's."""
+    items.sort(key=lambda item: item.path.name not in ("test_baselines.py", "test_official.py"))
+
+
 @pytest.fixture(scope="session")
 def sim():
     """Task 0 of libero_spatial; every test starts with its own reset."""
