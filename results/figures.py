@@ -113,7 +113,7 @@ def cost(config, path, steps=600):
     from torch.utils.flop_counter import FlopCounterMode
     kind = training.load(path, [Executor.kind, unipi.InverseDynamics.kind], rollout.MADE_BY)["kind"]
     policy = (Policy(load_executor(path)) if kind == Executor.kind else
-              unipi.make_actor(path, "cpu", 0, None))
+              unipi.make_actor(0, path, "cpu", None))
     c, black = policy.c, np.zeros((policy.c.size, policy.c.size, 3), np.uint8)
     frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float32),
              "ee_states": np.zeros(6, np.float32), "gripper_states": np.zeros(2, np.float32)}

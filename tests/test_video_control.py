@@ -209,7 +209,7 @@ def test_pictures_to_reach_lie_ahead_and_done_means_near(video_path, data, runs)
 
 
 def test_done_goes_on_to_the_next_picture_and_open_loop_imagines_once(unipi_path, sim):
-    actor, imagined = unipi.make_actor(unipi_path, "cpu", 0, None), []
+    actor, imagined = unipi.make_actor(0, unipi_path, "cpu", None), []
 
     def imagine(obs, generator):
         imagined.append(obs)

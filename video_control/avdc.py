@@ -15,7 +15,6 @@ the next (from the first), steps of standing still counted in all until a new vi
 Sizes: P points, K future pictures, H W pixels.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -252,18 +251,18 @@ def main(argv=None):
     config = parse(Config, "Act from the flow of a video, without action labels.", argv)
     if not config.checkpoints:
         fail("give oracle, true, or a checkpoint of video_planner.py such as runs/avdc/video.pt")
+    jobs = []
     for future in config.checkpoints:
         about, known, size = about_future(future)
         if future != "oracle":
             flow.estimator(config.flow, config.out)     # fails here if there is none
-        actor = partial(make_actor, future, config)
         for suite in (config.suite or known).split(","):
             if not sims.goal_varies(suite):
                 fail(f"--suite {suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")
-            begin, tasks = time.time(), sims.choose_tasks(suite, config.tasks)
-            folder = Path(config.out) / suite / f"{about['plan']}_films"
-            found = rollout.evaluate(actor, config, suite, tasks, size, "fast", folder)
-            rollout.report(config, about | {"suite": suite}, found, time.time() - begin)
+            jobs.append((partial(make_actor, future, config), about | {"suite": suite},
+                         sims.choose_tasks(suite, config.tasks), size, "fast",
+                         Path(config.out) / suite / f"{about['plan']}_films"))
+    rollout.run(config, jobs)
 
 
 if __name__ == "__main__":

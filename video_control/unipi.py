@@ -12,7 +12,6 @@ Sizes: B batch, T looks, F future pictures, H W pixels.
 """
 
 import sys
-import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,7 +21,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import rollout
-import sims
 from baselines.cloning import Cloning
 from core import training
 from core.episodes import look_times
@@ -111,24 +109,19 @@ class UniPi(Policy):
         return obs | {"goal": self.video[0][None]}
 
 
-def make_actor(path, device, replan, sim):
+def make_actor(replan, path, device, sim):
     return UniPi(load_executor(path, device, InverseDynamics), replan)
 
 
 def evaluate(argv):
     """Command line: success rates of inverse dynamics models, a JSON each."""
     config = parse(Rollout, "UniPi: follow the pictures of imagined videos.", argv)
-    for path in config.checkpoints:
-        content = training.load(path, InverseDynamics.kind, "python -m video_control.unipi "
-                                "--planner runs/<suite>/video.pt")
-        c, begin = content["config"], time.time()
-        tasks = sims.choose_tasks(c["env"], config.tasks or ",".join(c["task_names"]))
-        actor = partial(make_actor, path, config.device, config.replan)
-        found = rollout.evaluate(actor, config, c["env"], tasks, c["size"], c["render"],
-                                 path.removesuffix(".pt") + "_films")
-        plan = {"plan": "unipi-replan" if config.replan else "unipi"}
-        rollout.report(config, rollout.about_executor(path, content) | plan, found,
-                       time.time() - begin)
+    jobs = rollout.executor_jobs(config, InverseDynamics.kind, "python -m video_control.unipi "
+                                 "--planner runs/<suite>/video.pt",
+                                 partial(make_actor, config.replan))
+    for _, about, *_ in jobs:
+        about["plan"] = "unipi-replan" if config.replan else "unipi"
+    rollout.run(config, jobs)
 
 
 def main(argv=None):
