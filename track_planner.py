@@ -71,8 +71,8 @@ class Config(PlannerConfig):
                      mask_ratio=0.0),
         "laptop": dict(demos=20, steps=3000, size=96, width=128, depth=4, channels=32, batch=32,
                        lr=1e-3, mask_ratio=0.0),
-        "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, blocks=(2, 2, 2),
-                      channels=64, batch=512, lr=1e-4, mask_ratio=0.5, jitter=0.3, dropout=0.2)}
+        "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, blocks=(), batch=512,
+                      lr=1e-4, mask_ratio=0.5, jitter=0.3, dropout=0.2)}
 
 
 # --- pictures and tracks --------------------------------------------------------------------------
@@ -154,8 +154,8 @@ class TrackPlanner(nn.Module):
         super().__init__()
         self.config, self.size, D = config, config.size, config.width
         self.forms = [*LENGTHS, "latent"] if config.track == "any" else ["latent"]
-        # differs: a small ResNet of the same stride in place of a linear patch embedding; what
-        # points show is learned sooner, and the same path serves all presets
+        # ATM: a linear embedding of patches (the paper preset, blocks ()).  differs: at the laptop
+        # preset a small ResNet of the same stride, by which what points show is learned sooner
         self.encoder = networks.ImageEncoder(D, config.blocks, config.channels)
         if config.size % SIDE:
             fail(f"--size {config.size} is not divisible by {SIDE}, the side of a patch: choose a "

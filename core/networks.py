@@ -96,7 +96,7 @@ def block_causal_mask(steps, tokens):
 class ImageEncoder(nn.Module):
     """ResNet with GroupNorm.  `blocks` = residual blocks per stage, `channels` = width of the first
     stage, a multiple of 16, doubled at each next one: (2, 2, 2, 2) and 64 is ResNet-18 with stride
-    32; (1, 1, 1) has stride 16."""
+    32; (1, 1, 1) has stride 16; () is a linear embedding of patches of 16 x 16 pixels (ViT)."""
 
     def __init__(self, dim, blocks=(2, 2, 2, 2), channels=64):
         super().__init__()
@@ -114,10 +114,12 @@ class ImageEncoder(nn.Module):
                                        norm_layer=norm))
                 width = new
         self.body, self.head = nn.Sequential(*body), nn.Conv2d(width, dim, 1)
+        self.stride = 2 ** (1 + len(blocks))
+        if not blocks:
+            self.body, self.head, self.stride = nn.Identity(), nn.Conv2d(3, dim, 16, 16), 16
         for module in self.body.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        self.stride = 2 ** (1 + len(blocks))
         self.to(memory_format=torch.channels_last)      # the faster layout, on CPUs as on GPUs
 
     def cells(self, size):

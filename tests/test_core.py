@@ -146,7 +146,7 @@ def test_block_causal_mask_hides_later_steps():
     assert not torch.equal(model(x, mask)[:, 4:], model(changed, mask)[:, 4:])
 
 
-@pytest.mark.parametrize("blocks, stride", [((1, 1, 1), 16), ((2, 2, 2, 2), 32)])
+@pytest.mark.parametrize("blocks, stride", [((1, 1, 1), 16), ((2, 2, 2, 2), 32), ((), 16)])
 def test_encoder(blocks, stride):
     encoder = networks.ImageEncoder(12, blocks)
     images = torch.randint(0, 256, (2, 64, 96, 3), dtype=torch.uint8)
@@ -314,7 +314,7 @@ def test_full_disk_leaves_the_old_file(tmp_path, refused, size):
     path = tmp_path / "run.pt"
     training.save(path, step=1)
     os.symlink("/dev/full", f"{path}.tmp")
-    refused(lambda: training.save(path, step=2, model=torch.zeros(size)), "disk full", "run.pt")
+    refused(lambda: training.save(path, step=2, model=torch.zeros(size)), "No space left", "run.pt")
     assert training.load(path)["step"] == 1 and os.listdir(tmp_path) == ["run.pt"]
 
 
