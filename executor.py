@@ -53,7 +53,7 @@ class Config(TrainingConfig):
     action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of "
                                     "the videos)", minimum=1)
     # differs: action chunks (ACT), of which half are executed; the papers predict one action
-    chunk: int = flag(8, "actions C predicted at once (1: the papers)", minimum=1)
+    chunk: int = flag(8, "actions C predicted at once (1: the papers)", minimum=1, maximum=100)
 
     batch: int = 32
     time_depth: int = 1                 # blocks over the looks; `depth`: over the tokens of each

@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from core import networks, training
 from core.draw import caption, draw_masks
 from core.episodes import look_times
+from core.files import fail
 from core.flags import PlannerConfig, flag, parse, run_path
 from core.planners import load_planner
 
@@ -351,6 +352,8 @@ def main(argv=None):
     picture = lambda trained: show(trained, held_out)
     if not planner:
         # of the task with the most objects; what the others lack is never tracked
+        if len(videos.objects) < config.objects != Config.objects:
+            fail(f"--objects {config.objects}: the videos have {', '.join(videos.objects)}")
         config.objects = min(config.objects, len(videos.objects))
         torch.manual_seed(config.seed)
         frames = lambda step: videos.sample_frames(step, config.batch, config.seed)

@@ -33,7 +33,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from core.files import fail
+from core.files import fail, one_line
 
 CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
 HELD_OUT = 2  # validation episodes per task
@@ -90,7 +90,8 @@ def open_data(path):
     if not path.exists():
         fail(f"no data file {path}: make it with {command}")
     try:
-        f = h5py.File(path, "r")
+        with one_line(path):    # no permission, or written by another program
+            f = h5py.File(path, "r")
         if not isinstance(f.get("data"), h5py.Group) or not len(f["data"]):
             raise OSError("no episodes")
         lacks = [name for name in ABOUT if name not in f["data"].attrs]
@@ -173,9 +174,10 @@ class Episodes:
             demos = min(demos, there)   # as many as there are: nothing makes more
         first, last = (0, HELD_OUT) if split == "valid" else (HELD_OUT, HELD_OUT + demos)
         names = [f"demo_{i}" for i in range(first, last)]
-        if any(n not in f["data"] for n in names):
-            fail(f"{path} holds {there} videos, not {demos}: python extract.py --suite "
-                 f"{path.parent.name} --demos {demos}"
+        lacks = [n for n in names if n not in f["data"]]
+        if lacks:
+            fail(f"{path} holds {there} videos, not {demos}, and lacks {lacks[0]}: python "
+                 f"extract.py --suite {path.parent.name} --demos {demos}"
                  + " --source official" * (about["source"] == "official"))
         return [f["data"][n] for n in names]
 

@@ -1,7 +1,22 @@
-"""How every program ends on bad input, in one line, and how files are written, all or nothing."""
+"""How every program ends, in one line: on bad input, on what the system refuses, when it is
+interrupted; how files are written, all or nothing; how programs share a folder."""
 
+import contextlib
+import errno
+import fcntl
 import os
 import sys
+
+# what the operating system refuses -> the way out
+WAYS_OUT = {
+    errno.ENOSPC: "free some space or choose another folder", errno.EROFS: "choose another folder",
+    errno.EACCES: "get the permission or choose another folder",
+    errno.EPERM: "get the permission or choose another folder",
+    errno.ENOTDIR: "a file is where a folder must be; choose another folder",
+    errno.EEXIST: "a file is where a folder must be; choose another folder",
+    errno.EISDIR: "a folder is where a file must be; choose another name",
+    errno.ENAMETOOLONG: "give a shorter --name",
+    errno.EAGAIN: "another program is writing it; run again when that has ended"}
 
 
 def fail(message):
@@ -10,25 +25,80 @@ def fail(message):
     raise SystemExit(2)
 
 
-def stop_if_full(error, folder):
-    """A full disk is the user's to solve: one line. Any other error of writing is raised again."""
-    if "No space left" in str(error):
-        fail(f"disk full while writing {folder}, what was there is untouched; free some space, "
-             "or choose another folder, and run again")
-    raise error
+@contextlib.contextmanager
+def one_line(path):
+    """What the operating system refuses inside ends in one line with the cause and the way out; any
+    other error passes.  path: named where the error names none."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:    # h5py raises a RuntimeError on a full disk
+        number = getattr(error, "errno", None)
+        number = errno.ENOSPC if "No space left" in str(error) else number
+        if number not in WAYS_OUT:
+            raise
+        fail(f"{getattr(error, 'filename', None) or path}: {os.strerror(number)}; what was there "
+             f"is untouched: {WAYS_OUT[number]}, and run again")
+
+
+def check_folder(flag, folder):
+    """Refuses, before the first second of work, a folder that cannot be made or written."""
+    there = os.path.abspath(folder)
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not folder:
+        fail(f"{flag} is empty: give a folder, . for this one")
+    if not os.path.isdir(there):
+        fail(f"{flag} {folder}: {there} is no folder; choose another")
+    if not os.access(there, os.W_OK | os.X_OK):
+        fail(f"{flag} {folder}: nothing can be written in {there}; choose another folder")
+
+
+@contextlib.contextmanager
+def alone(folder):
+    """One program at a time: another one that comes here waits until the first has left."""
+    with one_line(folder):
+        os.makedirs(folder, exist_ok=True)
+        lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        print(f"another program is making {folder}: waiting for it", flush=True)
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        os.close(lock)
+
+
+def end_quietly():
+    """An interrupted program, or one whose output nobody reads any more (| head), ends without a
+    traceback, with the shell's usual exit code; one without a standard output prints nothing."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)     # at once into a pipe, too
+
+    def end(kind, error, trace):
+        if kind is KeyboardInterrupt:
+            print("interrupted: the same command continues", file=sys.stderr, flush=True)
+            os._exit(130)
+        if kind is BrokenPipeError:
+            os._exit(141)
+        sys.__excepthook__(kind, error, trace)
+    sys.excepthook = end
 
 
 def write(path, content):
     """Bytes or text to a file, all or nothing: a run killed here leaves the previous file whole."""
     path = os.fspath(path)
-    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    try:
-        with open(path + ".tmp", "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())     # a power cut must not leave the new name without data
-    except OSError as error:
-        if os.path.exists(path + ".tmp"):
-            os.remove(path + ".tmp")
-        stop_if_full(error, path)
-    os.replace(path + ".tmp", path)
+    with one_line(path):
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        try:
+            with open(path + ".tmp", "wb") as file:
+                file.write(content.encode() if isinstance(content, str) else content)
+                file.flush()
+                os.fsync(file.fileno())     # a power cut must not leave the new name without data
+        except OSError:
+            with contextlib.suppress(OSError):      # the first error counts
+                os.remove(path + ".tmp")
+            raise
+        os.replace(path + ".tmp", path)

@@ -11,13 +11,13 @@ checkpoints keep. Default None: the preset, or the machine, decides.
 import argparse
 import dataclasses
 import hashlib
-import math
+import os
 import typing
 from pathlib import Path
 
 import torch
 
-from core.files import fail
+from core.files import check_folder, end_quietly, fail
 
 # Neither weights nor scores depend on these: they are in no name, and a run goes on with others.
 FREE = {"device", "data", "out", "name", "preset", "show", "planner", "seconds", "films", "workers",
@@ -26,7 +26,7 @@ FREE = {"device", "data", "out", "name", "preset", "show", "planner", "seconds",
 SAMPLING = {"sample_steps", "guidance", "val_clips"}
 
 
-def flag(default, help, choices=None, minimum=-math.inf, maximum=math.inf, positional=False):
+def flag(default, help, choices=None, minimum=0, maximum=2**31 - 1, positional=False):
     """A dataclass field that is a flag (`positional`: words before the flags)."""
     return dataclasses.field(default=default, metadata={
         "help": help, "choices": choices, "range": (minimum, maximum), "positional": positional})
@@ -123,6 +123,7 @@ def make_parser(Config, description, presets):
 def parse(Config, description, argv=None):
     """Command line -> Config: the given flags, else the preset's values, else the defaults; device
     and precision that are not given are the machine's."""
+    end_quietly()
     presets, cuda = getattr(Config, "PRESETS", {}), torch.cuda.is_available()
     values = vars(make_parser(Config, description, presets).parse_args(argv))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -134,10 +135,7 @@ def parse(Config, description, argv=None):
         values = presets[preset] | {"preset": preset} | values
     config = Config(**values)
     for field in flags_of(Config):
-        value, low, high = getattr(config, field.name), *field.metadata["range"]
-        if isinstance(value, int | float) and not low <= value <= high:
-            fail(f"--{field.name.replace('_', '-')} {value}: must be at least {low}"
-                 + f" and at most {high}" * (high < math.inf))
+        check_value(config, field)
     if hasattr(config, "device"):
         usual = "cuda" if cuda else "cpu"
         config.device = config.device or usual
@@ -149,6 +147,27 @@ def parse(Config, description, argv=None):
                            bool({"avx512_bf16", "amx_bf16"} & {*cpu_flags()}))
         fast_products()     # here: what is computed before training is then the same after a kill
     return config
+
+
+def check_value(config, field):
+    """Refuses a value that no program can use; writes paths and numbers of tasks in one way."""
+    value, name, (low, high) = getattr(config, field.name), field.name, field.metadata["range"]
+    word = "--" + name.replace("_", "-")
+    if isinstance(value, int | float) and not low <= value <= high:
+        fail(f"{word} {value}: must be at least {low} and at most {high}")
+    if isinstance(value, str):
+        setattr(config, name, value := os.path.expanduser(value))
+        if not value and field.default:
+            fail(f"{word} is empty: {field.metadata['help']}")
+    if name in ("out", "results"):
+        check_folder(word, value)
+    if name == "data" and os.path.exists(value) and not os.path.isdir(value):
+        fail(f"{word} {value}: it is a file, and a folder is needed")
+    if name == "name" and value != os.path.basename(value):
+        fail(f"{word} {value}: give a name without /, and a folder by --out")
+    if name == "tasks" and value:
+        tasks = [w.strip().lstrip("0") or "0" for w in value.split(",") if w.strip()]
+        config.tasks = ",".join(tasks) or fail(f"{word} {value}: it names no task")
 
 
 def as_dict(config):
@@ -189,11 +208,11 @@ def suites(config):
     """--suite a:2,b -> {suite: videos per task}."""
     chosen = {}
     for word in filter(None, (w.strip() for w in config.suite.split(","))):
-        suite, _, number = word.partition(":")
-        if number and not (number.isdigit() and int(number)):
+        suite, _, count = word.partition(":")
+        if count and not (count.isdecimal() and int(count)):
             fail(f"--suite {word}: give a suite, or a suite and a number of videos per task such "
                  "as libero_spatial:2")
-        chosen[suite] = int(number or config.demos)
+        chosen[suite] = int(count or config.demos)
     return chosen or fail("--suite is empty: give one such as libero_spatial")
 
 
@@ -202,6 +221,6 @@ def run_path(config, base):
     preset, or --name."""
     first, *_ = chosen = suites(config)
     sources = "" if chosen == {first: config.demos} else "_from-" + "+".join(
-        suite + f"-{number}" * (number != config.demos) for suite, number in chosen.items())
+        suite + f"-{count}" * (count != config.demos) for suite, count in chosen.items())
     name = config.name or base + sources + differences(config, SAMPLING)
     return Path(config.out) / first / f"{name}.pt"

@@ -24,7 +24,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from core.draw import save_picture
-from core.files import fail, write
+from core.files import fail, one_line, write
 from core.flags import FREE, SAMPLING, as_dict, differences
 
 VERSION = 2     # of the checkpoint's layout
@@ -45,7 +45,8 @@ def load(path, kind=None, made_by=None):
     broken = (f"{path} is damaged or no checkpoint; delete it and make it again"
               + f" with: {made_by}" * bool(made_by))
     try:
-        with zipfile.ZipFile(path) as file:     # not of a truncated file: its directory is last
+        # a truncated file lacks the zip's directory, which is its end
+        with one_line(path), zipfile.ZipFile(path) as file:
             if file.testzip():      # torch.load checks no checksum: changed bytes would be weights
                 fail(broken)
         # weights_only runs no code that the file brings

@@ -26,7 +26,7 @@ import sims
 from core import draw
 from core.episodes import (CAMERAS, HELD_OUT, Episodes, assemble, join, open_data, source_of,
                            split_assembled, write_episode)
-from core.files import fail, stop_if_full
+from core.files import alone, fail, one_line
 from core.flags import suites
 from demos.language import embed
 from demos.libero import UNSOLVED, demonstrator
@@ -159,38 +159,36 @@ def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="mi
     render  as of sims.make; None: that of the episodes that are there, else fast
     text    what embeds the instruction, one of `language.TEXTS`
     """
-    jobs, looks = [], {}
-    for task in tasks:
-        path = Path(data) / suite / f"{task}.hdf5"
-        ready, about = made_so_far(path)
-        # to films, official ones, a suite derived from this one none can be added
-        closed = bool(about) and (about["source"] != "scripted" or about.get("env", suite) != suite)
-        if closed and not ready:
-            fail(f"{path.with_suffix('')}/ holds an interrupted import: finish it with --source "
-                 "official, choose another --data folder or delete it")
-        asked = {"size": size} if closed else {"size": size, "render": render}
-        other = [key for key in asked if about and asked[key] not in (None, about[key])]
-        if other:
-            there, wish = ([f"--{key} {of[key]}" for key in other] for of in (about, asked))
-            fail(f"{path} holds episodes of {', '.join(there)}, not {', '.join(wish)}: give "
-                 f"{' '.join(there)}, choose another --data folder or delete it")
-        if closed or ready >= demos + HELD_OUT:
-            continue
-        looks[path] = {"size": size, "render": about.get("render", render or "fast")}
-        jobs += [(suite, task, share, path.with_suffix(""), looks[path])
-                 for share in shares(missing(path, demos + HELD_OUT), len(tasks), workers)]
-    if not looks:
-        return
-    total = sum(len(job[2]) for job in jobs)
-    print(f"data: {total} scripted episodes of {len(looks)} tasks of {suite}, "
-          f"{workers} processes -> {data}/")
-    try:
+    with alone(Path(data) / suite), one_line(data):     # another program may be making them
+        jobs, looks = [], {}
+        for task in tasks:
+            path = Path(data) / suite / f"{task}.hdf5"
+            ready, about = made_so_far(path)
+            # to films, official ones, a suite derived from this one none can be added
+            closed = about and (about["source"], about.get("env", suite)) != ("scripted", suite)
+            if closed and not ready:
+                fail(f"{path.with_suffix('')}/ holds an interrupted import: finish it with "
+                     "--source official, choose another --data folder or delete it")
+            asked = {"size": size} if closed else {"size": size, "render": render}
+            other = [key for key in asked if about and asked[key] not in (None, about[key])]
+            if other:
+                there, wish = ([f"--{key} {of[key]}" for key in other] for of in (about, asked))
+                fail(f"{path} holds episodes of {', '.join(there)}, not {', '.join(wish)}: give "
+                     f"{' '.join(there)}, choose another --data folder or delete it")
+            if closed or ready >= demos + HELD_OUT:
+                continue
+            looks[path] = {"size": size, "render": about.get("render", render or "fast")}
+            jobs += [(suite, task, share, path.with_suffix(""), looks[path])
+                     for share in shares(missing(path, demos + HELD_OUT), len(tasks), workers)]
+        if not looks:
+            return
+        total = sum(len(job[2]) for job in jobs)
+        print(f"data: {total} scripted episodes of {len(looks)} tasks of {suite}, "
+              f"{workers} processes -> {data}/")
         for _ in run_jobs(record_episodes, jobs, workers, total, "record"):
             pass
         for path, look in looks.items():
             assemble(path, path.with_suffix(""), attributes(suite, path.stem, **look, text=text))
-    except OSError as error:
-        stop_if_full(error, data)
 
 
 def made_so_far(path):

@@ -47,7 +47,7 @@ def tasks(suite):
 def pick(suite, names, chosen):
     """'' -> all names of tasks; '0,3' or names, comma-separated -> those, in the suite's order."""
     words = filter(None, (word.strip() for word in chosen.split(",")))
-    picked = [names[int(w)] if w.isdigit() and int(w) < len(names) else w for w in words]
+    picked = [names[int(w)] if w.isdecimal() and int(w) < len(names) else w for w in words]
     for word in picked:
         if word not in names:
             fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} "

@@ -8,10 +8,10 @@ import h5py
 import numpy as np
 import pytest
 
-from conftest import SUITE
+from conftest import SUITE, everything
 from core.episodes import HELD_OUT, Episodes, assemble, open_data, split_assembled, write_episode
-from core.files import stop_if_full
-from test_record import copied, everything  # noqa: F401: a fixture
+from core.files import one_line
+from test_record import copied  # noqa: F401: a fixture
 
 
 class Killed(BaseException):
@@ -58,7 +58,11 @@ def test_full_disk_while_writing_an_episode(tmp_path, refused):
         write_episode(tmp_path / "demo_0.hdf5", episode, seed=0)
     assert not (tmp_path / "demo_0.hdf5").exists()
     carried = pickle.loads(pickle.dumps(error.value))
-    refused(lambda: stop_if_full(carried, "data"), "full", "data")
+
+    def carry():
+        with one_line("data"):
+            raise carried
+    refused(carry, "No space", "data")
 
 
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "no episodes"])

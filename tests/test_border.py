@@ -1,0 +1,122 @@
+"""What people type, hold and lose ends in one line: a table of real runs of the real programs.
+
+A row: what goes wrong, the command, words of the line that names the way out.  Exit code 2.
+"""
+
+import importlib
+import shlex
+import shutil
+
+import pytest
+
+from conftest import SIZE, SUITE
+
+PLANNERS = ["mask_planner", "track_planner", "video_planner", "baselines.plex"]
+TINY = "--preset tiny --device cpu --tasks 0 --data {data} --out {out}"
+# planner: every planner's program
+FILM = "--data {out} --objects 'arm. bowl.' --video "
+ROWS = [
+    # numbers
+    ("planner", TINY + " --seed 99999999999999999999", "--seed at most"),
+    ("planner", TINY + " --seed -1", "--seed at least 0"),
+    ("planner", TINY + " --steps 0", "--steps at least 1"),
+    ("planner", TINY + " --lr nan", "--lr nan"),
+    ("planner", TINY + " --lr inf", "--lr inf"),
+    ("planner", TINY + " --batch 0", "--batch at least 1"),
+    ("planner", TINY + " --size 31", "--size at least 32"),
+    ("mask_planner", TINY + " --steps 1e3", "--steps invalid int --help"),
+    ("mask_planner", TINY + " --objects 0", "--objects at least 1"),
+    ("mask_planner", TINY + " --objects 9", "--objects 9 robot akita_black_bowl_1"),
+    ("track_planner", TINY + " --mask-ratio 2", "--mask-ratio at most 1"),
+    ("video_planner", TINY + " --sample-steps 0", "--sample-steps at least"),
+    ("executor", TINY + " --planner none --chunk 0", "--chunk at least 1"),
+    ("executor", TINY + " --planner none --chunk 999999", "--chunk at most"),
+    ("executor", TINY + " --planner none --action-demos 3", "--action-demos 3 --demos 3"),
+    ("rollout", "demonstrator --tasks 0 --episodes 0", "--episodes at least 1"),
+    ("rollout", "demonstrator --tasks 0 --episodes 51", "50 test scenes"),
+    ("rollout", "demonstrator --tasks 0 --noise -1", "--noise at least 0"),
+    ("rollout", "demonstrator --tasks 0 --noise nan", "--noise nan"),
+    ("rollout", "demonstrator --tasks 0 --scenes 9999999999999", "--scenes seed such as 2000"),
+    ("rollout", "demonstrator --tasks 0 --scenes ²", "--scenes development"),
+    ("rollout", "demonstrator --tasks 0 --workers 0", "--workers at least 1"),
+    ("extract", "--demos 0", "--demos at least 1"),
+    # words
+    ("planner", TINY.replace(" 0 ", " ² "), "unknown task 0 to 9"),
+    ("planner", TINY.replace(" 0 ", " 77 "), "unknown task '77' 0 to 9"),
+    ("planner", TINY.replace(" 0 ", " , "), "--tasks names no task"),
+    ("planner", TINY + " --suite libero_space", "libero_space libero_spatial mt10"),
+    ("planner", TINY + " --suite ''", "--suite is empty"),
+    ("planner", TINY + " --suite libero_spatial:0", "libero_spatial:0 libero_spatial:2"),
+    ("planner", TINY + " --name ../x", "--name ../x"),
+    ("planner", TINY + " --name a/b", "--name a/b"),
+    ("planner", TINY + " --device tpu", "--device tpu cpu"),
+    ("planner", "--preset huge", "--preset tiny laptop paper"),
+    ("planner", TINY + " --nothing 1", "--nothing --help"),
+    ("planner", TINY + " --step 5", "--step --help"),
+    ("executor", TINY, "--planner none python mask_planner.py"),
+    ("executor", TINY + " --planner no", "no none-language"),
+    ("executor", TINY + " --planner {mask} --form tracks", "--form tracks latent"),
+    ("executor", TINY + " --planner {mask} --chunk 3", "multiple --chunk"),
+    ("executor", TINY + " --planner {mask} --read all", "--read pooled attention both"),
+    ("executor", TINY + " --planner none --suite libero_space", "libero_space libero_spatial"),
+    ("rollout", "", "no checkpoint demonstrator"),
+    ("rollout", "demonstrator {executor}", "demonstrator checkpoint"),
+    ("rollout", "{executor} --suite mt10", "--suite demonstrator"),
+    ("rollout", "{executor} --noise 0.1", "--noise demonstrator"),
+    ("rollout", "{executor} --tasks 1", "was not trained on"),
+    ("rollout", "demonstrator --suite mt10 --unseen layout", "mt10 libero_spatial"),
+    ("rollout", "{executor} --unseen weather", "--unseen layout"),
+    ("extract", "--text latin", "--text minilm"),
+    ("extract", "--suite ../x --data {out}", "../x libero_spatial"),
+    ("extract", "--suite mt10 --source official --data {out}", "mt10 libero_spatial"),
+    # flags that contradict, or that would be ignored
+    ("extract", FILM + "{text} --suite mine --masks sim", "no simulator --masks sam"),
+    ("extract", FILM + "{text} --suite {suite} --tracks flow", "--suite libero_spatial my_videos"),
+    ("extract", FILM + "{text} --suite libero_spatial_ur5e --tracks flow", "simulator my_videos"),
+    ("extract", FILM + "{text} --suite ../x --tracks flow", "../x my_videos"),
+    ("extract", FILM + "{text} --suite '' --tracks flow", "--suite is empty"),
+    ("extract", "--objects 'arm. bowl.' --data {out}", "--objects --masks sam"),
+    ("extract", "--video {text} --suite mine --tracks flow", "--video needs --objects"),
+    ("extract", "--masks sam --tasks 0 --data {data} --weights {out}", "grounding-dino --download"),
+    ("extract", "--tracks cotracker --tasks 0 --data {data} --weights {out}",
+     "CoTracker --tracks flow"),
+    # places
+    ("planner", TINY.replace("{out}", "{text}"), "{text} folder"),
+    ("planner", TINY.replace("{data}", "{text}"), "{text} file"),
+    ("planner", TINY.replace("{out}", "''"), "--out is empty"),
+    ("planner", TINY.replace("{data}", "''"), "--data is empty"),
+    ("rollout", "{executor} --results {text}", "{text} folder"),
+    ("rollout", "{executor} --results ''", "--results is empty"),
+    ("rollout", "{out}/no.pt", "no.pt python executor.py"),
+    ("rollout", "{text}", "note.txt damaged"),
+    ("rollout", "{cut}", "cut.pt damaged"),
+    ("rollout", "{mask}", "mask executor"),
+    ("executor", TINY + " --planner {out}/no.pt", "no.pt python mask_planner.py"),
+    ("executor", TINY + " --planner {cut}", "cut.pt python mask_planner.py"),
+    ("executor", TINY + " --planner {executor}", "executor mask"),
+    ("executor", TINY + " --planner {out}", "mask_planner.py"),
+    ("extract", "--data {text} --tasks 0", "{text} file"),
+    ("extract", FILM + "{out}/no.mp4 --suite mine --tracks flow", "no.mp4 film"),
+    ("extract", FILM + "{text} --suite mine --tracks flow", "note.txt no video"),
+]
+ALL = [(p, argv, words) for program, argv, words in ROWS
+       for p in (PLANNERS if program == "planner" else [program])]
+
+
+@pytest.fixture(scope="module")
+def places(data, mask_path, executor_path, tmp_path_factory):
+    """What rows name in braces."""
+    folder = tmp_path_factory.mktemp("border")
+    (folder / "note.txt").write_text("no film, no folder, no checkpoint\n")
+    (folder / "cut.pt").write_bytes(mask_path.read_bytes()[:-100])
+    return {"data": data, "mask": mask_path, "executor": executor_path, "suite": SUITE,
+            "text": folder / "note.txt", "cut": folder / "cut.pt", "out": folder / "out"}
+
+
+@pytest.mark.parametrize("program, argv, words", ALL,
+                         ids=[f"{p} {argv.replace(TINY, '')}"[:60] for p, argv, _ in ALL])
+def test_one_line(places, refused, monkeypatch, program, argv, words):
+    monkeypatch.chdir(places["text"].parent)
+    argv = shlex.split(argv.format(**places))
+    refused(lambda: importlib.import_module(program).main(argv), *words.format(**places).split())
+    assert not (places["out"] / SUITE).exists()     # nothing is left behind
