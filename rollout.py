@@ -27,7 +27,7 @@ import sims
 from core import training
 from core.draw import write_film
 from core.files import fail, write
-from core.flags import as_dict, differences, flag, parse
+from core.flags import FREE, as_dict, differences, flag, parse
 from demos.record import Demonstrator, run_jobs, shares
 from executor import Executor, Policy, load_executor
 
@@ -38,7 +38,7 @@ MADE_BY = "python executor.py --planner runs/<suite>/mask.pt"
 class Config:
     checkpoints: tuple[str, ...] = flag((), "executors' checkpoints, or demonstrator: the scripted "
                                         "policy", positional=True)
-    suite: str = flag("libero_spatial", "suite of the demonstrator; otherwise the executor's")
+    suite: str = flag("", "suite of the demonstrator; an executor's is its own")
     tasks: str = flag("", "numbers or names of tasks, comma-separated; empty: the executor's")
     episodes: int = flag(10, "episodes per task", minimum=1)
     scenes: str = flag("test", "test: LIBERO's bundled states, Meta-World's test seeds; "
@@ -77,7 +77,8 @@ def scenes_of(config):
         if config.episodes > sims.INITS:
             fail(f"--episodes {config.episodes}: there are {sims.INITS} test scenes per task")
         return [{"init": k} for k in count]
-    if config.scenes != "development" and not config.scenes.isdigit():
+    if config.scenes != "development" and not (
+            config.scenes.isdecimal() and int(config.scenes) < 2 ** 31):
         fail(f"--scenes {config.scenes}: give test, development or a seed such as 2000")
     first = sims.DEVELOPMENT if config.scenes == "development" else int(config.scenes)
     return [{"seed": first + k} for k in count]
@@ -85,31 +86,47 @@ def scenes_of(config):
 
 def play_scenes(job):
     """Worker: an actor on some scenes of one task; yields task, (scene, success at the end, at any
-    step, steps) after each."""
-    make_actor, config, suite, task, scenes, size, render, folder = job
+    step, steps) after each.  filmed: which outcomes have a film already."""
+    make_actor, config, suite, task, scenes, size, render, folder, filmed = job
     torch.set_num_threads(1)
     sim = sims.make(suite, task, size, render, unseen=config.unseen or None)
-    actor, filmed = make_actor(sim), set()
+    actor = make_actor(sim)
     for scene in scenes:
         film = config.films and len(filmed) < 2
         success, ever, steps, pictures = play(sim, actor, scene, film)
         if film and ever not in filmed:
-            filmed.add(ever)
+            filmed = {*filmed, ever}
             write_film(Path(folder) / f"{task}_{'success' if ever else 'failure'}.mp4", pictures)
         yield task, (*scene.values(), success, ever, steps)
     sim.close()
 
 
-def evaluate(make_actor, config, suite, tasks, size, render, folder):
-    """make_actor(sim) -> actor, called in each process; folder of the films
-    -> {task: [(scene, success at the end, at any step, steps), ...]}, scenes in order."""
-    scenes = scenes_of(config)
-    jobs = [(make_actor, config, suite, task, share, size, render, folder)
-            for task in tasks for share in shares(scenes, len(tasks), config.workers)]
-    found, total = {task: [] for task in tasks}, len(tasks) * len(scenes)
-    for task, outcome in run_jobs(play_scenes, jobs, config.workers, total, "rollout"):
+def evaluate(make_actor, config, about, log, tasks, size, render, folder):
+    """make_actor(sim) -> actor, called in each process; about: see `report`; log: a file of the
+    outcomes so far, which an interrupted evaluation has left; folder of the films
+    -> {task: [(scene, success at the end, at any step, steps), ...]}, scenes in order; seconds."""
+    begin, scenes, found = time.time(), scenes_of(config), {task: [] for task in tasks}
+    # what the outcomes depend on is the log's first row
+    rows = [[about, commit(), {k: v for k, v in as_dict(config).items() if k not in FREE}]]
+    if training.read_log(log)[:1] == json.loads(json.dumps(rows)):
+        rows = training.read_log(log)
+    for task, outcome, seconds in rows[1:]:
+        found[task].append(tuple(outcome))
+        begin = time.time() - seconds
+    jobs, total = [], len(tasks) * len(scenes)
+    for task, outcomes in found.items():
+        played, filmed = {scene for scene, *_ in outcomes}, {ever for _, _, ever, _ in outcomes}
+        left = [scene for scene in scenes if not played & {*scene.values()}]
+        jobs += [(make_actor, config, about["suite"], task, share, size, render, folder, filmed)
+                 for share in shares(left, len(tasks), config.workers)]
+    left = sum(len(job[4]) for job in jobs)
+    if left < total:
+        print(f"{log} has {total - left} of {total} episodes: continuing")
+    for task, outcome in run_jobs(play_scenes, jobs, config.workers, left, "rollout"):
         found[task].append(outcome)
-    return {task: sorted(outcomes) for task, outcomes in found.items()}
+        rows.append([task, outcome, time.time() - begin])
+        write(log, "".join(json.dumps(row) + "\n" for row in rows))
+    return {task: sorted(outcomes) for task, outcomes in found.items()}, time.time() - begin
 
 
 # --- results --------------------------------------------------------------------------------------
@@ -177,10 +194,10 @@ def run(config, jobs):
         paths.append(path := result_path(config, about))
         if paths.count(path) > 1:
             fail(f"{path} would be of two of these: evaluate them apart, with another --results")
-    for make_actor, about, *where in jobs:
-        begin = time.time()
-        found = evaluate(make_actor, config, about["suite"], *where)
-        report(config, about, found, time.time() - begin)
+    for path, (make_actor, about, *where) in zip(paths, jobs):
+        log = path.with_suffix(".part")
+        report(config, about, *evaluate(make_actor, config, about, log, *where))
+        log.unlink(missing_ok=True)
 
 
 # --- command --------------------------------------------------------------------------------------
@@ -198,6 +215,8 @@ def executor_jobs(config, kind, made_by, make_actor):
     """Jobs for `run` of the trained executors config.checkpoints.  kind, made_by: as of
     training.load; make_actor(path, device, sim) -> actor."""
     jobs = []
+    if config.suite or config.noise:
+        fail("--suite and --noise are the demonstrator's: python rollout.py demonstrator")
     for path in config.checkpoints:
         content = training.load(path, kind, made_by)
         c = content["config"]
@@ -211,12 +230,13 @@ def executor_jobs(config, kind, made_by, make_actor):
 
 def demonstrator_jobs(config):
     """The one job for `run` of the scripted policy."""
+    suite = config.suite or "libero_spatial"
     about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
-    about |= {"suite": config.suite, "plan": "demonstrator", "differs": "", "seconds": {},
+    about |= {"suite": suite, "plan": "demonstrator", "differs": "", "seconds": {},
               "counts": "success at the end"}
     return [(partial(Demonstrator, noise=config.noise), about,
-             sims.choose_tasks(config.suite, config.tasks), 128, "fast",
-             Path("runs") / config.suite / "demonstrator_films")]
+             sims.choose_tasks(suite, config.tasks), 128, "fast",
+             Path("runs") / suite / "demonstrator_films")]
 
 
 def make_policy(path, device, sim):
@@ -228,7 +248,9 @@ def main(argv=None):
     config = parse(Config, "Success rates in the simulator.", argv)
     if not config.checkpoints:
         fail("no checkpoint: python rollout.py runs/<suite>/mask_executor.pt, or demonstrator")
-    scripted = config.checkpoints == ("demonstrator",)
+    scripted = "demonstrator" in config.checkpoints
+    if scripted and len(config.checkpoints) > 1:
+        fail("demonstrator beside a checkpoint: evaluate them one after the other")
     run(config, demonstrator_jobs(config) if scripted else
         executor_jobs(config, Executor.kind, MADE_BY, make_policy))
 

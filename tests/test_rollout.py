@@ -78,15 +78,31 @@ def test_scenes(refused):
 
 
 @pytest.mark.parametrize("tasks, workers", [(1, 1), (1, 3), (2, 2), (5, 2)])
-def test_every_scene_is_played_once(monkeypatch, tasks, workers):
-    """However the scenes are split among the processes."""
-    monkeypatch.setattr(rollout, "run_jobs", lambda function, jobs, *rest: [
-        (task, (scene["init"], True, True, 9))
-        for _, _, _, task, scenes, *_ in jobs[::-1] for scene in scenes])
-    c = config("--episodes", "7", "--workers", str(workers))
+def test_every_scene_is_played_once(monkeypatch, tmp_path, tasks, workers):
+    """However the scenes are split among the processes, and though a kill comes between."""
+    played, c = [], config("--episodes", "7", "--workers", str(workers))
+
+    def run_jobs(function, jobs, *rest):
+        for _, _, _, task, scenes, *_ in jobs[::-1]:
+            for scene in scenes:
+                if len(played) == 5:
+                    played.append("killed")
+                    raise KeyboardInterrupt
+                played.append((task, scene["init"]))
+                yield task, (scene["init"], True, True, 9)
+    monkeypatch.setattr(rollout, "run_jobs", run_jobs)
     names = [f"task{k}" for k in range(tasks)]
-    found = rollout.evaluate(None, c, SUITE, names, 64, "fast", "films")
+    evaluate = lambda c: rollout.evaluate(None, c, {"suite": SUITE}, tmp_path / "log", names, 64,
+                                          "fast", "films")
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(c)
+    played[5:] = [None]     # no second kill
+    found, seconds = evaluate(c)
     assert found == {name: [(k, True, True, 9) for k in range(7)] for name in names}
+    assert len(played) == 1 + 7 * tasks and seconds >= 0
+    assert evaluate(c)[0] == found and len(played) == 1 + 7 * tasks
+    evaluate(config("--episodes", "6"))         # another evaluation starts anew
+    assert len(played) == 1 + 13 * tasks
 
 
 def test_crash_is_an_error(executor_path, task, sim, monkeypatch):
@@ -96,7 +112,7 @@ def test_crash_is_an_error(executor_path, task, sim, monkeypatch):
     monkeypatch.setattr(sims, "make", lambda *arguments, **rest: sim)
     monkeypatch.setattr(sim, "step", step)
     job = (lambda sim: Policy(load_executor(executor_path)), config("--no-films"), SUITE, task,
-           [{"init": 0}], 64, "fast", "films")
+           [{"init": 0}], 64, "fast", "films", set())
     with pytest.raises(RuntimeError, match="unstable"):
         list(rollout.play_scenes(job))
 
@@ -133,8 +149,8 @@ def test_result_holds_every_episode(about, tmp_path, capsys, monkeypatch):
     assert {"command", "commit", "versions", "machine", "seconds"} <= r.keys()
     assert "1/2" in capsys.readouterr().out
     # of a demonstrator, which lets go and retreats, success at the end counts
-    monkeypatch.setattr(rollout, "evaluate", lambda *job: {"a": [(0, False, True, 8),
-                                                                 (1, True, True, 20)]})
+    monkeypatch.setattr(rollout, "evaluate", lambda *job: (
+        {"a": [(0, False, True, 8), (1, True, True, 20)]}, 60))
     rollout.main([*WORKER, "demonstrator", "--noise", "0.1", "--results", str(tmp_path)])
     r = json.loads(next(tmp_path.glob("*demonstrator_noise0.1*")).read_text())
     assert (r["success"], r["counts"]) == (1, "success at the end")
