@@ -21,6 +21,7 @@ Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """
 
 import pickle
+import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -31,7 +32,7 @@ import numpy as np
 import sims
 from core.draw import save_picture, sheet
 from core.episodes import HELD_OUT, Episodes
-from core.files import fail, stop_if_full
+from core.files import fail, one_line
 from core.flags import flag, parse
 from demos import annotated, official, record
 from demos.language import TEXTS
@@ -289,7 +290,7 @@ class Annotator:
 def prompts(objects, asked):
     """What the objects of a suite are looked for by: --objects, or their names in words, such as
     akita black bowl for akita_black_bowl_1.  No objects: those of a film."""
-    names = [word.strip() for word in asked.split(".") if word.strip()]
+    names = [word.strip().lower() for word in re.split("[.,;]", asked) if word.strip()]
     if not names and not objects:
         fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
     if names and objects and len(names) != len(objects):
@@ -338,6 +339,8 @@ def make_data(config):
         annotated.annotate_films(config, path, names, Annotator)
         return config.suite, [path.stem]
     config.masks, config.tracks = config.masks or "sim", config.tracks or "sim"
+    if config.objects and config.masks != "sam":
+        fail("--objects is for --masks sam: the simulator's masks have the suite's own objects")
     suite, names = annotated.annotated_suite(config), {}
     tasks = (official.choose_tasks(config.suite, config.tasks) if config.source == "official" else
              record.task_names(config.suite, config.tasks, config.data))
@@ -357,10 +360,8 @@ def make_data(config):
 def main(argv=None):
     """Command line: makes the episodes that are missing; with --show draws them."""
     config = parse(Config, "Videos with masks and tracks, as HDF5 in the robomimic layout.", argv)
-    try:
+    with one_line(config.data):
         suite, tasks = make_data(config)
-    except OSError as error:
-        stop_if_full(error, config.data)
     episodes = Episodes(config.data, suite, tasks, config.demos)
     print(f"{config.data}/{suite}: {len(tasks)} tasks, {len(episodes.length)} videos of "
           f"{episodes.length.mean():.0f} steps on average, {HELD_OUT} more per task held out; "

@@ -88,43 +88,66 @@ def film_path(config):
     """The data file that --video makes; fails on flags that make none."""
     if "sim" in (config.masks, config.tracks):
         fail("a film has no simulator: --masks sam, --tracks cotracker or flow")
+    if not config.suite.strip(".") or Path(config.suite).name != config.suite:
+        fail(f"--suite {config.suite}: give the films a name without /, such as --suite my_videos")
     if sims.simulator_of(config.suite).tasks(config.suite):
         fail(f"--suite {config.suite} is a simulator's: give the films a name of their own, "
              "such as --suite my_videos")
     path = Path(config.data) / config.suite / f"{Path(config.video).stem.replace(' ', '_')}.hdf5"
-    if path.exists() or path.with_suffix("").exists():
+    if path.exists():
         fail(f"{path} exists: delete it, or choose another --suite or --data folder")
     return path
 
 
+def check_alike(path, there, about):
+    """Fails if the films of one suite differ in size, objects or what annotates them."""
+    for key, value in about.items():
+        was = there[key] if np.ndim(there[key]) == 0 else [str(name) for name in there[key]]
+        if was != value:
+            fail(f"{path} has {key} {was}, and now it would be {value}: give the same, another "
+                 "--suite, or delete it")
+
+
 def annotate_films(config, path, names, annotator):
-    """--video -> the data file `path`, without actions; written when all is computed, so that
-    nothing is left of a failed run.  names: what the objects look like, the robot first."""
-    paths, made = films.episodes_of(config.video), []
+    """--video -> the data file `path`, without actions.  Films that an interrupted run has done are
+    kept.  names: what the objects look like, the robot first."""
+    paths, size = films.episodes_of(config.video), config.size
     lengths = [len(films.read_video(film, 32)) for film in paths]  # each can be read to its end
-    if len(paths) == 1 and lengths[0] < (HELD_OUT + 1) * films.SHORTEST:
-        fail(f"{paths[0]} has {lengths[0]} frames, which make no {HELD_OUT + 1} episodes of "
-             f"{films.SHORTEST}: give a longer one")
-    annotate = annotator(config)
+    least = films.SHORTEST * (HELD_OUT + 1 if len(paths) == 1 else 1)
+    for film, length in zip(paths, lengths):
+        if length < least:
+            fail(f"{film} has {length} frames, and {least} are needed: give a longer one")
+    about = {"size": size, "objects": names, "mask_source": config.masks,
+             "track_source": config.tracks}
+    there = [*path.parent.glob("*.hdf5")][:1]
+    if there:   # the films of a suite are alike
+        with open_data(there[0]) as f:
+            check_alike(there[0], f["data"].attrs, about)
+    parts, language, annotate = path.with_suffix(""), path.stem.replace("_", " "), None
+    pieces = min(films.PIECES, lengths[0] // films.SHORTEST) if len(paths) == 1 else 1
     for i, film in enumerate(paths):
-        begin, frames = time.time(), films.read_video(film, max(config.size, WORK))
+        files = [parts / f"demo_{i + k}.hdf5" for k in range(pieces)]
+        if all(file.exists() for file in files):
+            with h5py.File(files[0]) as one:
+                check_alike(files[0], one.attrs, about)
+            continue
+        annotate = annotate or annotator(config)
+        begin, frames = time.time(), films.read_video(film, max(size, WORK))
         arrays = annotate({"agentview": frames}, names, i, film)
-        pieces = min(films.PIECES, len(frames) // films.SHORTEST) if len(paths) == 1 else 1
-        episode, seconds = reduced(frames, arrays, config.size), (time.time() - begin) / pieces
-        made += [({key: value[rows] for key, value in episode.items()}, seconds)
-                 for rows in np.array_split(np.arange(len(frames)), pieces)]
+        parts.mkdir(parents=True, exist_ok=True)
+        episode, seconds = reduced(frames, arrays, size), (time.time() - begin) / pieces
+        for file, rows in zip(files, np.array_split(np.arange(len(frames)), pieces)):
+            write_episode(file, {key: value[rows] for key, value in episode.items()},
+                          seconds=seconds, **about)
         print(f"{film}: {len(frames)} frames, " + ", ".join(
             f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
             for k, name in enumerate(names, 1)))
-    parts, language = path.with_suffix(""), path.stem.replace("_", " ")
-    for i in missing(path, len(made)):
-        write_episode(parts / f"demo_{i}.hdf5", made[i][0], seconds=made[i][1])
-    assemble(path, parts, {
-        "env": config.suite, "goal_varies": False, "task": path.stem, "size": config.size,
-        "source": "video", "render": "video", "language_instruction": language,
+    assemble(path, parts, about | {
+        "env": config.suite, "goal_varies": False, "task": path.stem, "source": "video",
+        "render": "video", "language_instruction": language,
         "problem_info": json.dumps({"language_instruction": language}),
-        "text_embedding": embed(language, config.text), "text": config.text, "objects": names,
-        "cameras": CAMERAS[:1], "mask_source": config.masks, "track_source": config.tracks})
+        "text_embedding": embed(language, config.text), "text": config.text,
+        "cameras": CAMERAS[:1]})
 
 
 def reduced(frames, arrays, size):

@@ -1,6 +1,8 @@
 """Films of any make as frames, for `extract.py --video`."""
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +16,12 @@ PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
 
 def files_in(folder, kinds):
-    """The files of a folder with one of these suffixes, in the order of their names."""
-    return sorted(p for p in Path(folder).glob("*") if p.is_file() and p.suffix.lower() in kinds)
+    """The files of a folder with one of these suffixes, in the order of their names, frame2 before
+    frame10; without hidden ones, which macOS puts beside each."""
+    natural = lambda p: [(not w.isdecimal(), int(w) if w.isdecimal() else w)
+                         for w in re.split(r"(\d+)", p.name) if w]
+    return sorted((p for p in Path(folder).glob("[!.]*")
+                   if p.is_file() and p.suffix.lower() in kinds), key=natural)
 
 
 def episodes_of(path):
@@ -52,9 +58,19 @@ def read_video(path, size):
     film.release()
     if not frames:
         fail(f"{path} holds no frames that can be read: it is empty, cut short, or no video")
-    if len(frames) < 0.9 * announced:  # containers round their number of frames
-        fail(f"{path} is cut short: {len(frames)} of {announced} frames can be read; copy it again")
+    # containers round their number of frames; a trimmed film announces those that it hides, too
+    if len(frames) < 0.9 * announced and (why := broken(path)):
+        fail(f"{path} is cut short: {len(frames)} of {announced} frames can be read ({why}); copy "
+             "it again")
     return np.stack(frames)
+
+
+def broken(path):
+    """What ffmpeg finds wrong with a film when it decodes all of it; "" if nothing."""
+    import imageio_ffmpeg
+    run = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f",
+                          "null", "-"], capture_output=True, text=True, errors="replace")
+    return " ".join(run.stderr.split())[:80]
 
 
 def read_pictures(folder, size):

@@ -86,10 +86,13 @@ def check(path):
                            key=lambda name: int(name[5:]))
             if not names:
                 wrong = "lacks data/demo_0"
-            elif demos.attrs.get("macros_image_convention") not in UPRIGHT:
+            elif convention(demos) not in UPRIGHT:
                 wrong = "lacks data@macros_image_convention (opengl or opencv: upside down or not)"
             else:
                 wrong = next(filter(None, (misfit(demos[name]) for name in names)), None)
+                for short in [n for n in names if not wrong and len(demos[n]["actions"]) < 2]:
+                    print(f"left out, {path}: {short} has {len(demos[short]['actions'])} rows")
+                    names.remove(short)
             sizes = {demos[name][VIEWS[0]].shape[1] for name in names if not wrong}
             if len(sizes) > 1:
                 wrong = f"holds pictures of {sorted(sizes)} px, not of one size"
@@ -100,19 +103,25 @@ def check(path):
     return names, sizes.pop()
 
 
+def convention(demos):
+    """Which way up a file's pictures are; written as text, as bytes or as an array of one."""
+    value = np.asarray(demos.attrs.get("macros_image_convention", "")).ravel()[:1]
+    return "".join(v.decode() if isinstance(v, bytes) else str(v) for v in value.tolist())
+
+
 def misfit(demo):
     """What a demonstration lacks of the layout above, as text, or None."""
     lacks = [f"/{key}" for key in ROWS if not isinstance(demo.get(key), h5py.Dataset)]
     lacks += ["@model_file"] * ("model_file" not in demo.attrs)
     if lacks:
         return f"lacks {demo.name[1:]}{lacks[0]}"
-    T, H, *_ = demo[VIEWS[0]].shape
+    T, H, *_ = *demo[VIEWS[0]].shape, 0, 0
     for key, row in ROWS.items():
         shape, wanted = demo[key].shape, (T, *(row or (H, H, 3)))
         if shape != wanted and key != "states" or len(demo[key]) != T or (
                 key in VIEWS and demo[key].dtype != np.uint8):
             return f"has {demo.name[1:]}/{key} {shape} {demo[key].dtype}, not {wanted}"
-    return None if T > 1 else f"has one row in {demo.name[1:]}"
+    return None
 
 
 def picture_offset(observed, joints):
@@ -136,6 +145,15 @@ def replay_error(demo, found):
     return max(errors)[1] if errors else None
 
 
+def turned(rendered, stored):
+    """Which way a stored picture (H, W, 3) is turned against the rendered one, as text, or None."""
+    ways = {None: stored, "upside down": stored[::-1], "mirrored": stored[:, ::-1],
+            "turned by 180 degrees": stored[::-1, ::-1]}
+    off = {way: np.abs(rendered.astype(int) - picture).mean() for way, picture in ways.items()}
+    way = min(off, key=off.get)
+    return way and f"its pictures are {way}: data@macros_image_convention is wrong"
+
+
 def convert_demo(sim, demo, rows_step, seed):
     """A published demonstration, an open group -> its arrays as `record.record` has them, and None;
     or None and why it cannot be used.  rows_step: see UPRIGHT."""
@@ -148,6 +166,9 @@ def convert_demo(sim, demo, rows_step, seed):
     states, frames, S = demo["states"][:], [], len(sim.state())
     if states.shape[1] != S:
         return None, f"{states.shape[1]} numbers, the simulator's have {S}"
+    actions = demo["actions"][:]
+    if not np.isfinite(states).all() or not (np.abs(actions) <= 1.01).all():
+        return None, "a state is no number, or an action is beyond [-1, 1]"
     offset = picture_offset(demo["obs/joint_states"][:], states[:, 1 + sim.joints])
     states = states[offset:]  # (T', S), T' = T or, without the last picture's, T - 1
     for state in states:
@@ -158,7 +179,10 @@ def convert_demo(sim, demo, rows_step, seed):
         return None, error
     T = len(states)
     episode |= {view[4:]: demo[view][:T][:, ::rows_step] for view in VIEWS}  # (T', H, W, 3)
-    episode |= {"states": states, "actions": demo["actions"][offset:],
+    sim.set_state(states[0])
+    if error := turned(sim.frame()["agentview_rgb"], episode["agentview_rgb"][0]):
+        return None, error
+    episode |= {"states": states, "actions": actions[offset:],
                 "rewards": np.append(np.zeros(T - 1), 1.0)}  # each ends with its success
     return episode | sims.tracks(sim, states, seed=seed), None
 
@@ -173,7 +197,7 @@ def import_episodes(job):
             left = iter(names[1 + names.index(one.attrs["original"]):])
     sim = sims.make(suite, task, size, "faithful")
     with h5py.File(path) as f:
-        rows_step = UPRIGHT[f["data"].attrs["macros_image_convention"]]
+        rows_step = UPRIGHT[convention(f["data"])]
         while made < wanted and (name := next(left, None)):
             begin = time.time()
             episode, error = convert_demo(sim, f["data"][name], rows_step, seed=made)

@@ -241,12 +241,15 @@ def test_films_and_bad_ones(tmp_path, film, refused):
         folder.mkdir()
     frames = read_video(film, 64)
     for i, frame in enumerate(frames):
-        cv2.imwrite(str(pictures / f"{i:03d}.png"), frame[..., ::-1])
+        cv2.imwrite(str(pictures / f"frame{i}.png"), frame[..., ::-1])
         cv2.imwrite(str(mixed / f"{i:03d}.png"), frame[16 * (i > 3):])
-    assert np.array_equal(read_video(pictures, 64), frames)
-    fast, early, empty, none = (tmp_path / f"{name}.mp4" for name in "feon")
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-i", str(film), "-c",
-                    "copy", "-movflags", "+faststart", str(fast)], check=True)
+    (pictures / "._frame0.png").write_bytes(b"of macOS")
+    assert np.array_equal(read_video(pictures, 64), frames), "frame10 after frame9"
+    fast, early, empty, none, trimmed = (tmp_path / f"{name}.mp4" for name in "feont")
+    for start, path in (("0", fast), ("0.5", trimmed)):
+        subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-ss", start, "-i",
+                        str(film), "-c", "copy", "-movflags", "+faststart", str(path)], check=True)
+    assert np.array_equal(read_video(trimmed, 64), frames[-len(read_video(trimmed, 64)):])
     early.write_bytes(fast.read_bytes()[:fast.stat().st_size // 2])  # opens, as its index is whole
     empty.write_bytes(b"")
     cv2.VideoWriter(str(none), cv2.VideoWriter_fourcc(*"mp4v"), 20, (64, 64)).release()
@@ -255,6 +258,14 @@ def test_films_and_bad_ones(tmp_path, film, refused):
                           (nothing, "no pictures"), (mixed, "64 x 48", "64 x 64"),
                           (tmp_path / "absent", "no video")):
         refused(lambda: extract.main([*argv, str(video)]), *words)
+    short = tmp_path / "short"
+    short.mkdir()
+    for k in range(4):
+        shutil.copy(film, short / f"{k}.mp4")
+    writer = cv2.VideoWriter(str(short / "2.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 20, (64, 64))
+    writer.write(frames[0])
+    writer.release()
+    refused(lambda: extract.main([*argv, str(short)]), short / "2.mp4", "has 1 frames")
     for flags in (["--objects", " . "], ["--suite", "libero_spatial_ur5e"], ["--masks", "sim"]):
         refused(lambda: extract.main([*argv, str(film), *flags]), flags[0])
     assert not (tmp_path / "data").exists(), "nothing half-written"

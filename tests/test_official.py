@@ -21,6 +21,7 @@ from core.episodes import CAMERAS, Episodes, split_assembled
 from demos import official, record
 from demos.language import embed
 from demos.libero import demonstrator
+from test_record import arrays
 
 STEPS, DEMOS = 16, 3
 make = sims.make
@@ -215,20 +216,31 @@ def test_a_changed_robot_state_is_no_replay(copied, source, refused, again, name
     assert not copied[1].exists() and not copied[1].with_suffix("").exists()
 
 
-def test_a_demonstration_that_strays_is_left_out_where_others_are(copied, source, played, again,
-                                                                  capsys):
-    """And pictures that are upright already stay so."""
+def test_what_cannot_be_used_is_left_out_by_name(copied, source, played, again, capfd, refused):
+    """A replay that strays, one row, actions or states that are none; pictures that are not as the
+    file says; pictures that are upright already stay so."""
     with h5py.File(source, "a") as f:
-        f["data"].attrs["macros_image_convention"] = "opencv"
+        f["data"].attrs["macros_image_convention"] = np.array([b"opencv"])
         f["data"].copy("demo_2", "demo_10")
         f["data/demo_1/obs/joint_states"][5] += 0.05
+        for name, key, value in (("demo_3", "actions", 20), ("demo_4", "states", np.nan)):
+            f["data"].copy("demo_2", name)
+            f["data"][name][key][3] = value
+        short = f["data"].create_group("demo_5")
+        short.attrs.update(f["data/demo_2"].attrs)
+        for key, rows in arrays(f["data/demo_2"]).items():
+            short[key] = rows[:1]
+    refused(again, "upside down", "macros_image_convention")
+    with h5py.File(source, "a") as f:
+        for key in (f"data/{name}/{view}" for name in f["data"] for view in official.VIEWS):
+            f[key][:] = f[key][:][:, ::-1]
     again()
-    out = capsys.readouterr().out
-    assert "left out" in out and "demo_1 " in out
+    out = capfd.readouterr().out
+    assert "left out" in out and all(f"demo_{k} " in out for k in (1, 3, 4, 5))
     with h5py.File(copied[1]) as f:
         made = [f[f"data/demo_{k}"].attrs["original"] for k in range(3)]
         assert made == ["demo_0", "demo_2", "demo_10"], "in the order of their numbers"
-        upright = played[0]["agentview_rgb"][:-1, ::-1]
+        upright = played[0]["agentview_rgb"][:-1]
         assert np.array_equal(f["data/demo_0/obs/agentview_rgb"], upright)
 
 
