@@ -15,6 +15,10 @@ import numpy as np
 from core.files import fail
 
 
+# variables of the user's that decide which OpenGL is found
+OPENGL = ("MUJOCO_GL", "PYOPENGL_PLATFORM", "MUJOCO_EGL_DEVICE_ID", "CUDA_VISIBLE_DEVICES")
+
+
 def choose_opengl(needed=True):
     """Sets MUJOCO_GL, which mujoco reads at import and children inherit, to a backend that works
     here: the user's choice, or EGL, else OSMesa; if there is none, fails if `needed`.  Tried in a
@@ -23,19 +27,26 @@ def choose_opengl(needed=True):
     if chosen and os.environ.get("PLAN2ACT_GL") == chosen:
         return  # tried before, by this process or its parent
     for backend in [chosen] if chosen else ["egl", "osmesa"]:
-        trial = [sys.executable, "-c", "import mujoco; mujoco.GLContext(64, 64).make_current()"]
-        try:
-            run = subprocess.run(trial, env=os.environ | {"MUJOCO_GL": backend},
-                                 capture_output=True, timeout=60)
-        except subprocess.TimeoutExpired:
-            continue
-        if run.returncode == 0:
+        if renders(os.environ | {"MUJOCO_GL": backend}):
             os.environ["MUJOCO_GL"] = os.environ["PLAN2ACT_GL"] = backend
             return
+    theirs = {name: os.environ[name] for name in OPENGL if name in os.environ}
+    if needed and theirs:
+        fail(f"no OpenGL for rendering with {' '.join(f'{k}={v}' for k, v in theirs.items())}: "
+             "unset it, and a working one is looked for")
     if needed:
-        fail(f"MUJOCO_GL={chosen} does not work here: unset it, and a working one is looked for"
-             if chosen else "no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian "
-             "or Ubuntu: apt-get install libosmesa6")
+        fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
+             "apt-get install libegl1 or libosmesa6")
+
+
+def renders(environment):
+    """Whether a picture can be rendered in a process with these variables."""
+    trial = "import mujoco; mujoco.Renderer(mujoco.MjModel.from_xml_string('<mujoco/>'), 64, 64)"
+    try:
+        return not subprocess.run([sys.executable, "-c", trial], env=environment, timeout=60,
+                                  capture_output=True).returncode
+    except subprocess.TimeoutExpired:
+        return False
 
 
 def simplify_mesh(vertices, faces, cell):

@@ -14,7 +14,7 @@ import sims
 from core.episodes import CAMERAS
 from demos.libero import demonstrator
 from sims import libero
-from sims.camera import Camera, MOVES, Replay, choose_opengl, project, simplify_mesh, track
+from sims.camera import MOVES, OPENGL, Camera, Replay, choose_opengl, project, simplify_mesh, track
 
 ROBOT, BOWL, PLATE = 1, 2, 3  # labels in the masks of task 0 of libero_spatial
 K = 100
@@ -181,10 +181,14 @@ def test_no_opengl_is_one_line(tmp_path, monkeypatch, refused):
     """Where Python's OpenGL cannot be imported, or hangs."""
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.modules['OpenGL'] = None\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    for name in OPENGL:
+        monkeypatch.delenv(name, raising=False)
     refused(choose_opengl, "apt-get install", "OSMesa")
     choose_opengl(needed=False)
     assert "MUJOCO_GL" not in os.environ
     monkeypatch.setenv("MUJOCO_GL", "nonsense")  # the user's choice is tried, and no other
     monkeypatch.setattr(subprocess, "run", Mock(side_effect=subprocess.TimeoutExpired("", 60)))
     refused(choose_opengl, "MUJOCO_GL=nonsense", "unset")
+    monkeypatch.delenv("MUJOCO_GL")
+    monkeypatch.setenv("PYOPENGL_PLATFORM", "osmesa")       # is named, though not ours
+    refused(choose_opengl, "PYOPENGL_PLATFORM=osmesa", "unset")
