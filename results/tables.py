@@ -123,15 +123,7 @@ def costs(folder):
          f"{r['tflops']:.3f}") for r in read(folder, "*_cost.json")])
 
 
-def speeds(folder):
-    """How fast programs train: the last lines of their logs, speed_<program>_<where>.jsonl."""
-    last = {path.stem[6:].replace("_", " "): json.loads(path.read_text().splitlines()[-1])
-            for path in sorted(Path(folder).glob("speed_*.jsonl"))}
-    return table("program and machine | steps | samples per second | peak memory, GB", [
-        (name, r["step"], r["samples_per_second"], r["gigabytes"]) for name, r in last.items()])
-
-
-TABLES = overview, evaluations, tasks, annotators, costs, speeds
+TABLES = overview, evaluations, tasks, annotators, costs
 
 
 def main(argv=None):
