@@ -411,6 +411,7 @@ def prepare(config, Kind=Executor):
         last = np.flatnonzero(videos.task == k)[::-1]   # the first ones lend their actions
         last = last[np.arange(c.goals) % len(last)]
         executor.goals[k] = torch.as_tensor(videos.last_frames(last))
+    training.resume(executor, c, path)  # refuses another configuration before plans are computed
     return executor, demos, videos, path
 
 

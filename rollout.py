@@ -26,7 +26,7 @@ import torch
 import sims
 from core import training
 from core.draw import write_film
-from core.files import fail, write
+from core.files import check_folder, fail, write
 from core.flags import FREE, as_dict, differences, flag, parse
 from demos.record import Demonstrator, run_jobs, shares
 from executor import Executor, Policy, load_executor
@@ -189,7 +189,9 @@ def run(config, jobs):
     `report`; whatever can be refused is refused before the first scene is played."""
     scenes_of(config)
     paths = []
-    for _, about, *_ in jobs:
+    for _, about, *_, films in jobs:
+        if config.films:
+            check_folder("--films", films)
         sims.check_unseen(about["suite"], config.unseen or None)
         paths.append(path := result_path(config, about))
         if paths.count(path) > 1:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from core.files import write
+from core.files import one_line, write
 
 COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [230, 60, 200]],
                    np.uint8)
@@ -88,7 +88,7 @@ def write_film(path, pictures):
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     height, width = (side // 2 * 2 for side in pictures[0].shape[:2])   # the codec wants even ones
-    with iio.get_writer(path, fps=5, macro_block_size=2, quality=7) as film:
+    with one_line(path), iio.get_writer(path, fps=5, macro_block_size=2, quality=7) as film:
         for picture in pictures:
             film.append_data(picture[:height, :width])
     chosen = np.linspace(0, len(pictures) - 1, min(4, len(pictures))).astype(int)

@@ -272,4 +272,6 @@ def load_videos(config):
     videos = join(parts)
     held_out = Episodes(config.data, first, names, wanted[first], split="valid")
     note = f"{len(videos.length)} videos of {len(videos.tasks)} tasks, {len(videos)} frames"
+    if not videos.arrays["actions"]:
+        note += "; films have no actions: give executor.py a --suite to act in"
     return videos, held_out, note
