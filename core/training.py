@@ -179,6 +179,9 @@ class Log:
         self.samples += samples
         if done == self.first + 1:      # the first step also pays for kernels and caches
             self.warm, self.core = now, time.process_time()
+        if done == self.first + 11 and left:
+            pace = (now - self.warm) / 10
+            log_line(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
         if done % self.config.log_every and left:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}

@@ -179,6 +179,7 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
     size = sum(p.numel() for p in model.parameters() if p.requires_grad)
     words = ("cpu", f"{size:,} trainable", "300 steps", "9 episodes", str(path))
     assert all(word in lines[0] for word in words)
+    assert any("minutes to go" in line for line in lines)
     batch = {k: torch.as_tensor(v) for k, v in batch.items()}
     assert not model.training and model.loss(batch)[0] < 0.01
     assert training.load(path, kind="toy")["config"] == as_dict(model.config)
