@@ -20,6 +20,7 @@ import torch.nn.functional as F
 import mask_planner
 from core import networks, training
 from core.episodes import Episodes, look_times
+from core.files import fail
 from core.flags import PlannerConfig, flag, parse, run_path
 from core.planners import load_planner
 from mask_planner import HORIZONS, K, tensors
@@ -134,6 +135,9 @@ def main(argv=None):
     picture = lambda trained: show(trained, held_out)
     if not planner:
         demos = Episodes(config.data, held_out.suite, held_out.tasks, config.action_demos)
+        if not demos.arrays["actions"]:
+            fail(f"the videos of {held_out.suite} have no actions, of which PLEX learns some: give "
+                 "a simulator's suite first")
         config.A = demos.arrays["actions"][0].shape[1]
         torch.manual_seed(config.seed)
         batches = lambda step: make_batch(videos, step, config, config.seed, demos)
