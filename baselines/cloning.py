@@ -136,7 +136,8 @@ class R3MCloning(Cloning):
 def read_r3m(path):
     """R3M's published checkpoint -> its ResNet's weights {name: tensor}, the ResNet's depth."""
     content = training.load(path, made_by="R3M's authors publish it, for ResNet-18, 34 and 50")
-    prefix, found = "module.convnet.", content.get("r3m", {})
+    prefix, found = "module.convnet.", content.get("r3m")
+    found = found if isinstance(found, dict) else {}
     weights = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}
     if "layer1.0.conv1.weight" not in weights:
         fail(f"{path} has no weights {prefix}* under 'r3m': give R3M's published checkpoint")

@@ -45,8 +45,6 @@ def check_folder(flag, folder):
     there = os.path.abspath(folder)
     while not os.path.lexists(there):
         there = os.path.dirname(there)
-    if not folder:
-        fail(f"{flag} is empty: give a folder, . for this one")
     if not os.path.isdir(there):
         fail(f"{flag} {folder}: {there} is no folder; choose another")
     if not os.access(there, os.W_OK | os.X_OK):
@@ -78,10 +76,13 @@ def end_quietly():
         sys.stdout.reconfigure(line_buffering=True)     # at once into a pipe, too
 
     def end(kind, error, trace):
+        """What Python calls with an error that nobody has caught."""
         if kind is KeyboardInterrupt:
             print("interrupted: the same command continues", file=sys.stderr, flush=True)
             os._exit(130)
-        if kind is BrokenPipeError:
+        try:        # is it this pipe, and not a worker's, which is an error?
+            print(end="\n" * (kind is BrokenPipeError))
+        except BrokenPipeError:
             os._exit(141)
         sys.__excepthook__(kind, error, trace)
     sys.excepthook = end

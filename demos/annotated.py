@@ -127,9 +127,10 @@ def annotate_films(config, path, names, annotator):
     pieces = min(films.PIECES, lengths[0] // films.SHORTEST) if len(paths) == 1 else 1
     for i, film in enumerate(paths):
         files = [parts / f"demo_{i + k}.hdf5" for k in range(pieces)]
+        of = about | {"film": Path(film).name}      # another film may be this one's number by now
         if all(file.exists() for file in files):
             with h5py.File(files[0]) as one:
-                check_alike(files[0], one.attrs, about)
+                check_alike(files[0], one.attrs, of)
             continue
         annotate = annotate or annotator(config)
         begin, frames = time.time(), films.read_video(film, max(size, WORK))
@@ -138,7 +139,7 @@ def annotate_films(config, path, names, annotator):
         episode, seconds = reduced(frames, arrays, size), (time.time() - begin) / pieces
         for file, rows in zip(files, np.array_split(np.arange(len(frames)), pieces)):
             write_episode(file, {key: value[rows] for key, value in episode.items()},
-                          seconds=seconds, **about)
+                          seconds=seconds, **of)
         print(f"{film}: {len(frames)} frames, " + ", ".join(
             f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
             for k, name in enumerate(names, 1)))

@@ -30,7 +30,7 @@ import numpy as np
 
 import sims
 from core.episodes import CAMERAS, HELD_OUT, assemble, write_episode
-from core.files import fail
+from core.files import fail, one_line
 from demos import record
 from sims import libero
 
@@ -80,7 +80,7 @@ def check(path):
     """Names of a published file's demonstrations in its order, height and width of its pictures;
     one line if the file is not whole or has another layout."""
     try:
-        with h5py.File(path, "r") as f:
+        with one_line(path), h5py.File(path, "r") as f:
             demos = f["data"] if isinstance(f.get("data"), h5py.Group) else {}
             names = sorted((name for name in demos if re.fullmatch(r"demo_\d+", name)),
                            key=lambda name: int(name[5:]))
@@ -94,6 +94,8 @@ def check(path):
                     print(f"left out, {path}: {short} has {len(demos[short]['actions'])} rows")
                     names.remove(short)
             sizes = {demos[name][VIEWS[0]].shape[1] for name in names if not wrong}
+            if not wrong and not names:
+                wrong = "has no demonstration of two rows or more"
             if len(sizes) > 1:
                 wrong = f"holds pictures of {sorted(sizes)} px, not of one size"
     except OSError as error:

@@ -56,7 +56,7 @@ def test_a_wrong_file_is_one_line(tmp_path, refused):
     refused(lambda: cloning.R3MCloning(cloning.Config()), "--r3m")
     refused(lambda: cloning.main(["--out", str(tmp_path / "r3m.pt")]), "--r3m")
     refused(lambda: cloning.read_r3m(tmp_path / "no.pt"), "no.pt", "R3M's authors")
-    torch.save({"model": {}}, tmp_path / "other.pt")
+    torch.save({"r3m": 1}, tmp_path / "other.pt")
     refused(lambda: cloning.read_r3m(tmp_path / "other.pt"), "module.convnet.")
     path, _ = published(tmp_path, 18, **{"module.convnet.conv1.weight": torch.zeros(3)})
     refused(lambda: cloning.read_r3m(path), "ResNet-18", "conv1.weight")
