@@ -6,6 +6,7 @@ what makes the arrays of one video.
 
 import json
 import time
+from itertools import islice
 from pathlib import Path
 
 import h5py
@@ -112,7 +113,7 @@ def annotate_films(config, path, names, annotator):
     """--video -> the data file `path`, without actions.  Films that an interrupted run has done are
     kept.  names: what the objects look like, the robot first."""
     paths, size = films.episodes_of(config.video), config.size
-    lengths = [len(films.read_video(film, 32)) for film in paths]  # each can be read to its end
+    lengths = [films.count_frames(film) for film in paths]  # each can be read to its end
     least = films.SHORTEST * (HELD_OUT + 1 if len(paths) == 1 else 1)
     for film, length in zip(paths, lengths):
         if length < least:
@@ -123,26 +124,29 @@ def annotate_films(config, path, names, annotator):
     if there:   # the films of a suite are alike
         with open_data(there[0]) as f:
             check_alike(there[0], f["data"].attrs, about)
-    parts, language, annotate = path.with_suffix(""), path.stem.replace("_", " "), None
+    parts, language, annotate, number = path.with_suffix(""), path.stem.replace("_", " "), None, 0
     pieces = min(films.PIECES, lengths[0] // films.SHORTEST) if len(paths) == 1 else 1
-    for i, film in enumerate(paths):
-        files = [parts / f"demo_{i + k}.hdf5" for k in range(pieces)]
-        of = about | {"film": Path(film).name}      # another film may be this one's number by now
-        if all(file.exists() for file in files):
-            with h5py.File(files[0]) as one:
-                check_alike(files[0], one.attrs, of)
-            continue
-        annotate = annotate or annotator(config)
-        begin, frames = time.time(), films.read_video(film, max(size, WORK))
-        arrays = annotate({"agentview": frames}, names, i, film)
-        parts.mkdir(parents=True, exist_ok=True)
-        episode, seconds = reduced(frames, arrays, size), (time.time() - begin) / pieces
-        for file, rows in zip(files, np.array_split(np.arange(len(frames)), pieces)):
-            write_episode(file, {key: value[rows] for key, value in episode.items()},
-                          seconds=seconds, **of)
-        print(f"{film}: {len(frames)} frames, " + ", ".join(
-            f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
-            for k, name in enumerate(names, 1)))
+    for film, length in zip(paths, lengths):
+        frames = films.frames_of(film, max(size, WORK))
+        of = about | {"film": Path(film).name}      # another film may have these numbers by now
+        for window in films.windows_of(length, pieces):
+            files = [parts / f"demo_{number + k}.hdf5" for k in range(len(window))]
+            number, begin = number + len(window), time.time()
+            pictures = np.stack([*islice(frames, sum(window))])
+            if all(file.exists() for file in files):
+                with h5py.File(files[0]) as one:
+                    check_alike(files[0], one.attrs, of)
+                continue
+            annotate = annotate or annotator(config)
+            arrays = annotate({"agentview": pictures}, names, number, film)
+            episode = reduced(pictures, arrays, size)
+            parts.mkdir(parents=True, exist_ok=True)
+            for file, stop, count in zip(files, np.cumsum(window), window):
+                write_episode(file, {k: v[stop - count:stop] for k, v in episode.items()},
+                              seconds=(time.time() - begin) / len(window), **of)
+            print(f"{film}: {len(pictures)} frames, " + ", ".join(
+                f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
+                for k, name in enumerate(names, 1)))
     assemble(path, parts, about | {
         "env": config.suite, "goal_varies": False, "task": path.stem, "source": "video",
         "render": "video", "language_instruction": language,

@@ -11,6 +11,7 @@ from core.episodes import HELD_OUT
 from core.files import fail
 
 PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
+LONGEST = 300  # frames that the networks are given at once
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
 
@@ -33,6 +34,15 @@ def episodes_of(path):
     return films or [path]
 
 
+def windows_of(length, pieces):
+    """How a film of `length` frames is cut: into windows, in each of which objects are found and
+    points are chosen, and these into episodes, at least `pieces` in all -> per window the lengths
+    of its episodes."""
+    windows = -(-length // LONGEST)
+    return [[len(piece) for piece in np.array_split(window, -(-pieces // windows))]
+            for window in np.array_split(np.arange(length), windows)]
+
+
 def square(picture, size):
     """(H, W, 3) uint8 -> (size, size, 3): the middle, cut to a square, then resized."""
     import cv2
@@ -42,27 +52,41 @@ def square(picture, size):
     return cv2.resize(picture[y:y + side, x:x + side], (size, size), interpolation=how)
 
 
-def read_video(path, size):
-    """A film, or a folder of pictures in the order of their names -> (T, size, size, 3) uint8 RGB.
-    A large film takes no more memory than its result: each frame is resized as it is read."""
+def frames_of(path, size):
+    """Yields the frames of a film, or the pictures of a folder in the order of their names,
+    (size, size, 3) uint8 RGB: of a film of any length, one frame is in memory."""
+    import cv2
+    if os.path.isdir(path):
+        yield from pictures_of(path, size)
+        return
+    film = cv2.VideoCapture(str(path))
+    while (found := film.read())[0]:
+        yield square(found[1][..., ::-1], size)
+
+
+def count_frames(path):
+    """Reads a film, or a folder of pictures, to its end -> number of its frames."""
     import cv2
     if not os.path.exists(path):
         fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
     if os.path.isdir(path):
-        return read_pictures(path, size)
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported below
-    film, frames = cv2.VideoCapture(str(path)), []
-    announced = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
-    while (found := film.read())[0]:
-        frames.append(square(found[1][..., ::-1], size))
-    film.release()
-    if not frames:
+        return sum(1 for _ in pictures_of(path, 32))
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported here
+    film, times = cv2.VideoCapture(str(path)), []  # milliseconds
+    while film.grab():
+        times.append(film.get(cv2.CAP_PROP_POS_MSEC))
+    if not times:
         fail(f"{path} holds no frames that can be read: it is empty, cut short, or no video")
     # containers round their number of frames; a trimmed film announces those that it hides, too
-    if len(frames) < 0.9 * announced and (why := broken(path)):
-        fail(f"{path} is cut short: {len(frames)} of {announced} frames can be read ({why}); copy "
+    announced = int(film.get(cv2.CAP_PROP_FRAME_COUNT))
+    if len(times) < 0.9 * announced and (why := broken(path)):
+        fail(f"{path} is cut short: {len(times)} of {announced} frames can be read ({why}); copy "
              "it again")
-    return np.stack(frames)
+    gaps = np.diff(times)
+    if len(gaps) and gaps.max() > 1.5 * np.median(gaps):
+        print(f"{path}: frames are {np.median(gaps):.0f} to {gaps.max():.0f} ms apart and are taken"
+              f" as equally far apart; ffmpeg -i {path} -vf fps=10 new.mp4 makes them so")
+    return len(times)
 
 
 def broken(path):
@@ -73,10 +97,10 @@ def broken(path):
     return " ".join(run.stderr.split())[:80]
 
 
-def read_pictures(folder, size):
-    """A folder of pictures of one size -> (T, size, size, 3) uint8 RGB."""
+def pictures_of(folder, size):
+    """Yields a folder's pictures, all of one size, (size, size, 3) uint8 RGB."""
     import cv2
-    frames, first = [], None
+    first = None
     for path in files_in(folder, PICTURES):
         picture = cv2.imread(str(path))
         if picture is None:
@@ -85,7 +109,6 @@ def read_pictures(folder, size):
         if picture.shape != first:
             fail(f"{folder} mixes sizes: {path.name} is {picture.shape[1]} x {picture.shape[0]}, "
                  f"the first {first[1]} x {first[0]}: a video's frames have one size")
-        frames.append(square(picture[..., ::-1], size))
-    if not frames:
+        yield square(picture[..., ::-1], size)
+    if not first:
         fail(f"{folder} holds no pictures (.png, .jpg) and no films")
-    return np.stack(frames)

@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+import os
 import re
 import tempfile
 from pathlib import Path
@@ -81,7 +82,9 @@ def recolour(model):
 
 
 def quiet_imports():
-    """Imports robosuite without its advice about a private macro file."""
+    """Imports robosuite without its advice about a private macro file, LIBERO with its own files,
+    whatever another LIBERO's configuration says."""
+    os.environ["LIBERO_CONFIG_PATH"] = os.devnull
     logging.disable(logging.WARNING)
     importlib.import_module("libero.libero.envs.env_wrapper")
     logging.disable(logging.NOTSET)

@@ -7,6 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import h5py
+import imageio_ffmpeg
 import numpy as np
 import pytest
 import torch
@@ -19,13 +20,15 @@ import mask_planner
 import track_planner
 from baselines import plex
 from core.episodes import split_assembled
-from demos import annotated
-from demos.films import read_video
+from demos import annotated, films
 
 ASKED = [*CPU, "--objects", "robot arm. black bowl.", "--suite", "my_videos", "--tracks", "flow"]
 S = 128     # pixels that the small networks see
 config = lambda weights, **more: SimpleNamespace(weights=weights, download=False, device="cpu",
                                                  **more)
+
+
+read_video = lambda path, size: np.stack([*films.frames_of(path, size)])
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +243,6 @@ def test_cotrackers_calls(tmp_path, film):
 
 def test_films_and_bad_ones(tmp_path, film, refused):
     import cv2
-    import imageio_ffmpeg
     nothing, mixed, pictures = folders = [tmp_path / name for name in ("nothing", "mix", "all")]
     for folder in folders:
         folder.mkdir()
@@ -291,6 +293,43 @@ def test_nothing_found_and_no_weights(tmp_path, film, weights, refused, monkeypa
     refused(lambda: extract.main([*films, *data, "--weights", str(weights)]), film, "robot arm",
             "black bowl", "--objects")
     assert not (tmp_path / "data").exists()
+
+
+def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
+    """The networks see a window at a time, cut into episodes; a kept window is not made again, and
+    only of the film that it is of; frames that are not equally far apart are named."""
+    assert films.windows_of(26, 3) == [[9, 9, 8]] and films.windows_of(26, 1) == [[26]]
+    seen, argv = [], [*CPU, "--objects", "arm. bowl.", "--suite", "mine", "--tracks",
+                      "flow", "--data", str(tmp_path), "--video"]
+
+    def annotate(views, *rest):
+        frames = views["agentview"]
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        seen.append(len(frames))
+        return {"masks": np.ones_like(frames[..., 0]), "visible/agentview": frames[:, 0, :, 0] > 0,
+                "tracks/agentview": frames[:, 0, :, :2].astype(np.float16)}
+    monkeypatch.setattr(extract, "Annotator", lambda config: annotate)
+    monkeypatch.setattr(films, "LONGEST", 8)
+    monkeypatch.setattr(annotated, "WORK", 64)
+    make = lambda path: extract.main([*argv, str(path)])
+    with pytest.raises(KeyboardInterrupt):
+        make(film)
+    seen.append(None)   # no second interruption
+    changed = shutil.copy(film, tmp_path / "street.mkv")    # of the same name, but for its suffix
+    refused(lambda: make(changed), "street.mp4", "street.mkv")
+    make(film)
+    assert seen == [7, 7, 6, None, 6]
+    found = content(tmp_path / "mine" / "street.hdf5")
+    episodes = [found[f"demo_{k}/obs/agentview_rgb"] for k in range(4)]
+    assert np.abs(np.concatenate(episodes) - read_video(film, 64).astype(int)).mean() < 1
+    uneven, ffmpeg = tmp_path / "uneven.mp4", imageio_ffmpeg.get_ffmpeg_exe()
+    subprocess.run([ffmpeg, "-loglevel", "error", "-i", str(film), "-vf",
+                    "select=not(between(n\\,5\\,9))", "-fps_mode", "vfr", str(uneven)], check=True)
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *words, **rest: printed.append(words[0]))
+    assert films.count_frames(film) == 26 and not printed
+    assert films.count_frames(uneven) == 21 and "50 to 300 ms apart" in printed[0]
 
 
 @pytest.fixture
