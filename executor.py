@@ -26,8 +26,7 @@ from tqdm import tqdm
 from core import networks, training
 from core.episodes import Episodes, look_times
 from core.files import fail
-from core.flags import (TrainingConfig, as_dict, differences, flag, from_dict, parse, run_path,
-                        suites)
+from core.flags import TrainingConfig, as_dict, differences, flag, from_dict, parse, suites
 from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
@@ -43,8 +42,8 @@ CAMERA_OF = {"picture": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}    
 class Config(TrainingConfig):
     planner: str = flag("", "checkpoint of stage 1; or none (cloning: the goal picture is the plan)"
                         " or none-language (the sentence is)")
-    form: str | None = flag(None, "which of the planner's plans, such as latent or tracks; empty: "
-                            "its paper's")
+    form: str | None = flag(None, "which of the planner's plans, such as latent or tracks (empty: "
+                            "its paper's); ours, latent+goal: and picture and goal, as cloning")
     read: str = flag("both", "how token sets are read: pooled into one token each, by attention "
                      "over all tokens, or both", choices=["pooled", "attention", "both"])
     fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
@@ -92,15 +91,17 @@ class Executor(nn.Module):
         super().__init__()
         c, D = config, config.width
         self.config, self.planner = c, planner.requires_grad_(not planner.frozen)
-        sets = dict(planner.sets(c.form))
+        self.form, plus, _ = c.form.partition("+goal")
+        sets = {k: v for k, v in planner.sets(self.form).items() if not plus or k not in CAMERA_OF}
         widths = {k: width for k, (_, width) in sets.items()} | {"state": c.S}
         self.scale = nn.ModuleDict({k: networks.Standardise(w) for k, w in widths.items()})
-        self.plans = [name for name in sets if name not in CAMERA_OF]
         # encoders of its own for the views that the planner does not bring
+        views = [*CAMERA_OF, *["goal"] * bool(plus)]
         self.encoders = nn.ModuleDict({view: networks.ImageEncoder(D, c.blocks, c.channels)
-                                       for view in CAMERA_OF if view not in sets})
+                                       for view in views if view not in sets})
         for view, encoder in self.encoders.items():
-            sets[view] = networks.grid_places(encoder.cells(c.size), list(CAMERA_OF).index(view)), D
+            sets[view] = networks.grid_places(encoder.cells(c.size), views.index(view)), D
+        self.plans = [name for name in sets if name not in CAMERA_OF]
         early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
         modules = lambda Module, of: nn.ModuleDict({k: Module(*v, D) for k, v in of.items()})
         self.embed = modules(networks.Embed, early if c.read != "pooled" else {})
@@ -129,21 +130,23 @@ class Executor(nn.Module):
         """In training, random shifts of all pictures that a trained encoder sees, one draw for all
         looks of a window -> batch, by how much each view has moved (B, 3, 2), in widths."""
         moved = torch.zeros(len(batch["state"]), 3, 2, device=batch["state"].device)
-        for k in [k for k in (*self.encoders, "frames", "goal") if self.training and k in batch]:
+        for k in {**self.encoders, "frames": 0, "goal": 0} if self.training else ():
+            if k not in batch:
+                continue
             beside = batch[k].flatten(1, -4).permute(0, 2, 3, 1, 4)     # (B, H, W, M, 3)
             images, pixels = networks.random_shift(beside.flatten(3))
             images = images.view(beside.shape).permute(0, 3, 1, 2, 4)   # (B, M, H, W, 3)
             batch = batch | {k: images.reshape(batch[k].shape)}
             if k in self.encoders:
-                moved[:, list(CAMERA_OF).index(k)] = pixels / images.shape[2]
+                moved[:, [*CAMERA_OF, "goal"].index(k)] = pixels / images.shape[2]
         return batch, moved
 
     def sets_of(self, batch):
         """The planner's token sets, kept or computed, and the encoders' {name: (B T, n, width)}."""
         flat = {k: v.flatten(0, 1) for k, v in batch.items()}
         sets = {k.removeprefix("set/"): v.float() for k, v in flat.items() if k.startswith("set/")}
-        sets = sets or self.planner.plan(flat, self.config.form)
-        sets = {k: self.scale[k](v) for k, v in sets.items()}
+        sets = sets or self.planner.plan(flat, self.form)
+        sets = {k: self.scale[k](v) for k, v in sets.items() if k in self.scale}
         return sets | {view: encoder(flat[view]).flatten(2).transpose(1, 2)
                        for view, encoder in self.encoders.items()}
 
@@ -257,7 +260,7 @@ class ActionData:
                 for draw in range(self.draws):
                     obs = {k: torch.as_tensor(v, device=device)
                            for k, v in self.obs(part, np.full_like(part, draw)).items()}
-                    for name, x in self.planner.plan(obs, self.c.form).items():
+                    for name, x in self.planner.plan(obs, self.executor.form).items():
                         draws = 1 if name in CAMERA_OF else self.draws
                         if name not in kept:
                             kept[name] = np.memmap(TemporaryFile(), np.float16,
@@ -277,8 +280,10 @@ class ActionData:
                  "action": demos.gather("actions", e[..., None], ahead),
                  "waypoint": self.waypoint[row]}
         batch |= {f"set/{k}": v[draw % len(v), row] for k, v in self.kept.items()}
-        batch |= {} if self.kept else self.obs(row, np.broadcast_to(draw, row.shape))
-        return batch | {view: demos.gather(CAMERA_OF[view], e, times)
+        draw = np.broadcast_to(draw, row.shape)
+        batch |= {} if self.kept else self.obs(row, draw)
+        return batch | {view: self.videos.last_frames(self.goal_of(row, draw)) if view == "goal"
+                        else demos.gather(CAMERA_OF[view], e, times)
                         for view in self.executor.encoders}
 
 
@@ -319,9 +324,10 @@ class Policy:
             self.obs = obs = self.observe(frame)
             state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
             batch = {"state": torch.as_tensor(state, device=self.device)[None, None],
-                     "picture": obs["frames"][:, -1:], "wrist": obs["wrist"][:, None]}
+                     "picture": obs["frames"][:, -1:], "wrist": obs["wrist"][:, None],
+                     "goal": obs["goal"][:, None]}
             batch |= {f"set/{k}": v[:, None]
-                      for k, v in self.planner.plan(obs, self.c.form).items()}
+                      for k, v in self.planner.plan(obs, self.executor.form).items()}
             look = *self.executor.look(batch), batch["state"]
             # before an episode's first look there is none: it is repeated, as in training
             self.looks = ((self.looks or [look] * self.c.history) + [look])[-self.c.history:]
@@ -361,7 +367,7 @@ def load_data(config, of, known):
     configuration.  of: a trained planner's, a dict, or {}; known: the suites that it has seen."""
     from demos.record import ensure, task_names
     c = config
-    c.suite, c.size = c.suite or (*known, "libero_spatial")[0], of.get("size", c.size)
+    c.size = of.get("size", c.size)
     names = task_names(c.suite, c.tasks or of.get("tasks", "") * (c.suite in known), c.data)
     ensure(c.suite, names, c.demos, c.data, c.size)
     demos, videos = (Episodes(c.data, c.suite, names, n) for n in (c.action_demos, c.demos))
@@ -384,21 +390,19 @@ def prepare(config, Kind=Executor):
     c.differs = differences(c, {"action_demos", "seed"})
     trained = c.planner.endswith(".pt")
     planner = load_planner(c.planner, c.device) if trained else untrained(c.planner)
-    if c.form not in (None, *planner.forms):
+    if (c.form or planner.forms[0]).removesuffix("+goal") not in planner.forms:
         fail(f"--form {c.form}: {c.planner} has {' and '.join(planner.forms)}")
     execute = min(c.execute, c.chunk)
     if planner.history > 1 and planner.stride % execute:
         fail(f"the planner's frames are {planner.stride} steps apart, no multiple of the {execute} "
              "steps between looks: give another --chunk")
-    if c.action_demos > c.demos:
-        fail(f"--action-demos {c.action_demos} is more than the {c.demos} videos: give --demos "
-             f"{c.action_demos}")
     of = as_dict(planner.config) if trained else {}
     known = suites(planner.config) if "suite" in of else {}
-    demos, videos = load_data(c, of, known)
+    c.suite = c.suite or (*known, "libero_spatial")[0]
     if known and c.suite not in known:
         stem += f"_of-{of['suite']}"
-    path = run_path(c, f"{stem}_{Kind.kind}")
+    path = training.run_path(c, f"{stem}_{Kind.kind}")
+    demos, videos = load_data(c, of, known)
     torch.manual_seed(c.seed)
     if not trained:
         planner = planner(planner.Config(size=c.size, E=c.E, width=c.width, blocks=c.blocks,

@@ -24,7 +24,7 @@ from core import networks, training
 from core.draw import caption, draw_masks
 from core.episodes import look_times
 from core.files import fail
-from core.flags import PlannerConfig, flag, parse, run_path
+from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 
 # Control steps (50 ms in LIBERO, 12.5 ms in Meta-World) ahead at which masks are predicted.  ours:
@@ -39,6 +39,7 @@ class Config(PlannerConfig):
     # differs: the first ones, robot first; the paper's ablation picks one or two at random
     objects: int = flag(3, "tracked objects, robot first (the paper's ablation: 1, 2 or 3)",
                         minimum=1)
+    shuffled: bool = flag(False, "control: the future to learn is another video's")
     grounded: bool = flag(False, "ours: each plan token also predicts, without being given any "
                           "mask, the masks in its own cell of the picture")
 
@@ -155,7 +156,7 @@ class Decoder(nn.Module):
 class Planner(nn.Module):
     """P of section 3.2, shared by baselines/plex.py; it plans for the third-person picture alone,
     as the paper does (section 4.1)."""
-    frozen, forms = True, ["latent"]
+    frozen, forms = True, ["latent", "goal"]
 
     def __init__(self, config):
         super().__init__()
@@ -198,10 +199,11 @@ class Planner(nn.Module):
     @torch.no_grad()
     def plan(self, obs, form):
         """obs with frames (B, T, H, W, 3), goal (B, H, W, 3) uint8 -> {"picture": what P's encoder
-        makes of the last frame, "plan": what P predicts}, (B, n, D) each."""
-        seen = self.encode(obs["frames"])  # (B, T, n, D)
-        plan = self.plan_from(torch.cat([self.encode(obs["goal"])[:, None], seen], 1))
-        return {"picture": seen[:, -1], "plan": plan[:, -1]}
+        makes of the last frame, "plan": what P predicts}, (B, n, D) each.  Form goal, a control:
+        the encoded goal is the plan; are the features enough?"""
+        seen, goal = self.encode(obs["frames"]), self.encode(obs["goal"])  # (B, T, n, D), (B, n, D)
+        plan = self.plan_from(torch.cat([goal[:, None], seen], 1))[:, -1]  # (B, n, D)
+        return {"picture": seen[:, -1], "plan": goal if form == "goal" else plan}
 
 
 class MaskPlanner(Planner):
@@ -230,7 +232,10 @@ class MaskPlanner(Planner):
     def loss(self, batch):
         """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H, W) of
         integers: now, then future -> scalar, parts."""
-        shown = binary_masks(batch["masks"], self.config.objects)  # (B, 1 + K, N, H, W)
+        masks = batch["masks"]
+        if self.config.shuffled:
+            masks = torch.cat([masks[:, :1], masks[:, 1:].roll(1, 0)], 1)
+        shown = binary_masks(masks, self.config.objects)  # (B, 1 + K, N, H, W)
         tracked = shown[:, :1].amax((-1, -2), keepdim=True)  # (B, 1, N, 1, 1)
         m = shown * tracked  # (B, 1 + K, N, H, W)
         # differs: trained is the plan of the last frame alone; eq. 1 has one for each
@@ -346,7 +351,7 @@ def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     from demos.record import load_videos
     config = parse(Config, "Stage 1 of Mask2Act: learn from video where the masks will be.", argv)
-    path = run_path(config, "mask")
+    path = training.run_path(config, "mask")
     planner = load_planner(path, config.device) if config.show else None
     videos, held_out, note = load_videos(config)
     picture = lambda trained: show(trained, held_out)

@@ -26,7 +26,7 @@ import torch
 import sims
 from core import training
 from core.draw import write_film
-from core.files import check_folder, fail, write
+from core.files import check_folder, code, fail, write
 from core.flags import FREE, as_dict, differences, flag, parse
 from demos.record import Demonstrator, run_jobs, shares
 from executor import Executor, Policy, load_executor
@@ -107,7 +107,7 @@ def evaluate(make_actor, config, about, log, tasks, size, render, folder):
     -> {task: [(scene, success at the end, at any step, steps), ...]}, scenes in order; seconds."""
     begin, scenes, found = time.time(), scenes_of(config), {task: [] for task in tasks}
     # what the outcomes depend on is the log's first row
-    rows = [[about, commit(), {k: v for k, v in as_dict(config).items() if k not in FREE}]]
+    rows = [[about, code(), {k: v for k, v in as_dict(config).items() if k not in FREE}]]
     if training.read_log(log)[:1] == json.loads(json.dumps(rows)):
         rows = training.read_log(log)
     for task, outcome, seconds in rows[1:]:
@@ -156,7 +156,7 @@ def result_path(config, about):
 def report(config, about, found, seconds):
     """Prints and writes the result of an evaluation.  about: suite, plan, preset, videos,
     action_demos, seed, differs and config (of the executor), seconds of data and training; and
-    counts, which success, if not at any step; found: see `evaluate`."""
+    counts, which success, if not at any step, code, what trained it; found: see `evaluate`."""
     from scipy.stats import binomtest
     counts = about.get("counts", "ever succeeded")
     tasks = {}
@@ -173,6 +173,7 @@ def report(config, about, found, seconds):
         "success": k, "episodes": n, "interval": [round(low, 4), round(high, 4)], "tasks": tasks,
         "outcomes": [[task, *map(int, row)] for task, rows in found.items() for row in rows],
         "evaluation": as_dict(config) | {"suite": about["suite"]},
+        "code": "+".join(sorted({code(), *about.get("code", ())})),
         "command": " ".join(["python", *sys.orig_argv[1:]]), "commit": commit(),
         "versions": sims.versions(),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores, {config.device}",
@@ -210,6 +211,7 @@ def about_executor(checkpoint, content):
     return {"suite": c["env"], "plan": Path(c["planner"]).stem, "preset": c["preset"],
             "videos": c["demos"], "action_demos": c["action_demos"], "seed": c["seed"],
             "steps": content["step"], "differs": c["differs"], "config": c,
+            "code": content.get("code", ()),
             "seconds": c["seconds"] | {"executor": training.last_seconds(checkpoint)}}
 
 

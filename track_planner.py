@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from core import networks, training
 from core.draw import caption, draw_tracks
 from core.files import fail
-from core.flags import PlannerConfig, flag, parse, run_path
+from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 
 # differs: the S places are those to come; ATM's first is the present one, which is known
@@ -384,7 +384,7 @@ def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     from demos.record import load_videos
     config = parse(Config, "Stage 1 of ATM: learn from video where points will go.", argv)
-    path = run_path(config, "track")
+    path = training.run_path(config, "track")
     planner = load_planner(path, config.device) if config.show else None
     videos, held_out, note = load_videos(config)
     picture = lambda trained, rows=4: show(trained, held_out, rows)

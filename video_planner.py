@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from core import networks, training
 from core.draw import caption
 from core.files import fail
-from core.flags import PlannerConfig, flag, parse, run_path
+from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 
 FRAMES = 7              # future pictures; AVDC's eight with the present one
@@ -418,7 +418,7 @@ def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     from demos.record import load_videos
     config = parse(Config, "Stage 1 of AVDC and UniPi: learn to imagine videos.", argv)
-    path = run_path(config, "video")
+    path = training.run_path(config, "video")
     planner = load_planner(path, config.device) if config.show else None
     videos, held_out, note = load_videos(config)
     picture = lambda trained: show(trained, held_out)

@@ -21,7 +21,7 @@ import mask_planner
 from core import networks, training
 from core.episodes import Episodes, look_times
 from core.files import fail
-from core.flags import PlannerConfig, flag, parse, run_path
+from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 from mask_planner import HORIZONS, K, tensors
 
@@ -129,7 +129,7 @@ def main(argv=None):
     """Command line: makes the data that is missing, trains, validates; or only --show."""
     from demos.record import load_videos
     config = parse(Config, "PLEX: learn from video what the future pictures' features are.", argv)
-    path = run_path(config, "feature")
+    path = training.run_path(config, "feature")
     planner = load_planner(path, config.device) if config.show else None
     videos, held_out, note = load_videos(config)
     picture = lambda trained: show(trained, held_out)

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from core import networks, training
 from core.episodes import CAMERAS, Episodes
 from core.files import fail
-from core.flags import PlannerConfig, flag, parse, run_path
+from core.flags import PlannerConfig, flag, parse
 
 # ours: steps at which the model looks: what moves in two steps is what is done now, and fingers
 # follow their command within eight
@@ -95,11 +95,11 @@ def main(argv=None):
     and states in place of their own."""
     from demos.record import load_videos
     config = parse(Config, "VPT: actions for all videos from a few demonstrations.", argv)
-    path = run_path(config, f"vpt{config.action_demos}")
-    videos, _, _ = load_videos(config)
-    target = Path(config.data) / f"{videos.suite}_vpt{config.action_demos}"
+    path = training.run_path(config, f"vpt{config.action_demos}")
+    target = Path(config.data) / f"{path.parent.name}_vpt{config.action_demos}"
     if target.exists():
         fail(f"{target} exists: delete it, or choose another --data folder")
+    videos, _, _ = load_videos(config)
     demos = Episodes(config.data, videos.suite, videos.tasks, config.action_demos)
     labels = np.concatenate([np.concatenate(demos.arrays[key]) for key in LABELS], 1)
     torch.manual_seed(config.seed)

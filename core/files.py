@@ -4,8 +4,11 @@ interrupted; how files are written, all or nothing; how programs share a folder.
 import contextlib
 import errno
 import fcntl
+import functools
+import hashlib
 import os
 import sys
+from pathlib import Path
 
 # what the operating system refuses -> the way out
 WAYS_OUT = {
@@ -17,6 +20,15 @@ WAYS_OUT = {
     errno.EISDIR: "a folder is where a file must be; choose another name",
     errno.ENAMETOOLONG: "give a shorter --name",
     errno.EAGAIN: "another program is writing it; run again when that has ended"}
+
+@functools.cache
+def code():
+    """A hash of the sources that a result depends on: tests, tables and pages change nothing."""
+    root, found = Path(__file__).parent.parent, hashlib.sha1()
+    for folder in (".", "core", "sims", "demos", "baselines", "video_control"):
+        for path in sorted((root / folder).glob("*.py")):
+            found.update(path.read_bytes())
+    return found.hexdigest()[:10]
 
 
 def fail(message):

@@ -136,6 +136,9 @@ def parse(Config, description, argv=None):
     config = Config(**values)
     for field in flags_of(Config):
         check_value(config, field)
+    lent, demos = (getattr(config, name, 0) for name in ("action_demos", "demos"))
+    if lent > demos:
+        fail(f"--action-demos {lent} is more than the {demos} videos: give --demos {lent}")
     if hasattr(config, "device"):
         usual = "cuda" if cuda else "cpu"
         config.device = config.device or usual
@@ -214,13 +217,3 @@ def suites(config):
                  "as libero_spatial:2")
         chosen[suite] = int(count or config.demos)
     return chosen or fail("--suite is empty: give one such as libero_spatial")
-
-
-def run_path(config, base):
-    """The run's checkpoint, <out>/<suite>/<name>.pt; the name is `base` and what differs from the
-    preset, or --name."""
-    first, *_ = chosen = suites(config)
-    sources = "" if chosen == {first: config.demos} else "_from-" + "+".join(
-        suite + f"-{count}" * (count != config.demos) for suite, count in chosen.items())
-    name = config.name or base + sources + differences(config, SAMPLING)
-    return Path(config.out) / first / f"{name}.pt"

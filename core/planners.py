@@ -38,6 +38,7 @@ def load_planner(path, device="cpu"):
                             "video_planner.py --suite <suite>")
     planner = build(content["kind"], content["config"])
     planner.load_state_dict(content["ema"] or content["model"])
+    planner.codes = content.get("code", ())
     return planner.to(device).eval().requires_grad_(False)
 
 

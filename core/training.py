@@ -16,6 +16,7 @@ import resource
 import sys
 import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,8 +25,8 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from core.draw import save_picture
-from core.files import fail, one_line, write
-from core.flags import FREE, SAMPLING, as_dict, differences
+from core.files import code, fail, one_line, write
+from core.flags import FREE, SAMPLING, as_dict, differences, flags_of, suites
 
 VERSION = 2     # of the checkpoint's layout
 
@@ -61,17 +62,36 @@ def load(path, kind=None, made_by=None):
     return content
 
 
+def run_path(config, base):
+    """The run's checkpoint, <out>/<suite>/<name>.pt; the name is `base` and what differs from the
+    preset, or --name.  One that is there, of other flags, is refused before any data are made."""
+    first, *_ = chosen = suites(config)
+    sources = "" if chosen == {first: config.demos} else "_from-" + "+".join(
+        suite + f"-{count}" * (count != config.demos) for suite, count in chosen.items())
+    name = config.name or base + sources + differences(config, SAMPLING)
+    path = Path(config.out) / first / f"{name}.pt"
+    if path.exists() and not getattr(config, "show", False):
+        # of these the data or the planner may decide
+        given = {f.name for f in flags_of(config)} - {"objects", "form", "suite", "size"}
+        check_same(path, load(path)["config"], as_dict(config), given)
+    return path
+
+
+def check_same(path, old, new, fields):
+    """Refuses to continue a checkpoint whose configuration differs in these fields."""
+    differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in fields
+                 if k not in FREE | SAMPLING and old.get(k) != new.get(k)]
+    if differing:
+        fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
+             "choose another --name or --out, or delete that file")
+
+
 def resume(model, config, path):
     """Load the weights at `path` into the model, if there are any. -> that checkpoint, or {}."""
     if not os.path.exists(path):
         return {}
     content = load(path, kind=model.kind)
-    old, new = content["config"], as_dict(config)
-    differing = [f"{k} {old.get(k)} there, {new.get(k)} here" for k in old | new
-                 if k not in FREE | SAMPLING and old.get(k) != new.get(k)]
-    if differing:
-        fail(f"{path} was trained with another configuration ({'; '.join(differing)}); "
-             "choose another --name or --out, or delete that file")
+    check_same(path, content["config"], new := as_dict(config), content["config"] | new)
     model.load_state_dict(content["model"])
     return content
 
@@ -231,6 +251,8 @@ def fit(model, batches, config, path, picture=None, note=""):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, config)
     average = copy.deepcopy(model).eval() if config.ema else None
+    codes = {of for part in model.modules() for of in getattr(part, "codes", ())}  # a planner's
+    codes = sorted({code(), *content.get("code", ()), *codes})
     if content:
         optimizer.load_state_dict(content["optimizer"])
         if average:
@@ -260,8 +282,8 @@ def fit(model, batches, config, path, picture=None, note=""):
         if log:
             log.step(done, row, world * len(next(iter(batch.values()))))
         if log and (done % config.save_every == 0 or done == config.steps):
-            save(path, kind=model.kind, config=as_dict(config), version=VERSION, step=done,
-                 model=model.state_dict(), ema=average and average.state_dict(),
+            save(path, kind=model.kind, config=as_dict(config), version=VERSION, code=codes,
+                 step=done, model=model.state_dict(), ema=average and average.state_dict(),
                  optimizer=optimizer.state_dict())
             if picture:
                 with torch.no_grad():

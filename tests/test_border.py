@@ -3,10 +3,13 @@
 A row: what goes wrong, the command, words of the line that names the way out.  Exit code 2.
 """
 
+import fcntl
 import importlib
 import shlex
 import shutil
 
+import imageio.v3 as imageio
+import numpy as np
 import pytest
 
 from conftest import SIZE, SUITE
@@ -15,6 +18,7 @@ PLANNERS = ["mask_planner", "track_planner", "video_planner", "baselines.plex"]
 TINY = "--preset tiny --device cpu --tasks 0 --data {data} --out {out}"
 # planner: every planner's program
 FILM = "--data {out} --objects 'arm. bowl.' --video "
+RUN = TINY.replace("{out}", "{runs}").replace("{data}", "{out}")
 ROWS = [
     # numbers
     ("planner", TINY + " --seed 99999999999999999999", "--seed at most"),
@@ -97,20 +101,65 @@ ROWS = [
     ("executor", TINY + " --planner {out}", "mask_planner.py"),
     ("extract", "--data {text} --tasks 0", "{text} file"),
     ("extract", FILM + "{out}/no.mp4 --suite mine --tracks flow", "no.mp4 film"),
-    ("extract", FILM + "{text} --suite mine --tracks flow", "note.txt no video"),
+    # films and data files
+    ("extract", FILM + "{text} --suite mine --tracks flow", "note.txt no frames"),
+    ("extract", FILM + "{two} --suite mine --tracks flow", "two 2 films 3 or more"),
+    ("extract", FILM + "{two}/a.mp4 --suite mine --tracks flow", "a.mp4 1 frames 24 longer"),
+    ("extract", FILM + "{none} --suite mine --tracks flow", "none no pictures"),
+    ("planner", TINY.replace("{data}", "{broken}"), "hdf5 not a whole data file delete extract.py"),
+    ("executor", TINY.replace("{data}", "{broken}") + " --planner none", "hdf5 not whole delete"),
+    ("planner", TINY.replace("{data}", "{locked}"), "hdf5 another program is writing it"),
+    ("planner", TINY + " --size 96", "--size 64 --size 96"),
+    # a run that is there, of other flags: before any data are made
+    ("mask_planner", RUN + " --name mask_tasks0 --lr 0.5", "lr 0.5 another configuration --name"),
+    ("executor", RUN + " --planner {mask} --name mask_tasks0_executor --read pooled",
+     "read pooled another configuration --name"),
+    ("baselines.plex", TINY + " --action-demos 5", "--action-demos 5 --demos 5"),
+    ("baselines.vpt", TINY + " --action-demos 5", "--action-demos 5 --demos 5"),
+    # the programs in folders
+    ("baselines.vpt", TINY + " --suite libero_space", "libero_space libero_spatial"),
+    ("baselines.cloning", "--out {out}/r3m.pt", "--r3m published"),
+    ("baselines.cloning", "--r3m {mask} --out {out}/r3m.pt", "module.convnet. r3m published"),
+    ("baselines.cloning", "--r3m {out}/no.pt", "no.pt R3M's authors"),
+    ("video_control.flow", "--preset tiny --size 65 --out {out}", "--size 65 divisible by 8"),
+    ("video_control.flow", TINY + " --suite libero_space", "libero_space libero_spatial"),
+    ("video_control.unipi", TINY + " --planner {mask}", "mask video"),
+    ("video_control.unipi", TINY + " --planner none", "video_planner.py"),
+    ("video_control.avdc", "", "oracle true video.pt"),
+    ("video_control.avdc", "oracle --suite libero_spatial --out {out}", "Meta-World"),
+    ("video_control.avdc", "true --out {out}", "flow.pt video_control.flow"),
+    ("video_control.avdc", "{out}/no.pt --out {out}", "no.pt video_planner.py"),
+    ("results.tables", "--results {none}", "no results rollout.py"),
+    ("results.figures", "", "curve attention"),
+    ("results.figures", "curve --results {none}", "no success rates rollout.py"),
+    ("results.figures", "attention {mask}", "mask executor"),
+    ("results.annotators", "--suite libero_space --data {none}", "libero_space libero_spatial"),
+    ("results.annotators", "--tracks flow --data {none}", "no data file extract.py"),
 ]
 ALL = [(p, argv, words) for program, argv, words in ROWS
        for p in (PLANNERS if program == "planner" else [program])]
 
 
 @pytest.fixture(scope="module")
-def places(data, mask_path, executor_path, tmp_path_factory):
+def places(data, data_file, runs, mask_path, executor_path, tmp_path_factory):
     """What rows name in braces."""
     folder = tmp_path_factory.mktemp("border")
+    named = {name: folder / name for name in ("none", "two", "broken", "locked")}
+    for name in ("none", "two", f"broken/{SUITE}", f"locked/{SUITE}"):
+        (folder / name).mkdir(parents=True)
+    for name in "ab":       # films of one frame
+        picture = np.zeros((1, SIZE, SIZE, 3), np.uint8)
+        imageio.imwrite(folder / "two" / f"{name}.mp4", picture, fps=5)
+    whole = data_file.read_bytes()
+    (folder / "broken" / SUITE / data_file.name).write_bytes(whole[:len(whole) // 2])
+    (folder / "locked" / SUITE / data_file.name).write_bytes(whole)
     (folder / "note.txt").write_text("no film, no folder, no checkpoint\n")
     (folder / "cut.pt").write_bytes(mask_path.read_bytes()[:-100])
-    return {"data": data, "mask": mask_path, "executor": executor_path, "suite": SUITE,
-            "text": folder / "note.txt", "cut": folder / "cut.pt", "out": folder / "out"}
+    with open(folder / "locked" / SUITE / data_file.name, "rb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)        # as a program that writes it does
+        yield named | {"data": data, "mask": mask_path, "executor": executor_path, "suite": SUITE,
+                       "text": folder / "note.txt", "cut": folder / "cut.pt", "runs": runs,
+                       "out": folder / "out"}
 
 
 @pytest.mark.parametrize("program, argv, words", ALL,
@@ -119,4 +168,6 @@ def test_one_line(places, refused, monkeypatch, program, argv, words):
     monkeypatch.chdir(places["text"].parent)
     argv = shlex.split(argv.format(**places))
     refused(lambda: importlib.import_module(program).main(argv), *words.format(**places).split())
-    assert not (places["out"] / SUITE).exists()     # nothing is left behind
+    left = [*places["out"].glob("*")]
+    shutil.rmtree(places["out"], ignore_errors=True)
+    assert not left, "nothing is left behind"

@@ -13,8 +13,7 @@ import torch.nn as nn
 
 from conftest import ROOT, equal
 from core import networks, training
-from core.flags import (PlannerConfig, as_dict, fast_products, flag, flags_of, from_dict, parse,
-                        run_path)
+from core.flags import PlannerConfig, as_dict, fast_products, flag, flags_of, from_dict, parse
 
 
 @dataclasses.dataclass
@@ -372,7 +371,7 @@ def test_names_hold_what_differs_from_the_preset(tmp_path, monkeypatch):
         PRESETS: ClassVar = {"laptop": dict(demos=20, steps=2000, size=96, batch=32, lr=1e-3)}
 
     config = lambda *argv: parse(Planner, "", ["--device", "cpu", *argv])
-    path = lambda *argv: str(run_path(config(*argv), "mask"))
+    path = lambda *argv: str(training.run_path(config(*argv), "mask"))
     assert path() == path("--data", "elsewhere", "--demos", "20") == "runs/libero_spatial/mask.pt"
     argvs = [["--objects", "1"], ["--objects", "2"], ["--grounded"], ["--seed", "1"], ["--lr", "1"],
              ["--tasks", "0,1"], ["--steps", "9"], ["--demos", "5"], ["--size", "64"],

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT
-from core.flags import flags_of, parse, run_path
+from core import training
+from core.flags import flags_of, parse
 from core.planners import PLANNERS
 
 SIX = "mask_planner track_planner video_planner executor extract rollout".split()
@@ -233,7 +234,7 @@ def test_readme_commands_run(data, tmp_path):
         for made in {*tmp_path.glob("runs*/**/*.pt")} - before:
             for config in configs:      # the executor's default: its planner's suite
                 config.suite = config.suite or "any"
-            end, wanted = [run_path(config, "x").stem[1:] for config in configs]
+            end, wanted = [training.run_path(config, "x").stem[1:] for config in configs]
             for file in made.parent.glob(f"{made.stem}.*") if end != wanted else ():
                 if not configs[0].name:
                     shutil.copy(file, file.with_stem(file.stem.removesuffix(end) + wanted))

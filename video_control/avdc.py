@@ -242,6 +242,7 @@ def about_future(future):
     c = VideoPlanner.Config(**content["config"])
     about = {"preset": c.preset, "videos": c.demos, "action_demos": 0, "seed": c.seed,
              "config": content["config"], "differs": differences(c, {"seed"}),
+             "code": content.get("code", ()),
              "seconds": {"planner": training.last_seconds(future)}, "plan": "flow-generated"}
     return about, ",".join(suites(c)), c.size
 

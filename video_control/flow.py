@@ -20,7 +20,7 @@ from torchvision.models.optical_flow import raft_small
 
 from core import training
 from core.files import fail, write
-from core.flags import TrainingConfig, flag, from_dict, parse, run_path
+from core.flags import TrainingConfig, flag, from_dict, parse
 from video_planner import FRAMES, clip_times, to_unit
 
 
@@ -170,7 +170,7 @@ def main(argv=None):
     config = parse(Config, "Flow between far-apart pictures, from the simulator's tracks.", argv)
     if config.size % 8:
         fail(f"--size {config.size} is not divisible by 8: choose a multiple")
-    path = run_path(config, "flow")
+    path = training.run_path(config, "flow")
     videos, held_out, note = load_videos(config)
 
     def batches(step):
