@@ -261,6 +261,8 @@ class ActionData:
                     obs = {k: torch.as_tensor(v, device=device)
                            for k, v in self.obs(part, np.full_like(part, draw)).items()}
                     for name, x in self.planner.plan(obs, self.executor.form).items():
+                        if name not in self.executor.scale:
+                            continue
                         draws = 1 if name in CAMERA_OF else self.draws
                         if name not in kept:
                             kept[name] = np.memmap(TemporaryFile(), np.float16,

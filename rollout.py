@@ -139,13 +139,18 @@ def commit():
     return git("rev-parse", "--short", "HEAD") + "+" * changed or None
 
 
-def result_path(config, about):
+def result_name(config, about):
     """Where a result is written: its name holds suite, plan, preset, demonstrations, seed and all
-    that differs from the presets. Fails if the file is of another configuration."""
+    that differs from the presets."""
     name = f"{about['suite']}_{about['plan']}"
     if about["preset"]:
         name += f"_{about['preset']}_d{about['action_demos']}_s{about['seed']}{about['differs']}"
-    path = Path(config.results) / f"{name}{differences(config)}.json"
+    return Path(config.results) / f"{name}{differences(config)}.json"
+
+
+def result_path(config, about):
+    """Where a result is written; fails if the file is there, of another configuration."""
+    path = result_name(config, about)
     if path.exists():
         there = json.loads(path.read_text()).get("config")
         if there != json.loads(json.dumps(about["config"])):

@@ -233,6 +233,12 @@ def take_step(compute_loss, batch, optimizer, parameters, config, done):
     return row
 
 
+def codes(model, content):
+    """By which code a model was made: this one, its planner's, that of an interrupted run."""
+    parts = [code(), *content.get("code", ())]
+    return sorted({*parts}.union(*(getattr(part, "codes", ()) for part in model.modules())))
+
+
 def fit(model, batches, config, path, picture=None, note=""):
     """Train `model` for config.steps; return it in eval(), with averaged weights if config.ema > 0.
 
@@ -251,8 +257,6 @@ def fit(model, batches, config, path, picture=None, note=""):
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, config)
     average = copy.deepcopy(model).eval() if config.ema else None
-    codes = {of for part in model.modules() for of in getattr(part, "codes", ())}  # a planner's
-    codes = sorted({code(), *content.get("code", ()), *codes})
     if content:
         optimizer.load_state_dict(content["optimizer"])
         if average:
@@ -282,9 +286,9 @@ def fit(model, batches, config, path, picture=None, note=""):
         if log:
             log.step(done, row, world * len(next(iter(batch.values()))))
         if log and (done % config.save_every == 0 or done == config.steps):
-            save(path, kind=model.kind, config=as_dict(config), version=VERSION, code=codes,
-                 step=done, model=model.state_dict(), ema=average and average.state_dict(),
-                 optimizer=optimizer.state_dict())
+            save(path, kind=model.kind, config=as_dict(config), version=VERSION,
+                 step=done, code=codes(model, content), model=model.state_dict(),
+                 ema=average and average.state_dict(), optimizer=optimizer.state_dict())
             if picture:
                 with torch.no_grad():
                     save_picture(run + ".png", picture((average or model).eval()))

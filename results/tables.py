@@ -35,11 +35,21 @@ def t_interval(rates):
     return float(max(0, np.mean(rates) - half)), float(min(1, np.mean(rates) + half))
 
 
+def difference_interval(a, b):
+    """95 % t-interval of the mean difference of two plans' success rates, (n,) each, seed by seed
+    on the same scenes -> (low, high), within [-1, 1]."""
+    from scipy.stats import t
+    d = np.subtract(a, b)  # (n,)
+    half = t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    return float(max(-1, d.mean() - half)), float(min(1, d.mean() + half))
+
+
 def cells(folder):
     """One row of all evaluations that differ in the training seed alone: the first one's content,
     with plan (its full name), seeds (how many), rate, interval, count, between (both in words).  A
     file's name holds all that differs from the presets, so names that agree but for the seed are of
-    one configuration.  Executors that share a planner of one seed are marked."""
+    one configuration.  Executors that share a planner of one seed are marked.  by_seed: {seed:
+    success rate}, minutes: of all stages and seeds."""
     groups, rows = {}, []
     for r in (r for r in read(folder) if "plan" in r):
         seed, of = r["seed"], ((r.get("config") or {}).get("planner_config") or {}).get("seed")
@@ -50,10 +60,15 @@ def cells(folder):
         r["plan"] = plain(plan) + r.get("differs", "") + shared + variant
         groups.setdefault((plain(r["file"]), shared), []).append(r)
     for r, *others in groups.values():
-        rates = [x["success"] / x["episodes"] for x in (r, *others)]
+        seeds = r, *others
+        rates = [x["success"] / x["episodes"] for x in seeds]
+        spent = sum(s or 0 for x in seeds for k, s in x["seconds"].items() if k != "data")
         low, high = t_interval(rates) if others else tuple(r["interval"])
         count = "" if others else f"{r['success']}/{r['episodes']} = "
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
+                         "by_seed": {x["seed"]: rate for x, rate in zip(seeds, rates)},
+                         "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),
+                         "minutes": spent / 60,
                          "count": f"{count}{100 * np.mean(rates):.1f} %",
                          "between": f"{100 * low:.1f} - {100 * high:.1f}"})
     return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0, r["plan"]))
@@ -81,11 +96,42 @@ def overview(folder):
 def evaluations(folder):
     """Every evaluation, those of unseen variants and of some tasks, too."""
     columns = "suite plan preset videos action_demos scenes counts count between".split()
-    spent = lambda r: ", ".join(f"{k} {s / 60:.1f}" for k, s in r["seconds"].items() if s)
     return table("suite | plan | preset | videos | action demos | scenes | counts | success | 95 % "
-                 "interval | seeds | minutes | commit", [
-                     (*(r[k] for k in columns), r["preset"] and r["seeds"], spent(r), r["commit"])
-                     for r in cells(folder)])
+                 "interval | seeds | minutes | code", [
+                     (*(r[k] for k in columns), r["preset"] and r["seeds"], f"{r['minutes']:.0f}",
+                      r["code"]) for r in cells(folder)])
+
+
+def compared(a, b):
+    """Rows of two plans -> the mean difference in points with its interval, over the seeds that
+    both have, in words; "" without two."""
+    both = sorted({*a["by_seed"]} & {*b["by_seed"]})
+    if len(both) < 2:
+        return ""
+    x, y = ([r["by_seed"][seed] for seed in both] for r in (a, b))
+    low, high = difference_interval(x, y)
+    return f"{100 * np.mean(np.subtract(x, y)):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+
+
+def comparison(folder, scenes="test"):
+    """Plans of one suite, preset and number of demonstrations beside each other, best first, and
+    beside cloning seed by seed; one code per suite, or the word mixed."""
+    lines, groups = [], {}
+    for r in cells(folder):
+        if r["preset"] and r["scenes"] == scenes:
+            key = r["suite"], r["preset"], r["action_demos"], r["unseen"] or "", r["episodes"]
+            groups.setdefault(key, []).append(r)
+    for (suite, preset, demos, unseen, _), rows in groups.items():
+        code, *more = {r["code"] for r in rows}
+        none = next((r for r in rows if r["plan"] == "none"), None)
+        lines += [""] * bool(lines) + table(
+            f"{suite} {unseen}".strip() + f", {preset}, {demos} demonstrations, code "
+            f"{'mixed' if more or '+' in code else code} | success | 95 % interval | seeds | "
+            "points above cloning | minutes",
+            [(r["plan"], f"{100 * r['rate']:.1f} %", r["between"], r["seeds"],
+              none and compared(r, none) if r is not none else "", f"{r['minutes']:.0f}")
+             for r in sorted(rows, key=lambda r: -r["rate"])])
+    return lines
 
 
 def tasks(folder):
@@ -123,7 +169,7 @@ def costs(folder):
          f"{r['tflops']:.3f}") for r in read(folder, "*_cost.json")])
 
 
-TABLES = overview, evaluations, tasks, annotators, costs
+TABLES = overview, comparison, evaluations, tasks, annotators, costs
 
 
 def main(argv=None):

@@ -42,6 +42,26 @@ def test_seeds_are_the_unit(tmp_path):
     assert "| mask | laptop | 2 | 40.0 (3 seeds: 15.2 - 64.8) |" in tables.overview(tmp_path)
 
 
+def test_differences_are_paired_by_seed(tmp_path):
+    """The interval of a mean difference, from a table of t and sums written out; seeds that one of
+    the two lacks do not count, a single one gives no interval."""
+    for seed, (a, b) in enumerate([(3, 1), (5, 4), (4, 1), (6, None)]):
+        made_up(tmp_path, seed, a, planner_seed=seed)
+        if b:
+            made_up(tmp_path, seed, b, plan="none", config={"planner_config": {}})
+    d = [0.2, 0.1, 0.3]
+    mean = sum(d) / 3
+    half = 4.302653 * (sum((x - mean) ** 2 for x in d) / 2) ** 0.5 / 3 ** 0.5
+    assert tables.difference_interval([0.3, 0.5, 0.4], [0.1, 0.4, 0.1]) == pytest.approx(
+        (mean - half, mean + half), abs=1e-6)
+    lines = tables.comparison(tmp_path)
+    assert "mt10, laptop, 2 demonstrations, code abc" in lines[0]
+    assert lines[2].startswith("| mask | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[2]
+    assert lines[3].startswith("| none | 20.0 % |") and lines[3].count("|  |") == 1
+    made_up(tmp_path, 9, 2, planner_seed=9, code="other")
+    assert "code mixed" in tables.comparison(tmp_path)[0]
+
+
 def test_pages(tmp_path, refused):
     """Tables go between the markers of both pages, and again; the rest of a page stays."""
     folder, mark = tmp_path / "results", "<!-- {0} -->\nold\n<!-- /{0} -->\nz\n"
@@ -58,7 +78,7 @@ def test_pages(tmp_path, refused):
         assert "| mask | laptop | 2 | 30.0 (one seed: 10.0 - 60.0) |" in page and "old" not in page
         for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "costs -->\nNone yet.\n<!--",
                      "| libero_spatial | demonstrator, unseen layout |\n|---|---|\n| a | 2/5 |",
-                     "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 | rollout 1.5 | abc |"):
+                     "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 | 2 | abc |"):
             assert part in own, part
     figures.main(["curve", "--results", str(folder)])
     assert (folder / "curve.png").exists()

@@ -1,0 +1,221 @@
+"""The comparison by one command: runs what is missing of a cell, then prints its table.
+
+    python -m results.compare A --workers 2             # continues after an interruption
+    python -m results.compare A --seeds 1 --scenes development      # to choose settings by
+    python -m results.compare A --list planners | xargs -P 2 -I{} sh -c "{}"
+                                                        # then --list executors, then rollouts
+Each stage is a command that a person could type, and a file that it makes; what is there is not
+made again.  A planner that executors share is trained once per seed, and what is made on it runs in
+order, so that an interruption loses at most one checkpoint.
+"""
+
+import ctypes
+import importlib
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+
+import executor
+import rollout
+import sims
+from core import training
+from core.files import check_folder, code, fail
+from core.flags import differences, flag, flags_of, parse
+from core.planners import PLANNERS
+from results import tables
+
+# A plan: the planner's kind, the flags of its stage 1, those of its executors.  Controls: none-
+# frozen sees through the mask planner's encoder (features, or the plan?), mask-shuffled learned
+# other videos' futures (the future?).  ours: mask-grounded, mask+goal
+ROWS = {
+    "none": ("none", {}, {}),
+    "none-frozen": ("mask", {}, {"form": "goal"}),
+    "feature": ("feature", {}, {}),
+    "ee": ("track", {"track": "ee"}, {}),
+    "video": ("video", {}, {}),
+    "track-latent": ("track", {}, {"form": "latent"}),
+    "track": ("track", {}, {}),
+    "mask": ("mask", {}, {}),
+    "mask-grounded": ("mask", {"grounded": True}, {}),
+    "mask+goal": ("mask", {}, {"form": "latent+goal"}),
+    "mask-shuffled": ("mask", {"shuffled": True}, {}),
+    "mask-early": ("mask", {}, {"fusion": "early"}),
+    "mask-late": ("mask", {}, {"fusion": "late"}),
+    "track-early": ("track", {}, {"fusion": "early"}),
+    "track-late": ("track", {}, {"fusion": "late"}),
+    "track-8": ("track", {}, {"form": "tracks-8"}),
+    "track-4": ("track", {}, {"form": "tracks-4"}),
+    "track-masked": ("track", {"mask_ratio": 0.5}, {}),
+    "mask-1": ("mask", {"objects": 1}, {}),
+    "mask-2": ("mask", {"objects": 2}, {}),
+}
+FEW = ["none", "track", "mask", "mask-grounded"]
+SPATIAL = ["libero_spatial"]
+# Cells: rows, suites to act in, demonstrations with actions, seeds, scenes per task, and what is
+# unseen.  A: the claim (Mask2Act 4.2); B: breadth (Table 1); C: unseen scenes (Fig. 7); D: how many
+# demonstrations (4.3); E: ablations (ATM, Tables II, III, Fig. 9); G: other tasks' videos (Fig. 6)
+CELLS = {
+    "A": ([*FEW, "none-frozen", "mask+goal", "mask-shuffled"], [*SPATIAL, "mt10"], [2], 5, 10,
+          [""]),
+    "B": ([*ROWS][:11], [*SPATIAL, "libero_object", "libero_goal", "libero_10", "mt10"], [10], 1,
+          10, [""]),
+    "C": (FEW, SPATIAL, [2], 2, 5, ["", *sims.UNSEEN]),
+    "D": (FEW, SPATIAL, [1, 2, 5, 10, 20], 3, 10, [""]),
+    "E": ([*ROWS][11:], SPATIAL, [2], 1, 10, [""]),
+    "G": (["none", "track-latent", "video", "mask"], ["ml10_test", "libero_10"], [10], 1, 10, [""]),
+}
+# cell G: suite to act in -> videos that its planners learn from, which are of other tasks
+VIDEOS = {"ml10_test": {"suite": "ml10"}, "libero_10": {"suite": "libero_90", "demos": 5}}
+STAGES = "planners", "executors", "rollouts"
+
+
+@dataclass
+class Config:
+    cells: tuple[str, ...] = flag((), f"cells: {', '.join(CELLS)}", positional=True)
+    seeds: int | None = flag(None, "first seeds (default: the cell's)", minimum=1)
+    scenes: str = flag("test", "of rollout.py", choices=["test", "development"])
+    rows: str = flag("", "plans, comma-separated; empty: the cell's")
+    preset: str = flag("laptop", "of rollout.py's programs", choices=["tiny", "laptop", "paper"])
+    workers: int = flag(2, "commands at a time, of one thread each", minimum=1)
+    list: str = flag("", "print a stage's missing commands, one a line", choices=["", *STAGES])
+    any_code: bool = flag(False, "print the table of what is there, whatever code made it")
+    data: str = flag("data", "folder of the data files")
+    out: str = flag("runs", "folder of the runs")
+    results: str = flag("results", "folder of the results")
+
+
+def stage(program, config, words=(), **given):
+    """A program's flags -> the command, its configuration.  config: compare's."""
+    module = importlib.import_module(program)
+    names = {f.name for f in flags_of(module.Config)}
+    given |= {k: getattr(config, k) for k in ("preset", "data", "out", "results") if k in names}
+    usual = {f.name: f.default for f in flags_of(module.Config)}
+    flags = [part for k, v in given.items() if v != usual[k] or k == "preset"
+             for part in (f"--{'no-' * (v is False)}{k.replace('_', '-')}",
+                          *([] if isinstance(v, bool) else [str(v)]))]
+    start = f"-m {program}" if "." in program else f"{program}.py"
+    presets = getattr(module.Config, "PRESETS", {}).get(config.preset, {})
+    return shlex.join(["python", *start.split(), *words, *flags]), module.Config(**presets | given)
+
+
+def chain(config, row, suite, demos, seed, episodes, unseen, videos):
+    """One result's stages [(of STAGES, command, path of what it makes)], in order."""
+    kind, first, second = ROWS[row]
+    program, stages, planner, seeds = PLANNERS[kind].split(":")[0], [], kind, {"seed": seed}
+    if kind != "none":
+        command, of = stage(program, config, **{"suite": suite} | videos | first | seeds)
+        planner = training.run_path(of, kind)
+        stages.append(("planners", command, planner))
+    command, of = stage("executor", config, planner=str(planner), suite=suite, action_demos=demos,
+                        **second, **seeds)
+    away = f"_of-{videos['suite']}" if videos and kind != "none" else ""
+    path = training.run_path(of, f"{Path(planner).stem}{away}_executor")
+    stages.append(("executors", command, path))
+    about = {"suite": suite, "plan": Path(planner).stem, "preset": config.preset, "seed": seed,
+             "action_demos": demos, "differs": differences(of, {"action_demos", "seed"})}
+    command, of = stage("rollout", config, [str(path)], episodes=episodes, scenes=config.scenes,
+                        unseen=unseen, films=False, workers=1)
+    return [*stages, ("rollouts", command, rollout.result_name(of, about))]
+
+
+def chains_of(config):
+    """All stages of the cells, in lists of what shares a planner, each stage once."""
+    groups, known = {}, set()
+    for letter in config.cells or fail(f"no cell: give {', '.join(CELLS)}"):
+        if letter not in CELLS:
+            fail(f"no cell {letter}: give {', '.join(CELLS)}")
+        rows, suites, numbers, seeds, episodes, variants = CELLS[letter]
+        rows = [row.strip() for row in config.rows.split(",") if row.strip()] or rows
+        if unknown := [row for row in rows if row not in ROWS]:
+            fail(f"--rows {unknown[0]}: give {', '.join(ROWS)}")
+        for seed in range(config.seeds or seeds):
+            for suite in suites:
+                for row in rows:
+                    for demos in numbers:
+                        for unseen in variants:
+                            stages = chain(config, row, suite, demos, seed, episodes, unseen,
+                                           VIDEOS.get(suite, {}) if letter == "G" else {})
+                            group = groups.setdefault(stages[0][2], [])
+                            group += [s for s in stages if s[2] not in known]
+                            known |= {s[2] for s in stages}
+    return [*groups.values()]
+
+
+def state(path):
+    """A stage's file -> whether it is whole, and the code that made it; None if it is not there."""
+    if not path.exists():
+        return False, None
+    if path.suffix == ".json":
+        return True, json.loads(path.read_text()).get("code")
+    content = training.load(path)
+    return content["step"] >= content["config"]["steps"], "+".join(content.get("code", ()))
+
+
+def run(config, stages, note):
+    """Runs the stages of one planner, one after the other; note(stage, seconds) after each."""
+    for what, command, path in stages:
+        begin, (_, *words) = time.time(), shlex.split(command)
+        log = path.with_suffix(".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w") as file:    # ends when this process is killed
+            child = subprocess.run(
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parent.parent,
+                preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
+        if child.returncode or not path.exists():
+            fail(f"{command}: exit code {child.returncode}, see {log}")
+        log.unlink()
+        note(what, command, time.time() - begin)
+
+
+def run_all(config, groups):
+    """Runs all missing stages and prints the time left, by what the stages so far took."""
+    begin, done = time.time(), {what: [] for what in STAGES}
+    left = [what for stages in groups for what, *_ in stages]
+    print(", ".join(f"{left.count(what)} {what}" for what in STAGES) + " to run", flush=True)
+
+    def note(what, command, seconds):
+        done[what].append(seconds)
+        left.remove(what)
+        known = all(done[what] for what in left)
+        rest = sum(sum(done[what]) / max(1, len(done[what])) for what in left) / config.workers
+        print(f"{(time.time() - begin) / 60:.0f} min: {command} took {seconds / 60:.1f}; "
+              f"{len(left)} left, {'about' if known else 'more than'} {rest / 60:.0f} min",
+              flush=True)
+    with ThreadPoolExecutor(config.workers) as pool:
+        for future in as_completed(pool.submit(run, config, stages, note) for stages in groups):
+            if future.exception():
+                pool.shutdown(wait=False, cancel_futures=True)
+            future.result()
+
+
+def main(argv=None):
+    """Command line: see the top of this file."""
+    config = parse(Config, "The comparison's cells: what is missing is run, then the table.", argv)
+    check_folder("--out", config.out)
+    groups, mine, missing = chains_of(config), code(), []
+    for stages in () if config.any_code else groups:
+        there = {path: state(path) for _, _, path in stages}
+        for path, (_, of) in there.items():
+            if path.exists() and of != mine:
+                fail(f"{path} is of code {of}, and this is {mine}: choose another --out and "
+                     "--results, or look with --any-code")
+        if left := [stage for stage in stages if not there[stage[2]][0]]:
+            missing.append(left)
+    if config.list:
+        print("\n".join(s[1] for stages in missing for s in stages if s[0] == config.list))
+        return
+    if missing:
+        run_all(config, missing)
+    print("\n".join(tables.comparison(config.results, config.scenes)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""results/compare.py: each stage once, in order, continued, of one code; rows are what they say."""
+
+import json
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from conftest import SUITE
+
+import executor
+from core import training
+from core.files import code
+from core.flags import parse
+from results import compare
+
+CELL = {"T": (["none", "mask", "none-frozen", "mask+goal"], [SUITE], [2], 2, 1, [""])}
+config = lambda *argv: parse(compare.Config, "", ["T", *argv])
+
+
+@pytest.fixture
+def commands(monkeypatch, tmp_path):
+    """The commands that are run, of which each only writes its file; `stop`: one that fails."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "CELLS", CELL)
+    monkeypatch.setattr(training, "check_same", lambda *rest: None)
+    ran = SimpleNamespace(all=[], stop="")
+
+    def run(words, stdout, **rest):
+        ran.all.append(" ".join(words[1:]))
+        if ran.stop and ran.stop in ran.all[-1]:
+            return SimpleNamespace(returncode=1)
+        path = Path(stdout.name).with_suffix(".json")
+        if "rollout.py" in words:
+            path.write_text(json.dumps({"code": code()}))
+        else:
+            training.save(path.with_suffix(".pt"), step=9, config={"steps": 9}, code=[code()])
+        return SimpleNamespace(returncode=0)
+    monkeypatch.setattr(compare.subprocess, "run", run)
+    monkeypatch.setattr(compare.tables, "comparison", lambda *rest: ["the table"])
+    return ran
+
+
+def test_every_stage_once_and_in_order(commands, refused, capfd):
+    """A planner that three rows share is trained once per seed; a failure stops; the same command
+    continues; other code is refused but for a look."""
+    commands.stop = "rollout.py runs/libero_spatial/none_executor_s1"
+    refused(lambda: compare.main(["T", "--workers", "1"]), "none_executor_s1", "exit code 1", ".log")
+    commands.stop = ""
+    compare.main(["T", "--workers", "1"])
+    assert capfd.readouterr().out.strip().endswith("the table")
+    failed = next(c for c in commands.all if commands.all.count(c) == 2)
+    commands.all.remove(failed)
+    assert "none_executor_s1" in failed and len({*commands.all}) == len(commands.all) == 2 + 2 * 8
+    for stages in compare.chains_of(config()):
+        made = [commands.all.index(c.removeprefix("python ")) for _, c, _ in stages]
+        assert made == sorted(made)
+    compare.main(["T"])
+    assert len(commands.all) == 18, "nothing is made twice"
+    rollout, = Path("results").glob("*_none_*_s0_*.json")
+    rollout.write_text(json.dumps({"code": "old"}))
+    refused(lambda: compare.main(["T"]), rollout.name, "old", "--any-code")
+    compare.main(["T", "--any-code"])
+    assert len(commands.all) == 18
+
+
+def test_the_list_is_for_xargs(commands, capfd, refused):
+    compare.main(["T", "--list", "planners"])
+    lines = capfd.readouterr().out.splitlines()
+    assert lines == [f"python mask_planner.py{seed} --preset laptop" for seed in ("", " --seed 1")]
+    compare.main(["T", "--seeds", "1", "--rows", "none", "--list", "rollouts"])
+    assert capfd.readouterr().out.split()[:2] == ["python", "rollout.py"]
+    for argv, *words in (([], "no cell"), (["Z"], "no cell Z", "give T"),
+                         (["T", "--rows", "maks"], "maks", "mask-grounded")):
+        refused(lambda: compare.main(argv), *words)
+
+
+@pytest.mark.parametrize("letter", compare.CELLS)
+def test_no_two_results_share_a_name(letter):
+    """And each differs from every other in its command."""
+    stages = [s for group in compare.chains_of(parse(compare.Config, "", [letter])) for s in group]
+    for of in compare.STAGES:
+        commands, paths = zip(*((c, p) for what, c, p in stages if what == of))
+        assert len({*commands}) == len({*paths}) == len(paths) or of != "rollouts"
+    rows, suites, demos, seeds, _, unseen = compare.CELLS[letter]
+    assert len(paths) == len(rows) * len(suites) * len(demos) * seeds * len(unseen)
+
+
+@pytest.mark.parametrize("row", ["none-frozen", "mask+goal"])
+def test_what_an_executor_sees(row, mask_path, data, tmp_path, monkeypatch):
+    """none-frozen: the goal through the planner's encoder, no plan; mask+goal: the plan, and
+    picture and goal through trained encoders, not the planner's picture; the same when acting."""
+    form = compare.ROWS[row][2]["form"]
+    c = parse(executor.Config, "", ["--preset", "tiny", "--device", "cpu", "--no-bf16", "--planner",
+                                    str(mask_path), "--form", form, "--data", str(data), "--out",
+                                    str(tmp_path)])
+    e, demos, videos, path = executor.prepare(c)
+    assert form in path.stem
+    batch = {k: torch.as_tensor(v) for k, v in executor.ActionData(c, e, demos, videos)(0).items()}
+    e.train().loss(batch)[0].backward()
+    assert all(p.grad is not None for p in e.parameters() if p.requires_grad)
+    obs = {"frames": torch.randint(0, 255, (1, 2, 64, 64, 3), dtype=torch.uint8),
+           "goal": torch.randint(0, 255, (1, 64, 64, 3), dtype=torch.uint8)}
+    plan = e.planner.plan(obs, e.form)
+    if row == "none-frozen":
+        torch.testing.assert_close(plan["plan"], e.planner.encode(obs["goal"]))
+        assert {*e.encoders} == {"wrist"} and {*e.scale} == {"picture", "plan", "state"}
+    else:
+        assert {*e.encoders} == {"picture", "wrist", "goal"} and {*e.scale} == {"plan", "state"}
+        assert e.plans == ["plan", "goal"] and batch["goal"].shape == batch["picture"].shape
+        assert torch.equal(plan["plan"], e.planner.plan(obs, "latent")["plan"])
+
+
+def test_no_future_is_seen(executor_path, sim):
+    """Two worlds with the same observations and goal, but another future: the actions are the same
+    until the observations differ, and not after."""
+    policy, actions = executor.Policy(executor.load_executor(executor_path)), []
+    frames = [sim.reset(init=k) for k in (0, 1)]
+    for changed in (0, 1):
+        world = SimpleNamespace(task=sim.task, goal_varies=False)
+        policy.reset(world, {"init": 0})
+        actions.append([])
+        for step in range(12):
+            world.frame = lambda masks: frames[changed if step >= 8 else 0]
+            actions[-1].append(tuple(policy(world)))
+    assert actions[0][:8] == actions[1][:8] and actions[0][8:] != actions[1][8:]
+
+
+@pytest.mark.slow
+def test_a_real_cell(data, tmp_path, monkeypatch, capfd):
+    """Real commands make the files that the cell expects, and the table; one again from nothing
+    has the same outcomes."""
+    stage = compare.stage
+    monkeypatch.setattr(compare, "CELLS", {"T": (["none", "mask"], [SUITE], [2], 1, 1, [""])})
+    monkeypatch.setattr(compare, "stage", lambda program, config, words=(), **given: stage(
+        program, config, words, **given | {"tasks": "0"}))
+    argv = ["T", "--preset", "tiny", "--workers", "1", "--data", str(data)]
+    for folder in "ab":
+        compare.main([*argv, "--out", str(tmp_path / folder), "--results", str(tmp_path / folder)])
+    assert "| mask_tasks0 |" in capfd.readouterr().out
+    for path in (tmp_path / "a").glob("*.json"):
+        first, again = (json.loads((tmp_path / k / path.name).read_text()) for k in "ab")
+        assert first["outcomes"] == again["outcomes"] and first["code"] == code()
+        assert shlex.split(first["command"])[0] == "python"
+    assert len(list((tmp_path / "a").glob("*.json"))) == 2
