@@ -47,7 +47,7 @@ def test_every_stage_once_and_in_order(commands, refused, capfd):
     """A planner that three rows share is trained once per seed; a failure stops; the same command
     continues; other code is refused but for a look."""
     commands.stop = "rollout.py runs/libero_spatial/none_executor_s1"
-    refused(lambda: compare.main(["T", "--workers", "1"]), "none_executor_s1", "exit code 1", ".log")
+    refused(lambda: compare.main(["T", "--workers", "1"]), "none_executor_s1", "code 1", ".log")
     commands.stop = ""
     compare.main(["T", "--workers", "1"])
     assert capfd.readouterr().out.strip().endswith("the table")
