@@ -253,7 +253,7 @@ def fit(model, batches, config, path, picture=None, note=""):
     done = content.get("step", 0)
     compute_loss = Loss(model)
     if world > 1:   # gives all processes the first one's weights, and averages their gradients
-        compute_loss = nn.parallel.DistributedDataParallel(compute_loss, broadcast_buffers=False)
+        compute_loss = nn.parallel.DistributedDataParallel(compute_loss, forward_sync_buffers=False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = make_optimizer(parameters, config)
     average = copy.deepcopy(model).eval() if config.ema else None
@@ -304,7 +304,9 @@ def fit(model, batches, config, path, picture=None, note=""):
 def report(config, path, scores, picture):
     """Prints a planner's scores on held-out videos (text) and writes them beside its checkpoint;
     with --show also picture() -> (H, W, 3) uint8, which training has drawn itself. Names of both
-    hold how it was sampled, where not as in its preset."""
+    hold how it was sampled, where not as in its preset. Of several processes the first does."""
+    if dist.is_initialized() and dist.get_rank():
+        return
     run = os.fspath(path).removesuffix(".pt")
     name = run + differences(config, {*as_dict(config)} - SAMPLING)
     print(scores)
