@@ -332,9 +332,9 @@ def sheet(goal, now, plan, true):
 
 
 @torch.no_grad()
-def show(planner, episodes, rows=6, seed=3):
-    """Predicted masks on the present, true ones on the future frames -> (., ., 3) uint8."""
-    episode, t, rng = episodes.sample_frames(0, rows, seed)
+def compare(planner, episodes, episode, t, rng):
+    """Of frames t (B,) of some episodes: goal, present masks (B, H, W, 3), predicted masks on the
+    present, true ones on the future frames (B, K, H, W, 3), all uint8."""
     batch = make_batch(episodes, episode, t, rng, planner.config)
     tensor, now, masks = tensors(batch, planner), batch["frames"][:, -1], batch["masks"]
     m = binary_masks(tensor["masks"][:, 0], planner.config.objects)  # (B, N, H/2, W/2)
@@ -343,8 +343,13 @@ def show(planner, episodes, rows=6, seed=3):
     ahead = t[:, None] + np.array(HORIZONS)  # (B, K)
     future = episodes.gather("obs/agentview_rgb", episode[:, None], ahead)  # (B, K, H, W, 3)
     over = lambda images, masks: draw_masks(images, upsample2(masks, images.shape[-3:-1]))
-    return sheet(batch["goal"], over(now, masks[:, 0]), over(now[:, None], label),
-                 over(future, masks[:, 1:]))
+    return (batch["goal"], over(now, masks[:, 0]), over(now[:, None], label),
+            over(future, masks[:, 1:]))
+
+
+def show(planner, episodes, rows=6, seed=3):
+    """Predicted beside true masks of random frames -> (., ., 3) uint8."""
+    return sheet(*compare(planner, episodes, *episodes.sample_frames(0, rows, seed)))
 
 
 def main(argv=None):

@@ -32,14 +32,18 @@ class Config(tables.Config):
     tasks: str = flag("0,4", "numbers or names of tasks, comma-separated; empty: all")
 
 
+def of_curve(folder):
+    """The rows of `tables.cells` that are of executors, on test scenes as in training."""
+    return [r for r in tables.cells(folder)
+            if r["action_demos"] and r["scenes"] == "test" and not r["unseen"]]
+
+
 def curve(config, _):
     """Success on test scenes, a line per plan with 95 % intervals, a panel per suite."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    rows = [r for r in tables.cells(config.results)
-            if r["action_demos"] and r["scenes"] == "test" and not r["unseen"]]
-    if not rows:
+    if not (rows := of_curve(config.results)):
         fail(f"no success rates in {config.results}/: python rollout.py <checkpoint> makes one")
     suites, plans = (sorted({r[key] for r in rows}) for key in ("suite", "plan"))
     figure, axes = plt.subplots(1, len(suites), squeeze=False, sharey=True, layout="constrained",
