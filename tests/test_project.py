@@ -195,7 +195,7 @@ def test_commands_parse():
 
 def test_guides_name_what_exists():
     """Flags, linked files, and `file.py: function`, `Class.method` of paper -> code."""
-    flags = {"--help", "--nproc-per-node", "--array", "--wrap"}     # torchrun's, Slurm's
+    flags = {*"--help --nproc-per-node --array --wrap --impl --points".split()}     # others'
     flags |= {kebab(no + f.name) for no in ("", "no_") for all in PROGRAMS.values() for C in all
               for f in flags_of(C)}
     for path, text in GUIDES.items():

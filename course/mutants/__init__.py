@@ -1,0 +1,1 @@
+"""Plausible mistakes, one module per assignment: {"file:function": [(text, its replacement)]}."""
