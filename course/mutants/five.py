@@ -70,4 +70,13 @@ MUTANTS = {
         ("max(0,", "max(-1,"),
         ("min(1,", "min(2,"),
     ],
+    "results/tables.py:difference_interval": [
+        ("np.subtract(a, b)", "np.subtract(b, a)"),
+        ("np.subtract(a, b)", "np.subtract(sorted(a), sorted(b))"),     # not by seed
+        ("0.975", "0.95"),                                  # one-sided
+        ("ddof=1", "ddof=0"),
+        ("/ np.sqrt(len(d))", ""),                          # of one seed, not of the mean
+        ("max(-1,", "max(0,"),
+        ("min(1,", "min(2,"),
+    ],
 }

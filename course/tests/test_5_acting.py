@@ -325,10 +325,6 @@ def test_interval_of_rates_lies_within_0_and_1():
     assert tables.t_interval([0.3, 0.3, 0.3]) == pytest.approx((0.3, 0.3))
 
 
-if_there = pytest.mark.skipif(not hasattr(tables, "difference_interval"), reason="not there")
-
-
-@if_there
 @pytest.mark.grades("difference_interval")
 @pytest.mark.parametrize("n", QUANTILES)
 def test_interval_of_a_difference_over_seeds(n):
@@ -344,7 +340,6 @@ def test_interval_of_a_difference_over_seeds(n):
     assert tables.difference_interval(list(b), list(a)) == pytest.approx((-high, -low))
 
 
-@if_there
 @pytest.mark.grades("difference_interval")
 def test_what_all_methods_share_in_a_seed_cancels():
     """Student (1908), paired: seeds that are easy for both widen nothing; within [-1, 1]."""
