@@ -98,7 +98,7 @@ get("button").onclick = play, slider.oninput = show
 onkeydown = event => {
   const by = {ArrowLeft: -1, ArrowRight: 1, " ": 0}[event.key]
   if (by === undefined || event.altKey || event.target.matches("button, video")) return
-  event.preventDefault(by ? move(by) : play())
+  event.preventDefault(), by ? move(by) : play()
 }
 show()
 </script>"""
