@@ -46,8 +46,9 @@ ASSIGNMENTS = [
                              "bootstrapped_cross_entropy": 20, "dice": 20, "iou": 10}},
         "python mask_planner.py --suite libero_spatial --tasks 0 --demos 2 --preset tiny "
         "--steps 300",
-        "`ce` and `dice` fall, then a table of held-out IoU beside copying the present mask, and "
-        "a picture of predicted beside true masks", 3,
+        "`dice` falls from 0.8 to 0.3, while `ce` rises again as fewer pixels count; a picture of "
+        "predicted beside true masks; held-out IoU at +32 of 0.83 (copying the present mask: 0.59) "
+        "for the robot and 0.46 (0.29) for what moves", 3,
         ["Let `soft_aggregate` return log p where eq. 3 has log-odds. What happens to the IoU "
          "where two objects touch? Measure it over the pixels near both.",
          "Replace the schedule of the hardest pixels by a constant 1, and then 0.15. How does the "
@@ -157,7 +158,8 @@ ASSIGNMENTS = [
                                         "subgoals": 10}},
         command="python -m video_control.avdc oracle --suite avdc --tasks button-press,door-open "
         "--episodes 10",
-        expect="not measured", minutes=8,
+        expect="10 of 10 episodes of each task succeed (measured: 0.7 minutes of one core)",
+        minutes=2,
         questions=[
             "Add Gaussian noise of 0, 0.5, 1 and 2 pixels to the exact correspondence. From which "
             "noise on does the success fall, and which of the tasks fails first?",
