@@ -200,7 +200,8 @@ class Fake(torch.nn.Module):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.config = SimpleNamespace(history=history, execute=execute, chunk=6, goals=1,
-                                      form="latent", task_names=("a",))
+                                      task_names=("a",))
+        self.form = "latent"
         self.planner = SimpleNamespace(history=frames, stride=stride, plan=lambda obs, form: {
             "plan": obs["frames"][:, -1, :1, :1, 0].float()})
         self.goals, self.texts = torch.full((1, 1, 4, 4, 3), 7), torch.full((1, 6), 8.0)
