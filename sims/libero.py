@@ -136,22 +136,6 @@ def body(sim, name):
     return sim.model.body(whole.root_body).id
 
 
-def reach_goal(sim):
-    """Moves the fixtures' joints to where the goal wants them, its objects just above theirs."""
-    import mujoco
-    wanted = {"open": -0.155, "close": 0.004, "turnon": 1.0, "turnoff": -0.004}
-    for predicate, target in (goal for goal in sim.goal if len(goal) == 2):
-        thing = sim.env.object_sites_dict.get(target) or sim.env.get_object(target)
-        value = -1.6 if (predicate, target) == ("open", "microwave_1") else wanted[predicate]
-        sim.data.qpos[sim.model.joint(thing.joints[0]).qposadr[0]] = value
-    mujoco.mj_forward(sim.model, sim.data)
-    for _, name, destination in (goal for goal in sim.goal if len(goal) == 3):
-        joint = sim.model.joint(sim.env.objects_dict[name].joints[-1])
-        where = (sim.data.site(destination) if destination in sim.env.object_sites_dict
-                 else sim.data.body(sim.env.obj_body_id[destination]))
-        sim.data.qpos[joint.qposadr[0]:][:3] = where.xpos + [0, 0, 0.04]
-
-
 class Libero(Simulator):
     """One LIBERO task; arguments as for `make`.  Actions: xyz, axis-angle, gripper; a control step
     is 50 ms (20 Hz)."""
@@ -193,10 +177,7 @@ class Libero(Simulator):
             self.set_state(load_initial_states(self.init_file)[init])
             self.env.robots[0].controller.update(force=True)
             self.env.robots[0].controller.reset_goal()
-        self._settle()
         return self.frame()
-
-    def _settle(self):
         for _ in range(20):  # objects land and come to rest
             self.advance(STILL)
 
@@ -255,11 +236,3 @@ class Libero(Simulator):
         robot, d = self.env.robots[0], self.data
         hand, gripper = d.site(robot.eef_site_id), robot._ref_gripper_joint_pos_indexes
         return hand.xpos, hand.xmat.reshape(3, 3), d.qpos[self.joints], d.qpos[gripper]
-
-    def goal_image(self, seed=None, init=None):
-        """(H, W, 3) uint8: a scene in which the goal holds, the robot at rest, made without a
-        demonstrator or a recording.  Resets the simulation."""
-        self.reset(seed, init)
-        reach_goal(self)
-        self._settle()
-        return self.camera.picture(self.data, "agentview")
