@@ -36,7 +36,7 @@ from core.files import fail, one_line
 from core.flags import flag, parse
 from demos import annotated, official, record
 from demos.language import TEXTS
-from sims.camera import GRID, JITTER, MOVES, TRIES
+from sims.camera import TRIES, around_what_moves
 
 # differs: Mask2Act does not say which sizes it took; of Segment Anything the largest that is there
 DETECTOR, FOLLOWER = "IDEA-Research/grounding-dino-tiny", "facebook/sam2.1-hiera-tiny"
@@ -233,18 +233,11 @@ def cotracker_tracks(tracker, frames, when, where):
 
 
 def video_tracks(frames, track, rng):
-    """Points are tried everywhere, K drawn anew around those that move, a grid among them, and
-    followed by `track` -> tracks (T, K, 2) in [0, 1], visible (T, K).
-    differs: ATM keeps 1,098, and stops if nothing moves: here they are drawn uniformly then."""
-    T, K = len(frames), 256
-    when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
-    moves = np.flatnonzero(track(frames, when, where)[0].var(0).sum(1) > MOVES)
-    kept = rng.choice(moves if len(moves) else TRIES, K)
-    when, where = when[kept], where[kept]
-    grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)
-    when[:len(grid)], where[:len(grid)] = rng.integers(T, size=len(grid)), grid
-    where = np.clip(where + JITTER * rng.normal(size=(K, 2)), 0.001, 0.999)
-    return track(frames, when, where)
+    """Points are tried everywhere; those drawn around what moves are followed by `track`
+    -> tracks (T, K, 2) in [0, 1], visible (T, K)."""
+    when, where = rng.integers(len(frames), size=TRIES), rng.random((TRIES, 2))
+    varies = track(frames, when, where)[0].var(0).sum(1)  # (TRIES,)
+    return track(frames, *around_what_moves(when, where, varies, len(frames), rng)[1:])
 
 
 # --- the program ----------------------------------------------------------------------------------

@@ -73,12 +73,12 @@ def versions():
 
 
 def tracks(sim, states, seed):
-    """Exact tracks of K = 256 points of an episode just played here, see `camera.track`: states
-    (T, S) -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, and the same
-    for eye_in_hand}."""
+    """Exact tracks of K points of an episode just played here, see `camera.track`: states (T, S)
+    -> {"tracks/agentview": (T, K, 2) float16, "visible/agentview": (T, K) bool, and the same for
+    eye_in_hand}."""
     found, qpos = {}, states[:, 1:1 + sim.model.nq]  # (T, nq)
     for k, (name, view) in enumerate(zip(CAMERAS, sim.cameras)):
-        xy, seen = track(sim.camera, view, sim.model, qpos, 256, np.random.default_rng([seed, k]))
+        xy, seen = track(sim.camera, view, sim.model, qpos, np.random.default_rng([seed, k]))
         found |= {f"tracks/{name}": xy.astype(np.float16), f"visible/{name}": seen}
     return found
 

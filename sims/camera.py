@@ -142,8 +142,8 @@ def copy_state(model, source, target):
 TOLERANCE = 0.003  # metres before a point within which what a ray meets does not hide it
 MOVES = 10 / 128 ** 2  # ATM keeps points whose places vary by over 10 square pixels of 128
 JITTER = 0.05  # of the picture; ATM draws new points this far around those that move
-# points tried at first; rows and columns of points that are kept whether or not they move
-TRIES, GRID = 1000, 7
+# points tried at first; points kept; rows and columns of those kept whether or not they move
+TRIES, K, GRID = 1000, 256, 7
 
 
 def project(points, eye, axes, focal):
@@ -225,29 +225,33 @@ class Replay:
         return shown
 
 
-def track(camera, view, model, qpos, K, rng):
-    """K points, fixed to bodies, followed exactly through an episode.  They are where ATM (section
-    IV-A) has them: around what moves, and a grid.  qpos, camera, view: as of `Replay`
-    -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible (T, K)
-    bool, by ray casting
+def around_what_moves(when, where, varies, T, rng):
+    """K points of a film of T frames, where ATM (section IV-A) has them: around what moves, and a
+    grid.  Of points tried: when and where they are seen (P,), (P, 2) in [0, 1], the variance of
+    their places, -1 of no point (P,) -> which of these each is near (K,), when, where (K,), (K, 2).
+    differs: ATM has 1,098 points, and stops if nothing moves; here they are drawn uniformly."""
+    moves = np.flatnonzero(varies > MOVES)
+    near = rng.choice(moves if len(moves) else np.flatnonzero(varies >= 0), K)
+    when, where = when[near], where[near]
+    grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)
+    when[:len(grid)], where[:len(grid)] = rng.integers(T, size=len(grid)), grid
+    return near, when, (where + JITTER * rng.normal(size=(K, 2))).clip(0.001, 0.999)
 
-    differs: ATM tracks pixels by CoTracker; where it crashes, as nothing moves, these points are
-    drawn uniformly.
-    """
+
+def track(camera, view, model, qpos, rng):
+    """K points, fixed to bodies, followed exactly through an episode.  qpos, camera, view: as of
+    `Replay` -> places (T, K, 2) in [0, 1], x right, y down, outside if out of the picture; visible
+    (T, K) bool, by ray casting.  differs: ATM tracks pixels by CoTracker."""
     replay, T = Replay(camera, view, model, qpos), len(qpos)
     when, where = rng.integers(T, size=TRIES), rng.random((TRIES, 2))
     body, local = replay.pick(when, where)
-    when, where, body, local = (x[body >= 0] for x in (when, where, body, local))
-    spread = replay.follow(body, local)[1].var(0).sum(1)  # (P,) nan behind the camera
-    moves = np.flatnonzero(np.nan_to_num(spread, nan=np.inf) > MOVES)
-    kept = rng.choice(moves if len(moves) else len(when), K)
-    when, where, body, local = (x[kept] for x in (when, where, body, local))
-    grid = np.stack(np.meshgrid(*[(np.arange(GRID) + 0.5) / GRID] * 2), -1).reshape(-1, 2)[:K]
-    when[:len(grid)], where[:len(grid)] = rng.integers(T, size=len(grid)), grid
-    where = (where + JITTER * rng.normal(size=(K, 2))).clip(0.001, 0.999)
+    varies = replay.follow(body, local)[1].var(0).sum(1)  # (P,) nan behind the camera
+    varies = np.where(body < 0, -1, np.nan_to_num(varies, nan=np.inf))
+    near, when, where = around_what_moves(when, where, varies, T, rng)
     new_body, new_local = replay.pick(when, where)
     # past the edge of the world there is nothing: the point that it came from, then
     hit = new_body >= 0  # (K,)
-    body, local = np.where(hit, new_body, body), np.where(hit[:, None], new_local, local)
+    body = np.where(hit, new_body, body[near])
+    local = np.where(hit[:, None], new_local, local[near])
     world, place, depth = replay.follow(body, local)
     return np.nan_to_num(place.clip(-9, 9), nan=-9), replay.visible(world, place, depth)

@@ -14,10 +14,10 @@ import sims
 from core.episodes import CAMERAS
 from demos.libero import demonstrator
 from sims import libero
-from sims.camera import MOVES, OPENGL, Camera, Replay, choose_opengl, project, simplify_mesh, track
+from sims.camera import (K, MOVES, OPENGL, Camera, Replay, choose_opengl, project, simplify_mesh,
+                         track)
 
 ROBOT, BOWL, PLATE = 1, 2, 3  # labels in the masks of task 0 of libero_spatial
-K = 100
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +107,7 @@ def test_simplify_mesh():
 def follow(sim, states, camera, seed=0):
     view = sim.cameras[CAMERAS.index(camera)]
     qpos = states[:, 1:1 + sim.model.nq]
-    return track(sim.camera, view, sim.model, qpos, K, np.random.default_rng(seed))
+    return track(sim.camera, view, sim.model, qpos, np.random.default_rng(seed))
 
 
 def test_a_point_is_where_the_renderer_draws_it(played):

@@ -20,7 +20,8 @@ import mask_planner
 import track_planner
 from baselines import plex
 from core.episodes import split_assembled
-from demos import annotated, films
+from demos import annotated, films, record
+from sims.camera import JITTER
 
 ASKED = [*CPU, "--objects", "robot arm. black bowl.", "--suite", "my_videos", "--tracks", "flow"]
 S = 128     # pixels that the small networks see
@@ -212,7 +213,7 @@ def test_points_are_drawn_where_something_moves():
         track = lambda frames, when, where: (where + np.linspace(0, far, 12)[:, None, None] * (
             where < 0.5).all(1)[:, None], None)  # (12, K, 2)
         tracks, _ = extract.video_tracks(np.zeros((12, 8, 8)), track, np.random.default_rng(0))
-        among = (tracks[0, 49:] < 0.5 + 2 * extract.JITTER).all(1).mean()  # behind the grid
+        among = (tracks[0, 49:] < 0.5 + 2 * JITTER).all(1).mean()  # behind the grid
         assert tracks.shape == (12, 256, 2) and share < among < share + 0.25
 
 
