@@ -17,7 +17,7 @@ from core.episodes import CAMERAS, HELD_OUT, assemble, open_data, write_episode
 from core.files import fail
 from demos import films
 from demos.language import embed
-from demos.record import missing, run_jobs, shares
+from demos.record import make_files
 
 WORK = 384  # pixels: films are annotated at this size or at --size, the larger
 
@@ -31,11 +31,10 @@ def annotate_suite(config, names, annotator):
     """The recorded episodes of some tasks once more, as suite `annotated_suite`: masks and tracks
     are networks', all else is kept.  Episodes that are there stay.  names: {task: what its objects
     look like, the robot first}."""
-    jobs, unfinished = [], {}
+    files = {}
     for task in names:
         source, path = (Path(config.data) / suite / f"{task}.hdf5"
                         for suite in (config.suite, annotated_suite(config)))
-        parts = path.with_suffix("")
         with open_data(source) as f:
             demos, about = f["data"], dict(f["data"].attrs)
             wanted = min(len(demos), HELD_OUT + config.demos)
@@ -44,20 +43,12 @@ def annotate_suite(config, names, annotator):
                     check_same(path, old["data/demo_0"], demos["demo_0"])
                     if len(old["data"]) >= wanted:
                         continue
-            jobs += [(annotator, config, source, parts, names[task], share)
-                     for share in shares(missing(path, wanted), len(names), config.workers)]
-            for part in parts.glob("demo_*.hdf5"):
+            for part in path.with_suffix("").glob("demo_*.hdf5"):
                 with h5py.File(part) as old:
                     check_same(part, old, demos[part.stem])
-        unfinished[path] = about | {"mask_source": config.masks, "track_source": config.tracks}
-    total = sum(len(job[-1]) for job in jobs)
-    if total:
-        print(f"data: {total} episodes of {config.suite} with masks by {config.masks}, tracks by "
-              f"{config.tracks}, {config.workers} processes -> {config.data}/")
-        for _ in run_jobs(annotate_episodes, jobs, config.workers, total, "annotate", opengl=False):
-            pass
-    for path, about in unfinished.items():
-        assemble(path, path.with_suffix(""), about)
+        about |= {"mask_source": config.masks, "track_source": config.tracks}
+        files[path] = (annotator, config, source, names[task]), wanted, about.copy
+    make_files("annotated", annotate_episodes, files, config.workers, opengl=False)
 
 
 def check_same(path, old, new):
@@ -69,7 +60,7 @@ def check_same(path, old, new):
 
 def annotate_episodes(job):
     """Worker: some episodes of one task, a file each; yields each one's number when it is made."""
-    annotator, config, source, parts, names, indices = job
+    annotator, config, source, names, parts, indices = job
     annotate = annotator(config)
     with open_data(source) as f:
         for i in indices:

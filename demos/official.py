@@ -22,6 +22,7 @@ a demonstration is left out.  Files that others made may pair them otherwise (`p
 import re
 import shutil
 import time
+from functools import partial
 from pathlib import Path
 from xml.etree.ElementTree import ParseError
 
@@ -29,7 +30,7 @@ import h5py
 import numpy as np
 
 import sims
-from core.episodes import CAMERAS, HELD_OUT, assemble, write_episode
+from core.episodes import CAMERAS, HELD_OUT, write_episode
 from core.files import fail, one_line
 from demos import record
 from sims import libero
@@ -192,7 +193,7 @@ def convert_demo(sim, demo, rows_step, seed):
 def import_episodes(job):
     """Worker: the first demonstrations of one task that the replay reproduces, a file each; yields
     each one's number when it is made."""
-    suite, task, path, names, size, folder, wanted = job
+    suite, task, path, names, size, folder, indices = job
     made, left, why = len([*folder.glob("demo_*.hdf5")]), iter(names), ""
     if made:  # in an earlier run, in order
         with h5py.File(folder / f"demo_{made - 1}.hdf5") as one:
@@ -200,7 +201,7 @@ def import_episodes(job):
     sim = sims.make(suite, task, size, "faithful")
     with h5py.File(path) as f:
         rows_step = UPRIGHT[convention(f["data"])]
-        while made < wanted and (name := next(left, None)):
+        while made <= indices[-1] and (name := next(left, None)):
             begin = time.time()
             episode, error = convert_demo(sim, f["data"][name], rows_step, seed=made)
             if error:
@@ -221,7 +222,7 @@ def import_episodes(job):
 def import_official(config, tasks):
     """Makes whatever data files are missing of the tasks from LIBERO's published ones; before
     anything is written, all of these must be there and whole."""
-    suite, wanted, jobs = config.suite, config.demos + HELD_OUT, {}
+    suite, wanted, files = config.suite, config.demos + HELD_OUT, {}
     for task in tasks:
         path = Path(config.data) / suite / f"{task}.hdf5"
         ready, about = record.made_so_far(path)
@@ -232,15 +233,7 @@ def import_official(config, tasks):
                  "or delete it")
         if ready < wanted and not about.get("exhausted"):
             source = locate(config.data, suite, task, config.download)
-            jobs[path] = suite, task, source, *check(source), path.with_suffix(""), wanted
-    if not jobs:
-        return
-    print(f"data: official demonstrations of {len(jobs)} tasks of {suite}, "
-          f"{config.workers} processes -> {config.data}/")
-    total = sum(len(record.missing(path, wanted)) for path in jobs)
-    for _ in record.run_jobs(import_episodes, jobs.values(), config.workers, total, "import"):
-        pass
-    for path, (_, task, _, _, size, parts, _) in jobs.items():
-        exhausted = len(list(parts.glob("demo_*.hdf5"))) < wanted
-        assemble(path, parts, record.attributes(
-            suite, task, size, "faithful", config.text, "official", exhausted))
+            names, size = check(source)
+            files[path] = ((suite, task, source, names, size), wanted, partial(
+                record.attributes, suite, task, size, "faithful", config.text, "official"))
+    record.make_files("official", import_episodes, files, config.workers, split=False)

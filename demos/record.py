@@ -13,6 +13,7 @@ import sys
 import time
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
@@ -160,7 +161,7 @@ def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="mi
     text    what embeds the instruction, one of `language.TEXTS`
     """
     with alone(Path(data) / suite), one_line(data):     # another program may be making them
-        jobs, looks = [], {}
+        files = {}
         for task in tasks:
             path = Path(data) / suite / f"{task}.hdf5"
             ready, about = made_so_far(path)
@@ -177,18 +178,31 @@ def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="mi
                      f"{' '.join(there)}, choose another --data folder or delete it")
             if closed or ready >= demos + HELD_OUT:
                 continue
-            looks[path] = {"size": size, "render": about.get("render", render or "fast")}
-            jobs += [(suite, task, share, path.with_suffix(""), looks[path])
-                     for share in shares(missing(path, demos + HELD_OUT), len(tasks), workers)]
-        if not looks:
-            return
-        total = sum(len(job[2]) for job in jobs)
-        print(f"data: {total} scripted episodes of {len(looks)} tasks of {suite}, "
-              f"{workers} processes -> {data}/")
-        for _ in run_jobs(record_episodes, jobs, workers, total, "record"):
+            look = {"size": size, "render": about.get("render", render or "fast")}
+            files[path] = ((suite, task, look), demos + HELD_OUT,
+                           partial(attributes, suite, task, **look, text=text))
+        make_files("scripted", record_episodes, files, workers)
+
+
+def make_files(kind, function, files, workers, split=True, opengl=True):
+    """Makes what is missing of data files, in processes.
+
+    kind      of the episodes, for messages
+    function  as of `run_jobs`; its jobs (*job, folder, numbers) are episodes to make, a file each
+    files     {path: (job, number of episodes, about)}; about() -> attributes
+    split     whether several processes may make episodes of one file
+    """
+    jobs = [(*job, path.with_suffix(""), share) for path, (job, count, _) in files.items()
+            for share in shares(missing(path, count), len(files), workers if split else 1)]
+    if jobs:
+        path, total = next(iter(files)), sum(len(job[-1]) for job in jobs)
+        print(f"data: {total} {kind} episodes of {len(files)} tasks of {path.parent.name}, "
+              f"{workers} processes -> {path.parents[1]}/")
+        for _ in run_jobs(function, jobs, workers, total, kind, opengl):
             pass
-        for path, look in looks.items():
-            assemble(path, path.with_suffix(""), attributes(suite, path.stem, **look, text=text))
+    for path, (_, count, about) in files.items():
+        short = len(list(path.with_suffix("").glob("demo_*.hdf5"))) < count
+        assemble(path, path.with_suffix(""), {"exhausted": short} | about())
 
 
 def made_so_far(path):
@@ -217,7 +231,7 @@ def missing(path, count):
 
 def record_episodes(job):
     """Worker: some episodes of one task, a file each; yields each one's number when it is made."""
-    suite, task, indices, folder, look = job
+    suite, task, look, folder, indices = job
     sim = sims.make(suite, task, **look)
     for i in indices:
         begin = time.time()
@@ -232,14 +246,13 @@ def record_episodes(job):
     sim.close()
 
 
-def attributes(suite, task, size, render, text, source="scripted", exhausted=False):
-    """The attributes of a simulator's data file, a dict, see core/episodes.py.  exhausted: whether
-    the source has no more episodes."""
+def attributes(suite, task, size, render, text, source="scripted"):
+    """The attributes of a simulator's data file, a dict, see core/episodes.py."""
     language, objects, _ = sims.describe(suite, task)
     arguments = {"env_name": suite, "type": 1, "env_kwargs": {"suite": suite, "task": task}}
     return {"env": suite, "env_args": json.dumps(arguments), "task": task, "size": size,
-            "render": render, "source": source, "exhausted": exhausted, "objects": objects,
-            "language_instruction": language, "text": text, "text_embedding": embed(language, text),
+            "render": render, "source": source, "objects": objects, "text": text,
+            "language_instruction": language, "text_embedding": embed(language, text),
             "problem_info": json.dumps({"language_instruction": language}),
             "cameras": list(CAMERAS), "goal_varies": sims.goal_varies(suite), "mask_source": "sim",
             "track_source": "sim", "versions": json.dumps(sims.versions())}

@@ -344,7 +344,7 @@ def go(data, tmp_path, monkeypatch):
 
     shutil.copytree(data, tmp_path / "data")
     monkeypatch.setattr(extract, "Annotator", lambda config: annotate)
-    monkeypatch.setattr(annotated, "run_jobs", lambda function, jobs, *rest, **more: [
+    monkeypatch.setattr(record, "run_jobs", lambda function, jobs, *rest: [
         made for job in jobs for made in function(job)])
     argv = [*COMMON, "--masks", "sam", "--tracks", "flow", "--data", str(tmp_path / "data")]
     go = lambda *flags: extract.main([*argv, *flags])

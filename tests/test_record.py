@@ -138,7 +138,7 @@ def test_a_scene_on_which_the_demonstrator_fails_is_replaced(tmp_path, monkeypat
     monkeypatch.setattr(sims, "make", lambda *_, **look: SimpleNamespace(close=lambda: None))
     monkeypatch.setattr(record, "record", lambda sim, seed: (
         rows if seed > 2 * record.RETRY else None))
-    job = SUITE, "x", [1], tmp_path, {"size": SIZE, "render": "fast"}
+    job = SUITE, "x", {"size": SIZE, "render": "fast"}, tmp_path, [1]
     assert list(record.record_episodes(job)) == [1]
     with h5py.File(tmp_path / "demo_1.hdf5") as f:
         assert f.attrs["seed"] == 1 + 2 * record.RETRY
