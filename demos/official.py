@@ -5,18 +5,17 @@
 The files, data/official/<suite>/<task>_demo.hdf5, as LIBERO's create_dataset.py wrote them (S state
 numbers; T steps; what we do not need is left out):
 
-    data.attrs   macros_image_convention: "opengl", pictures upside down, or "opencv", upright
     data/demo_k  actions (T, 7) . states (T, S) before each action: time, positions, velocities
                  attrs: model_file, MJCF with the places of fixtures and cameras
       obs/       agentview_rgb, eye_in_hand_rgb (T, H, H, 3) u1 . joint_states (T, 7) radians
                  gripper_states (T, 2) metres . ee_states (T, 6) metres and axis-angle
+                 pictures upright or, as robosuite renders, upside down: whichever agrees
 
 Masks, tracks and the robot's states come from setting the simulator to `states`; nothing is
 simulated, so no version of mujoco or robosuite changes them.  That script stores the state before
 an action and the observation after it: picture t belongs to state t + 1 (to the last 2 ms, for
-which robosuite does not move what it draws), so what is seen before action t + 1 is picture t.  It
-observed by playing the actions again, and went on where that strayed from the recorded states; such
-a demonstration is left out.  Files that others made may pair them otherwise (`picture_offset`).
+which robosuite does not move what it draws).  It observed by playing the actions again, and went on
+where that strayed from the recorded states; such a demonstration is left out.
 """
 
 import re
@@ -37,7 +36,6 @@ from sims import libero
 
 HUB = "yifengzhu-hf/LIBERO-datasets"
 VIEWS = tuple(f"obs/{camera}_rgb" for camera in CAMERAS)
-UPRIGHT = {"opengl": -1, "opencv": 1}  # step through the rows of a picture
 # largest deviation of the observed robot states from the replayed ones: it moves the hand by less
 # than a pixel of 128 (8 mm on the table); a step moves it by up to 13 mm, the joints by 0.06 rad
 TOLERANCE = {"joint_states": (0.01, "rad"), "gripper_states": (0.004, "m"),
@@ -63,11 +61,8 @@ def locate(data, suite, task, download):
     address = f"https://huggingface.co/datasets/{HUB}/resolve/main/{suite}/{path.name}"
     if not download:
         fail(f"no {path}: give --download, or fetch it from {address}")
-    try:
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.utils import logging
-    except ImportError:
-        fail(f"--download needs pip install huggingface_hub; or fetch {address} as {path}")
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.utils import logging
     logging.set_verbosity_error()  # else a line for each try
     try:
         hf_hub_download(HUB, f"{suite}/{path.name}", repo_type="dataset", local_dir=path.parents[1])
@@ -78,38 +73,21 @@ def locate(data, suite, task, download):
 
 
 def check(path):
-    """Names of a published file's demonstrations in its order, height and width of its pictures;
+    """Names of a published file's demonstrations in its order, height of the first one's pictures;
     one line if the file is not whole or has another layout."""
     try:
         with one_line(path), h5py.File(path, "r") as f:
             demos = f["data"] if isinstance(f.get("data"), h5py.Group) else {}
             names = sorted((name for name in demos if re.fullmatch(r"demo_\d+", name)),
                            key=lambda name: int(name[5:]))
-            if not names:
-                wrong = "lacks data/demo_0"
-            elif convention(demos) not in UPRIGHT:
-                wrong = "lacks data@macros_image_convention (opengl or opencv: upside down or not)"
-            else:
-                wrong = next(filter(None, (misfit(demos[name]) for name in names)), None)
-                for short in [n for n in names if not wrong and len(demos[n]["actions"]) < 2]:
-                    print(f"left out, {path}: {short} has {len(demos[short]['actions'])} rows")
-                    names.remove(short)
-            sizes = {demos[name][VIEWS[0]].shape[1] for name in names if not wrong}
-            if not wrong and not names:
-                wrong = "has no demonstration of two rows or more"
-            if len(sizes) > 1:
-                wrong = f"holds pictures of {sorted(sizes)} px, not of one size"
+            wrong = next(filter(None, (misfit(demos[name]) for name in names)),
+                         None if names else "lacks data/demo_0")
+            size = wrong or demos[names[0]][VIEWS[0]].shape[1]
     except OSError as error:
         wrong = f"is not a whole HDF5 file ({str(error)[:60]})"
     if wrong:
         fail(f"{path} {wrong}: delete it and fetch it again with --source official --download")
-    return names, sizes.pop()
-
-
-def convention(demos):
-    """Which way up a file's pictures are; written as text, as bytes or as an array of one."""
-    value = np.asarray(demos.attrs.get("macros_image_convention", "")).ravel()[:1]
-    return "".join(v.decode() if isinstance(v, bytes) else str(v) for v in value.tolist())
+    return names, size
 
 
 def misfit(demo):
@@ -128,8 +106,8 @@ def misfit(demo):
 
 
 def picture_offset(observed, joints):
-    """Steps from a row's state to its picture: the joints (T, J) in the pictures and in the states,
-    radians -> 0 or 1, whichever agrees better."""
+    """Steps from a row's state to its picture (files that others made may pair them otherwise): the
+    joints (T, J) in the pictures and in the states, radians -> 0 or 1, whichever agrees better."""
     off = [np.nanmean(np.abs(observed[:-1] - joints[k:len(joints) - 1 + k])) for k in (0, 1)]
     return int(off[1] < off[0])
 
@@ -148,18 +126,9 @@ def replay_error(demo, found):
     return max(errors)[1] if errors else None
 
 
-def turned(rendered, stored):
-    """Which way a stored picture (H, W, 3) is turned against the rendered one, as text, or None."""
-    ways = {None: stored, "upside down": stored[::-1], "mirrored": stored[:, ::-1],
-            "turned by 180 degrees": stored[::-1, ::-1]}
-    off = {way: np.abs(rendered.astype(int) - picture).mean() for way, picture in ways.items()}
-    way = min(off, key=off.get)
-    return way and f"its pictures are {way}: data@macros_image_convention is wrong"
-
-
-def convert_demo(sim, demo, rows_step, seed):
+def convert_demo(sim, demo, seed):
     """A published demonstration, an open group -> its arrays as `record.record` has them, and None;
-    or None and why it cannot be used.  rows_step: see UPRIGHT."""
+    or None and why it cannot be used."""
     try:
         lacks = sim.restore_fixtures(demo.attrs["model_file"])
     except ParseError as error:
@@ -170,6 +139,8 @@ def convert_demo(sim, demo, rows_step, seed):
     if states.shape[1] != S:
         return None, f"{states.shape[1]} numbers, the simulator's have {S}"
     actions = demo["actions"][:]
+    if len(actions) < 2:
+        return None, f"it has {len(actions)} rows"
     if not np.isfinite(states).all() or not (np.abs(actions) <= 1.01).all():
         return None, "a state is no number, or an action is beyond [-1, 1]"
     offset = picture_offset(demo["obs/joint_states"][:], states[:, 1 + sim.joints])
@@ -180,11 +151,12 @@ def convert_demo(sim, demo, rows_step, seed):
     episode = {key: np.stack([frame[key] for frame in frames]) for key in frames[0]}  # (T', ...)
     if error := replay_error(demo, episode):
         return None, error
-    T = len(states)
-    episode |= {view[4:]: demo[view][:T][:, ::rows_step] for view in VIEWS}  # (T', H, W, 3)
     sim.set_state(states[0])
-    if error := turned(sim.frame()["agentview_rgb"], episode["agentview_rgb"][0]):
-        return None, error
+    seen, first, T = sim.frame()["agentview_rgb"].astype(int), demo[VIEWS[0]][0], len(states)
+    if seen.shape != first.shape:
+        return None, f"its pictures are {first.shape}, the first one's {seen.shape}"
+    way = min((-1, 1), key=lambda step: np.abs(seen - first[::step]).mean())    # rows, upright
+    episode |= {view[4:]: demo[view][:T][:, ::way] for view in VIEWS}  # (T', H, W, 3)
     episode |= {"states": states, "actions": actions[offset:],
                 "rewards": np.append(np.zeros(T - 1), 1.0)}  # each ends with its success
     return episode | sims.tracks(sim, states, seed=seed), None
@@ -200,10 +172,9 @@ def import_episodes(job):
             left = iter(names[1 + names.index(one.attrs["original"]):])
     sim = sims.make(suite, task, size, "faithful")
     with h5py.File(path) as f:
-        rows_step = UPRIGHT[convention(f["data"])]
         while made <= indices[-1] and (name := next(left, None)):
             begin = time.time()
-            episode, error = convert_demo(sim, f["data"][name], rows_step, seed=made)
+            episode, error = convert_demo(sim, f["data"][name], seed=made)
             if error:
                 why = f"{path}: {name} is not what its states give: {error}"
                 print(f"left out, {why}")

@@ -93,8 +93,7 @@ def publish(path, episodes):
             demo["actions"], demo["states"] = episode["actions"], episode["states"]
             demo["rewards"] = demo["dones"] = np.append(np.zeros(T - 1, np.uint8), np.uint8(1))
             demo.attrs.update(num_samples=T, model_file=episode["model"])
-        f["data"].attrs.update(macros_image_convention="opengl", num_demos=len(episodes),
-                               env_args=json.dumps({"type": 1}), tag="libero-v1")
+        f["data"].attrs.update(num_demos=len(episodes), env_args=json.dumps({"type": 1}))
     return path
 
 
@@ -200,7 +199,7 @@ def test_pictures_of_the_state_before_the_action(played, sim, tmp_path):
     paired = {k: v if isinstance(v, str) else v[1:] if k in ("actions", "states") else v[:-1]
               for k, v in played[1].items()}
     with h5py.File(publish(tmp_path / "x.hdf5", [paired])) as f:
-        episode, error = official.convert_demo(sim, f["data/demo_0"], -1, seed=0)
+        episode, error = official.convert_demo(sim, f["data/demo_0"], seed=0)
     assert error is None
     for name in ("agentview_rgb", "states", "actions"):
         assert np.array_equal(episode[name], paired[name]), name
@@ -216,11 +215,10 @@ def test_a_changed_robot_state_is_no_replay(copied, source, refused, again, name
     assert not copied[1].exists() and not copied[1].with_suffix("").exists()
 
 
-def test_what_cannot_be_used_is_left_out_by_name(copied, source, played, again, capfd, refused):
-    """A replay that strays, one row, actions or states that are none; pictures that are not as the
-    file says; pictures that are upright already stay so."""
+def test_what_cannot_be_used_is_left_out_by_name(copied, source, played, again, capfd):
+    """A replay that strays, one row, actions or states that are none; pictures that are upright
+    already stay so."""
     with h5py.File(source, "a") as f:
-        f["data"].attrs["macros_image_convention"] = np.array([b"opencv"])
         f["data"].copy("demo_2", "demo_10")
         f["data/demo_1/obs/joint_states"][5] += 0.05
         for name, key, value in (("demo_3", "actions", 20), ("demo_4", "states", np.nan)):
@@ -230,8 +228,6 @@ def test_what_cannot_be_used_is_left_out_by_name(copied, source, played, again, 
         short.attrs.update(f["data/demo_2"].attrs)
         for key, rows in arrays(f["data/demo_2"]).items():
             short[key] = rows[:1]
-    refused(again, "upside down", "macros_image_convention")
-    with h5py.File(source, "a") as f:
         for key in (f"data/{name}/{view}" for name in f["data"] for view in official.VIEWS):
             f[key][:] = f[key][:][:, ::-1]
     again()
@@ -272,14 +268,13 @@ def test_other_episodes_are_not_mixed(copied, again, refused):
     refused(again, f"{ours.with_suffix('')}/", "scripted", "--data")
 
 
-@pytest.mark.parametrize("missing", [*official.ROWS, "obs", "model_file",
-                                     "macros_image_convention", "data"])
+@pytest.mark.parametrize("missing", [*official.ROWS, "obs", "model_file", "data"])
 def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, again, missing):
     source, ours = copied
     with h5py.File(source, "a") as f:
         demo = f["data/demo_1"]
-        owner = {"model_file": demo.attrs, "macros_image_convention": f["data"].attrs}
-        del (f if missing == "data" else owner.get(missing, demo))[missing]
+        owner = {"model_file": demo.attrs, "data": f}
+        del owner.get(missing, demo)[missing]
     with h5py.File(ours, "a") as f:  # more are wanted than there are
         del f["data/demo_2"]
         f["data"].attrs["exhausted"] = False
@@ -312,16 +307,13 @@ def test_a_broken_file_is_one_line(copied, source, refused, again, key, change, 
 
 
 def test_download(tmp_path, refused, task, monkeypatch):
-    """Only if asked, and LIBERO's; without a network, or the package, one line is the way out."""
+    """Only if asked, and LIBERO's; without a network one line is the way out."""
     refused(lambda: official.choose_tasks("mt10", ""), "mt10", SUITE)
     hub, calls = pytest.importorskip("huggingface_hub"), []
     pytest.importorskip("huggingface_hub.constants")
     fetch = lambda download=True: official.locate(tmp_path, SUITE, task, download)
     name, address = f"{task}_demo.hdf5", f"https://huggingface.co/datasets/{official.HUB}"
-    with monkeypatch.context() as patch:
-        patch.setitem(sys.modules, "huggingface_hub", None)
-        refused(lambda: fetch(False), name, "--download", address)
-        refused(fetch, name, "pip install huggingface_hub", address)
+    refused(lambda: fetch(False), name, "--download", address)
     monkeypatch.setattr(hub.constants, "HF_HUB_OFFLINE", True)
     refused(fetch, name, address, "network")
     assert not list(tmp_path.rglob("*.hdf5"))
