@@ -311,7 +311,7 @@ class Config:
                        "film); flow needs no weights", choices=["sim", "cotracker", "flow"])
     objects: str = flag("", "what to segment, the robot first, each name with a full stop; empty: "
                         "as the suite names them")
-    video: str = flag("", "a film, a folder of its pictures, or a folder of films: no simulator")
+    video: str = flag("", "a film, or a folder of films: no simulator")
     weights: str = flag("", "folder of the networks' weights, before the usual caches")
     download: bool = flag(False, "fetch what is missing: weights, the official files")
     text: str = flag("minilm", "what puts the instruction into numbers; bert and clip must be in "

@@ -1,7 +1,6 @@
 """Films of any make as frames, for `extract.py --video`."""
 
 import os
-import re
 import subprocess
 from pathlib import Path
 
@@ -13,25 +12,18 @@ from core.files import fail
 PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
 LONGEST = 300  # frames that the networks are given at once
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
-PICTURES = (".png", ".jpg", ".jpeg", ".bmp")
-
-
-def files_in(folder, kinds):
-    """The files of a folder with one of these suffixes, in the order of their names, frame2 before
-    frame10; without hidden ones, which macOS puts beside each."""
-    natural = lambda p: [(not w.isdecimal(), int(w) if w.isdecimal() else w)
-                         for w in re.split(r"(\d+)", p.name) if w]
-    return sorted((p for p in Path(folder).glob("[!.]*")
-                   if p.is_file() and p.suffix.lower() in kinds), key=natural)
 
 
 def episodes_of(path):
-    """A folder of films -> those, an episode each; else the path itself, to be cut into pieces."""
-    films = files_in(path, FILMS)
-    if films and len(films) <= HELD_OUT:
-        fail(f"{path} holds {len(films)} films: {HELD_OUT} are held out, "
+    """A folder of films -> those, an episode each, by their names; a film -> itself, to be cut."""
+    if not os.path.isdir(path):
+        return [path]
+    # without hidden files, which macOS puts beside each
+    films = sorted(p for p in Path(path).glob("[!.]*") if p.suffix.lower() in FILMS)
+    if len(films) <= HELD_OUT:
+        fail(f"{path} holds {len(films)} films ({' '.join(FILMS)}): {HELD_OUT} are held out, "
              f"so give {HELD_OUT + 1} or more, or one film itself")
-    return films or [path]
+    return films
 
 
 def windows_of(length, pieces):
@@ -53,24 +45,18 @@ def square(picture, size):
 
 
 def frames_of(path, size):
-    """Yields the frames of a film, or the pictures of a folder in the order of their names,
-    (size, size, 3) uint8 RGB: of a film of any length, one frame is in memory."""
+    """Yields the frames of a film, (size, size, 3) uint8 RGB: one is in memory."""
     import cv2
-    if os.path.isdir(path):
-        yield from pictures_of(path, size)
-        return
     film = cv2.VideoCapture(str(path))
     while (found := film.read())[0]:
         yield square(found[1][..., ::-1], size)
 
 
 def count_frames(path):
-    """Reads a film, or a folder of pictures, to its end -> number of its frames."""
+    """Reads a film to its end -> number of its frames."""
     import cv2
     if not os.path.exists(path):
-        fail(f"no video {path}: --video wants a film, a folder of films, or a folder of pictures")
-    if os.path.isdir(path):
-        return sum(1 for _ in pictures_of(path, 32))
+        fail(f"no video {path}: --video wants a film or a folder of films")
     os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported here
     film, times = cv2.VideoCapture(str(path)), []  # milliseconds
     while film.grab():
@@ -95,20 +81,3 @@ def broken(path):
     run = subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", str(path), "-f",
                           "null", "-"], capture_output=True, text=True, errors="replace")
     return " ".join(run.stderr.split())[:80]
-
-
-def pictures_of(folder, size):
-    """Yields a folder's pictures, all of one size, (size, size, 3) uint8 RGB."""
-    import cv2
-    first = None
-    for path in files_in(folder, PICTURES):
-        picture = cv2.imread(str(path))
-        if picture is None:
-            fail(f"{path} is no picture that can be read: delete it or copy it again")
-        first = first or picture.shape
-        if picture.shape != first:
-            fail(f"{folder} mixes sizes: {path.name} is {picture.shape[1]} x {picture.shape[0]}, "
-                 f"the first {first[1]} x {first[0]}: a video's frames have one size")
-        yield square(picture[..., ::-1], size)
-    if not first:
-        fail(f"{folder} holds no pictures (.png, .jpg) and no films")
