@@ -51,13 +51,10 @@ ATTEMPTS = 4  # at each goal
 def demonstrator(sim, seed=0):
     """Demonstrates the task of a freshly reset simulator: a generator of actions (A,) float32 in
     [-1, 1], each for the state at which it is asked for.  It ends when all is released and the hand
-    withdrawn, or a little after Meta-World's first success, at which most tasks are on an edge.
+    withdrawn; Meta-World's own policy, a little after its first success.
     seed: varies the height of approach by +-1 cm; all else follows from the scene."""
-    if hasattr(sim, "script"):
-        left = sim.steps_after_success
-        while left > 0:
-            left -= sim.success()
-            yield sim.script()
+    if hasattr(sim, "demonstration"):
+        yield from sim.demonstration()
     else:
         for action in demonstrate(Arm(sim, seed)):
             yield action.astype(np.float32)

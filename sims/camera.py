@@ -129,16 +129,6 @@ class Camera:
         self.renderer.close()
 
 
-def copy_state(model, source, target):
-    """Everything that a simulation's future depends on, from one MjData to another."""
-    import mujoco
-    everything = mujoco.mjtState.mjSTATE_INTEGRATION
-    state = np.empty(mujoco.mj_stateSize(model, everything))
-    mujoco.mj_getState(model, source, state, everything)
-    mujoco.mj_setState(model, target, state, everything)
-    mujoco.mj_forward(model, target)
-
-
 TOLERANCE = 0.003  # metres before a point within which what a ray meets does not hide it
 MOVES = 10 / 128 ** 2  # ATM keeps points whose places vary by over 10 square pixels of 128
 JITTER = 0.05  # of the picture; ATM draws new points this far around those that move

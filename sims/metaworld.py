@@ -4,6 +4,7 @@
 """
 
 import warnings
+from itertools import islice
 
 import numpy as np
 
@@ -102,9 +103,13 @@ class MetaWorld(Simulator):
         self.observation, _, _, _, info = self.env.step(action)
         self.succeeded |= bool(info["success"])
 
-    def script(self):
-        """The package's own policy's action now, (4,) in [-1, 1]."""
-        return np.clip(self.policy.get_action(self.observation), -1, 1).astype(np.float32)
+    def demonstration(self):
+        """The package's own policy, from now on: yields actions (4,) in [-1, 1], each for the state
+        at which it is asked for, until a little after the first success."""
+        left = self.steps_after_success
+        while left > 0:
+            left -= self.success()
+            yield np.clip(self.policy.get_action(self.observation), -1, 1).astype(np.float32)
 
     def success(self):
         """Whether the task has succeeded since reset."""
@@ -120,9 +125,6 @@ class MetaWorld(Simulator):
     def goal_image(self, seed=None, init=None):
         """(H, W, 3) uint8: where the package's own policy gets to here.  Resets the simulation."""
         self.reset(seed, init)
-        for _ in range(self.horizon):
-            if self.step(self.script(), observe=False)[1]:
-                break
-        for _ in range(self.steps_after_success):
-            self.step(self.script(), observe=False)
+        for action in islice(self.demonstration(), self.horizon + self.steps_after_success):
+            self.step(action, observe=False)
         return self.camera.picture(self.data, self.cameras[0])

@@ -17,6 +17,7 @@ Sizes: P points, K future pictures, H W pixels.
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +30,7 @@ from core.draw import draw_tracks, row
 from core.files import fail
 from core.flags import differences, flag, parse, suites
 from core.planners import load_planner
-from sims.camera import Replay, cast, copy_state, project
+from sims.camera import Replay, cast, project
 from video_control import flow
 from video_control.motion import grasp_point, infer_motions, subgoals
 from video_planner import FRAMES, VideoPlanner, clip_times, imagine
@@ -90,11 +91,13 @@ def true_future(sim, other, scene):
     """Joint positions (T, nq) from now on until the package's own policy is done; another simulator
     of the task plays them."""
     other.reset(**scene)
-    copy_state(other.model, sim.data, other.data)
+    for name in ("mocap_pos", "mocap_quat", "ctrl", "qacc_warmstart"):
+        getattr(other.data, name)[:] = getattr(sim.data, name)
+    other.env.set_state(sim.data.qpos, sim.data.qvel)
     other.observation = other.env._get_obs()    # its script goes by the last one
-    path, after = [sim.data.qpos.copy()], 0
-    while len(path) <= other.horizon and after < other.steps_after_success:
-        after += other.step(other.script(), observe=False)[1]
+    path = [sim.data.qpos.copy()]
+    for action in islice(other.demonstration(), other.horizon):
+        other.step(action, observe=False)
         path.append(other.data.qpos.copy())
     return np.stack(path)
 
