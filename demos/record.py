@@ -260,15 +260,15 @@ def attributes(suite, task, size, render, text, source="scripted"):
 
 def task_names(suite, chosen, data):
     """Names of a suite's tasks; of a folder of data files that no simulator makes, its files'.
-    chosen: as of `sims.pick`; empty: all but those of UNSOLVED that are not there as official."""
+    chosen: '': all but those of UNSOLVED that are not there as official; see sims.choose_tasks."""
     known, folder = sims.simulator_of(suite).tasks(suite), Path(data) / suite
-    # the last one fails, with a list of suites
-    names = known or [path.stem for path in sorted(folder.glob("*.hdf5"))] or sims.tasks(suite)
+    there = [path.stem for path in sorted(folder.glob("*.hdf5"))]
+    names = sims.choose_tasks(suite, chosen, known or there)
     poor = [name for name in names if known and not chosen and name in UNSOLVED
             and source_of(folder / f"{name}.hdf5") != "official"]
     if poor:
         print(f"left out, as the demonstrator does not solve them: {', '.join(poor)}")
-    return [name for name in sims.pick(suite, names, chosen) if name not in poor]
+    return [name for name in names if name not in poor]
 
 
 def load_videos(config):

@@ -44,8 +44,10 @@ def tasks(suite):
     return names
 
 
-def pick(suite, names, chosen):
-    """'' -> all names of tasks; '0,3' or names, comma-separated -> those, in the suite's order."""
+def choose_tasks(suite, chosen="", names=None):
+    """'' -> all names of a suite's tasks, or of those given; '0,3' or names, comma-separated
+    -> those, in the suite's order."""
+    names = names or tasks(suite)
     words = filter(None, (word.strip() for word in chosen.split(",")))
     picked = [names[int(w)] if w.isdecimal() and int(w) < len(names) else w for w in words]
     for word in picked:
@@ -53,11 +55,6 @@ def pick(suite, names, chosen):
             fail(f"unknown task '{word}' of {suite}: choose 0 to {len(names) - 1} "
                  f"or a name such as {names[0]}")
     return [name for name in names if name in picked or not picked]
-
-
-def choose_tasks(suite, chosen=""):
-    """Names of a suite's tasks that are `chosen`, as of `pick`."""
-    return pick(suite, tasks(suite), chosen)
 
 
 def describe(suite, task):
