@@ -119,10 +119,8 @@ def open_door(arm, part):
     began, start = part.q, yaw_of(np.cross(UP, front))
     yield from arm.travel(point, turned(start), -1)
     yield from arm.squeeze(turned(start))
-    for _ in range(150):
-        if part.q < SWUNG or arm.away(point()) > LOST:
-            break
-        yield arm.towards(point(-LEAD / SIDE), turned(start + part.q - began), 1)
+    yield from arm.follow(lambda: point(-LEAD / SIDE), lambda: turned(start + part.q - began), 1,
+                          150, lambda: part.q < SWUNG or arm.away(point()) > LOST)
     yield from arm.let_go(arm.hand)
 
 
@@ -137,10 +135,7 @@ def close_door(arm, part):
         return np.array([*(anchor + base @ (SIDE * along + gap * front))[:2], top - 0.02])
 
     yield from arm.travel(lambda: before_door(0, 0.1), R, 1)
-    for _ in range(160):
-        yield arm.towards(before_door(0.35, 0.0), R, 1)
-        if part.q > -0.002:
-            break
+    yield from arm.follow(lambda: before_door(0.35, 0), R, 1, 160, lambda: part.q > -0.002)
     yield from arm.leave(base @ [0, -1, 0], R, 1)
 
 
@@ -153,10 +148,9 @@ def turn_knob(arm, part, on):
     yield from arm.travel(point, turned(start), -1)
     yield from arm.squeeze(turned(start))
     began, lead = part.q, 0.5 if on else -0.5
-    for _ in range(70):
-        if arm.away(point()) > LOST or (part.q > 1.0 if on else part.q < -0.0035):
-            break
-        yield arm.towards(point(), turned(start + part.q - began + lead), 1)
+    yield from arm.follow(
+        point, lambda: turned(start + part.q - began + lead), 1, 70,
+        lambda: arm.away(point()) > LOST or (part.q > 1.0 if on else part.q < -0.0035))
     yield from arm.let_go(arm.hand)
 
 

@@ -73,22 +73,21 @@ def corners(sim, geoms):
     return centre[:, None] + np.einsum("gij,gkj->gki", R, half[:, None] * CORNERS)
 
 
-def distance(sim, points, geoms):
-    """points (..., 3), geoms (G,) -> metres to the nearest of their boxes, 0 inside, (...)."""
+def distance(sim, points, geoms, axes=1):
+    """points (..., 3), geoms (G,) -> metres to each of their boxes, 0 inside, (..., G).  axes: of
+    the world, 1 if it counts, else 0."""
     centre, R, half = boxes(sim, geoms)
-    local = np.einsum("gij,...gi->...gj", R, points[..., None, :] - centre)  # (..., G, 3)
-    return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1).min(-1, initial=np.inf)
+    way = (points[..., None, :] - centre) * axes  # (..., G, 3)
+    local = np.einsum("gij,...gi->...gj", R, way)
+    return np.linalg.norm(np.maximum(np.abs(local) - half, 0), axis=-1)
 
 
 def top_beside(sim, name, start, end, radius):
     """Highest point, metres, of the boxes of all but one object that are within `radius` of the
     straight way from start to end (3,), seen from above."""
     geoms = all_but(sim, name)
-    centre, R, half = boxes(sim, geoms)
-    way = start[:2] + np.linspace(0, 1, 25)[:, None] * (end - start)[:2]  # (25, 2)
-    level = np.pad(way[:, None] - centre[:, :2], ((0, 0), (0, 0), (0, 1)))  # (25, G, 3)
-    beyond = np.maximum(np.abs(np.einsum("gij,sgi->sgj", R, level)) - half, 0)  # (25, G, 3)
-    gap = np.linalg.norm(beyond, axis=-1).min(0)  # (G,)
+    way = start + np.linspace(0, 1, 25)[:, None] * (end - start)  # (25, 3)
+    gap = distance(sim, way, geoms, axes=[1, 1, 0]).min(0)  # (G,)
     return corners(sim, geoms)[gap < radius, :, 2].max(initial=-np.inf)
 
 
@@ -226,9 +225,9 @@ def choose_grasp(sim, name, last=None, reach=np.inf):
         found = rims(boxed[body], yaws[1::2], axes[1::2]) if by_rim else pinches(boxed, yaws, axes)
     cost, yaw, axis, point = map(np.array, zip(*found))  # (N,), (N,), (N, 3), (N, 3)
     hands = point[:, None] + np.einsum("nij,kj->nki", [*map(turned, yaw)], HAND)  # (N, K, 3)
-    gap = distance(sim, hands, others).min(1)  # (N,)
+    gap = distance(sim, hands, others).min((1, 2), initial=np.inf)  # (N,)
     if by_rim:  # nor may a finger (of 36 points) stand on the bottom that a tilted bowl turns to it
-        gap = np.minimum(gap, distance(sim, hands[:, :36], own).min(1))
+        gap = np.minimum(gap, distance(sim, hands[:, :36], own).min((1, 2)))
     if last is not None:
         cost = cost + 0.3 * np.linalg.norm(axis - last, axis=1)
     if reach < np.inf:

@@ -129,11 +129,11 @@ class Arm:
         return self.towards(point + above * UP, R, gripper)
 
     def follow(self, point, R, gripper, steps, done=lambda: False):
-        """Straight to the point, at most so many steps, until done()."""
+        """Straight to the point, at most so many steps, until done().  R may be a function, too."""
         for _ in range(steps):
             if done():
                 break
-            yield self.towards(point(), R, gripper)
+            yield self.towards(point(), R() if callable(R) else R, gripper)
 
     def travel(self, point, R, gripper):
         """Over everything on the way to above the point, and down to it, along a funnel."""

@@ -59,13 +59,6 @@ def walls(sim, target, container):
     return corners(sim, geoms)[..., 2]
 
 
-def floor_of(sim, target, where):
-    """Height, metres, of what is below a region's centre (3,)."""
-    boxed = corners(sim, solid(sim, sim.env.object_sites_dict[target].parent_name))
-    high = boxed.max(1)
-    return high[covers(boxed, where) & (high[:, 2] < where[2]), 2].max(initial=0.9)
-
-
 def aligned(arm, name, target, R):
     """The hand's rotation (3, 3) that turns a held object's long side along that of its region."""
     sim = arm.sim
@@ -110,7 +103,9 @@ def insert(arm, goal):
     yield from arm.approach(handle, R, -1)
     yield from arm.squeeze(R)
     R = leaning(np.cross(UP, out), out, LEAN)
-    level = floor_of(sim, target, where) + 0.025
+    boxed = corners(sim, solid(sim, container))
+    below = covers(boxed, where) & (boxed[..., 2].max(1) < where[2])
+    level = boxed[below, :, 2].max(initial=0.9) + 0.025     # above the floor inside
     for stage, far in enumerate((0.16, 0.16, INSIDE)):
         for step in range(70):
             if arm.away(handle()) > SLIPPED:
