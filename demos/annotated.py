@@ -80,11 +80,10 @@ def film_path(config):
     """The data file that --video makes; fails on flags that make none."""
     if "sim" in (config.masks, config.tracks):
         fail("a film has no simulator: --masks sam, --tracks cotracker or flow")
-    if not config.suite.strip(".") or Path(config.suite).name != config.suite:
-        fail(f"--suite {config.suite}: give the films a name without /, such as --suite my_videos")
-    if sims.simulator_of(config.suite).tasks(config.suite):
-        fail(f"--suite {config.suite} is a simulator's: give the films a name of their own, "
-             "such as --suite my_videos")
+    if (not config.suite.strip(".") or Path(config.suite).name != config.suite
+            or sims.simulator_of(config.suite).tasks(config.suite)):
+        fail(f"--suite {config.suite}: give the films a name of their own, not a simulator's and "
+             "without /, such as --suite my_videos")
     path = Path(config.data) / config.suite / f"{Path(config.video).stem.replace(' ', '_')}.hdf5"
     if path.exists():
         fail(f"{path} exists: delete it, or choose another --suite or --data folder")

@@ -30,13 +30,11 @@ def choose_opengl(needed=True):
         if renders(os.environ | {"MUJOCO_GL": backend}):
             os.environ["MUJOCO_GL"] = os.environ["PLAN2ACT_GL"] = backend
             return
-    theirs = {name: os.environ[name] for name in OPENGL if name in os.environ}
-    if needed and theirs:
-        fail(f"no OpenGL for rendering with {' '.join(f'{k}={v}' for k, v in theirs.items())}: "
-             "unset it, and a working one is looked for")
+    theirs = " ".join(f"{name}={os.environ[name]}" for name in OPENGL if name in os.environ)
     if needed:
-        fail("no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian or Ubuntu: "
-             "apt-get install libegl1 or libosmesa6")
+        fail(f"no OpenGL for rendering with {theirs}: unset it, and a working one is looked for"
+             if theirs else "no OpenGL for rendering: neither EGL nor OSMesa works here; on Debian "
+             "or Ubuntu: apt-get install libegl1 or libosmesa6")
 
 
 def renders(environment):
