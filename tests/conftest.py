@@ -5,13 +5,11 @@ of the tiny preset.
 """
 
 import ctypes
-import gc
 import importlib
 import os
 import re
-import signal
-import subprocess
-import sys
+import shutil
+from contextlib import closing
 
 import h5py
 import numpy as np
@@ -40,32 +38,14 @@ COMMON = [*CPU, "--suite", SUITE, "--tasks", "0"]
 TRAIN = [*COMMON, "--no-bf16"]          # every planner's program
 EXECUTOR = [*CPU, "--no-bf16"]
 
-KILLED = """
-import importlib, os, signal, sys
-from core.episodes import Episodes
-module, when, saves = importlib.import_module(sys.argv[1]), sys.argv[2], []
-module.Config.save_every = 2
-sample, replace = Episodes.sample_frames, os.replace
-def sample_or_die(self, step, *rest):
-    if when == "step" and step == 3 and saves:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return sample(self, step, *rest)
-def replace_or_die(a, b):
-    saves.extend([b] * str(b).endswith(".pt"))
-    if when == "save" and len(saves) == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return replace(a, b)
-Episodes.sample_frames, os.replace = sample_or_die, replace_or_die
-module.main(sys.argv[3:])
-"""
 
-
-def run_and_kill(module, when, argv):
-    """The command, killed in its fourth step or while its second checkpoint replaces the first
-    (saved every 2 steps)."""
-    run = subprocess.run([sys.executable, "-c", KILLED, module, when, *argv],
-                         env=os.environ | {"PYTHONPATH": ROOT}, capture_output=True, text=True)
-    assert run.returncode == -signal.SIGKILL, run.stderr
+def simulator(*scene, scope="module", **look):
+    """A fixture: a simulator; every test starts with its own reset."""
+    @pytest.fixture(scope=scope)
+    def sim():
+        with closing(sims.make(*scene, **look)) as sim:
+            yield sim
+    return sim
 
 
 def shapes_of_a_frame():
@@ -85,18 +65,43 @@ def equal(a, b):
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
+def tensors(batch):
+    return {k: torch.as_tensor(v) for k, v in batch.items()}
+
+
+def overfit(model, batch, steps):
+    """Steps on one batch -> the parts of the first loss and of the last."""
+    optimizer, all_parts = torch.optim.AdamW(model.train().parameters(), 2e-3), []
+    for _ in range(steps):
+        loss, parts = model.loss(batch)
+        all_parts.append(parts)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return all_parts[0], parts
+
+
+def without_gradient(model):
+    """Names of its parameters that no loss.backward() has reached."""
+    return [name for name, p in model.named_parameters()
+            if p.requires_grad and (p.grad is None or not p.grad.any())]
+
+
+def arrays(group):
+    """All datasets of a group by their names."""
+    found = {}
+    group.visititems(lambda name, item: found.update(
+        {name: item} if isinstance(item, h5py.Dataset) else {}))
+    return found
+
+
 def everything(path, skip=("seconds",)):
     """All datasets and attributes of a file as {name: plain values}; `skip`: measured times."""
-    found = {}
-
-    def visit(name, item):
-        if isinstance(item, h5py.Dataset):
-            found[name] = item.dtype.str, item.shape, item[()].tobytes()
-        found.update({f"{name}@{k}": np.asarray(v).tolist() for k, v in item.attrs.items()
-                      if k not in skip})
-
     with h5py.File(path) as f:
-        f.visititems(visit)
+        found = {name: (item.dtype.str, item.shape, item[()].tobytes())
+                 for name, item in arrays(f).items()}
+        f.visititems(lambda name, item: found.update({
+            f"{name}@{k}": np.asarray(v).tolist() for k, v in item.attrs.items() if k not in skip}))
     return found
 
 
@@ -105,14 +110,7 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name not in ("test_baselines.py", "test_official.py"))
 
 
-@pytest.fixture(scope="session")
-def sim():
-    """Task 0 of libero_spatial; every test starts with its own reset."""
-    gc.collect()        # another one, of a gigabyte
-    libc.malloc_trim(0)
-    sim = sims.make(SUITE, 0, SIZE)
-    yield sim
-    sim.close()
+sim = simulator(SUITE, 0, SIZE, scope="session")      # task 0 of libero_spatial
 
 
 @pytest.fixture(scope="session")
@@ -134,9 +132,25 @@ def data_file(data, task):
     return data / SUITE / f"{task}.hdf5"
 
 
+@pytest.fixture
+def copied(data, tmp_path, task):
+    """A copy of the data that a test may break -> its folder, its file."""
+    folder = shutil.copytree(data, tmp_path / "data")
+    return folder, folder / SUITE / f"{task}.hdf5"
+
+
 @pytest.fixture(scope="session")
 def videos(data, task):
     return Episodes(data, SUITE, [task], 2)
+
+
+@pytest.fixture
+def obs(videos):
+    """What planners see in two frames."""
+    gather = lambda key: videos.gather(key, np.arange(2), np.array([3, 40]))
+    return tensors({"frames": gather("obs/agentview_rgb")[:, None], "hand": gather("hand"),
+                    "wrist": gather("obs/eye_in_hand_rgb"), "text": videos.text[[0, 0]],
+                    "goal": videos.last_frames(np.arange(2))})
 
 
 @pytest.fixture(scope="session")
@@ -156,6 +170,7 @@ def trained(program, name):
 
 mask_path = trained("mask_planner", "mask")
 track_path = trained("track_planner", "track")
+video_path = trained("video_planner", "video")
 
 
 @pytest.fixture(scope="session")
@@ -164,6 +179,26 @@ def executor_path(data, runs, mask_path):
     import executor
     executor.main([*EXECUTOR, "--planner", str(mask_path), "--data", str(data), "--out", str(runs)])
     return runs / SUITE / "mask_tasks0_executor.pt"
+
+
+@pytest.fixture
+def untrained(data, tmp_path, monkeypatch):
+    """untrained(program, *flags) -> the model that the program would train now, its batches(step)
+    as tensors, what makes them, the checkpoint's path."""
+    def build(program, *flags):
+        made = []
+
+        def fit(*arguments, **named):
+            made.extend(arguments)
+            raise KeyboardInterrupt
+
+        argv = [*TRAIN, "--data", str(data), "--out", str(tmp_path), *map(str, flags)]
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(training, "fit", fit)
+            importlib.import_module(program).main(argv)
+        model, batches, _, path, *_ = made
+        return model, lambda step: tensors(batches(step)), batches, path
+    return build
 
 
 @pytest.fixture

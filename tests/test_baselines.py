@@ -1,4 +1,4 @@
-"""baselines: cloning, R3M's encoder behind the planners' interface, VPT's labelled suite."""
+"""baselines: cloning, R3M's encoder behind the planners' interface, PLEX, VPT's labelled suite."""
 
 import shutil
 
@@ -7,14 +7,11 @@ import pytest
 import torch
 import torchvision
 
-from conftest import EXECUTOR, SUITE, TRAIN, equal
-
+from conftest import EXECUTOR, SUITE, TRAIN, equal, overfit
 import executor
-from baselines import cloning, vpt
+from baselines import cloning, plex, vpt
 from core import planners, training
 from core.episodes import Episodes
-from core.flags import parse
-from test_mask_planner import overfit
 
 
 def published(folder, depth, **changes):
@@ -45,14 +42,11 @@ def test_r3m_is_the_published_encoder(data, tmp_path):
         assert torch.equal(v, state[name]) == kept, name
 
 
-@pytest.mark.parametrize("depth", [34, 50])
-def test_the_depth_is_read_off_the_file(tmp_path, depth):
-    path, state = published(tmp_path, depth)
-    weights, found = cloning.read_r3m(path)
-    assert found == depth and weights.keys() == state.keys()
-
-
-def test_a_wrong_file_is_one_line(tmp_path, refused):
+def test_the_depth_is_read_off_the_file_and_a_wrong_file_is_one_line(tmp_path, refused):
+    for depth in (34, 50):
+        path, state = published(tmp_path, depth)
+        weights, found = cloning.read_r3m(path)
+        assert found == depth and weights.keys() == state.keys()
     refused(lambda: cloning.R3MCloning(cloning.Config()), "--r3m")
     refused(lambda: cloning.main(["--out", str(tmp_path / "r3m.pt")]), "--r3m")
     refused(lambda: cloning.read_r3m(tmp_path / "no.pt"), "no.pt", "R3M's authors")
@@ -75,16 +69,37 @@ def test_plans_of_cloning():
                                        rtol=1e-4)
 
 
-@pytest.fixture
-def inverse(videos):
-    """VPT's model, untrained."""
-    torch.manual_seed(0)
-    labels = np.concatenate([np.concatenate(videos.arrays[k]) for k in vpt.LABELS], 1)
-    return vpt.InverseDynamics(parse(vpt.Config, "", TRAIN), labels)
+def test_plex(untrained, videos):
+    """Its batch is what the file holds; the future teaches its planner and not its encoder."""
+    planner, batches, *_ = untrained("baselines.plex", "--seed", "3")
+    batch, rows = batches(5), lambda key, e, t: videos.arrays[key][e][
+        np.clip(t, 0, videos.length[e] - 1)]
+    assert planner.config.A == 7
+    for b, (e, t) in enumerate(zip(*videos.sample_frames(5, 4, 3)[:2])):
+        for name, times in (("frames", [-4, 0]), ("future", [4, 8, 16, 32])):
+            assert np.array_equal(batch[name][b], rows(plex.PICTURE, e, np.add(t, times)))
+        assert np.array_equal(batch["goal"][b], videos.last_frames(1 - e)), "another one's end"
+    for b, (e, t) in enumerate(zip(*videos.sample_frames(5, 2, 4)[:2])):
+        assert np.array_equal(batch["pair"][b], rows(plex.PICTURE, e, np.add(t, [0, 8])))
+        assert np.array_equal(batch["action"][b], rows("actions", e, t + np.arange(8)))
+    for p in planner.parameters():
+        torch.nn.init.normal_(p, std=0.05)
+    whole, parts = planner.loss(batch)
+    inverse = (planner.actions(batch["pair"]) - batch["action"]).square().mean()
+    with torch.no_grad():
+        plan = planner.predict(planner(batch["frames"], batch["goal"])[:, -1])
+        x = planner.encode(batch["future"])
+        x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, correction=0, keepdim=True) + 1e-5).sqrt()
+    assert parts["future"] == pytest.approx((plan - x).square().mean().item(), rel=1e-4)
+    assert whole.item() == pytest.approx(parts["future"] + inverse.item(), rel=1e-4)
+    gradients = lambda loss: torch.autograd.grad(
+        loss, list(planner.encoder.parameters()), retain_graph=True, allow_unused=True)
+    for a, b in zip(gradients(whole), gradients(inverse)):
+        torch.testing.assert_close(a, b)
 
 
-def test_inverse_dynamics_looks_ahead_and_not_beyond_the_end(videos, inverse):
-    model = inverse.eval()
+def test_inverse_dynamics_looks_ahead_and_not_beyond_the_end(untrained, videos):
+    model = untrained("baselines.vpt")[0].eval()
     pictures = [videos.arrays[k][0][:20] for k in vpt.PICTURES]
     whole = model.label(pictures)
     changed = [p.copy() for p in pictures]
@@ -114,11 +129,10 @@ def test_a_labelled_suite(data, task, tmp_path, refused):
 
 
 @pytest.mark.slow
-def test_labels_are_close_to_the_true_actions(videos, inverse):
+def test_labels_are_close_to_the_true_actions(untrained, videos):
     """Of an episode of which the model was trained on a third of the frames."""
-    inverse.config.batch = 48
-    batch = {k: torch.as_tensor(v) for k, v in vpt.make_batch(videos, 0, inverse.config).items()}
-    overfit(inverse, batch, 100)
-    found = inverse.eval().label([videos.arrays[k][0] for k in vpt.PICTURES])[:, :7]
+    model, batches, *_ = untrained("baselines.vpt", "--batch", "48")
+    overfit(model, batches(0), 100)
+    found = model.eval().label([videos.arrays[k][0] for k in vpt.PICTURES])[:, :7]
     true = videos.arrays["actions"][0]
     assert np.square(found - true).mean() < 0.5 * np.square(true - true.mean(0)).mean()

@@ -1,21 +1,16 @@
 """executor.py: one network for any plan; what it sees in training is what it sees when acting."""
 
 import re
-import shutil
 from pathlib import Path
 
-import h5py
 import numpy as np
 import pytest
 import torch
 
-from conftest import EXECUTOR, ROOT, SUITE, equal, run_and_kill
-
+from conftest import ROOT, SUITE, TRAIN, equal, overfit, tensors, without_gradient
 import executor
 from core import networks, planners, training
-from core.flags import parse
 from rollout import play
-from test_mask_planner import overfit
 
 PLANNERS = {"none": [], "none-language": [], "mask": [], "track": [],
             "latent": ["--form", "latent"]}
@@ -25,24 +20,15 @@ VARIANTS = [[name] for name in PLANNERS] + [
 
 
 @pytest.fixture
-def build(data, mask_path, track_path, tmp_path):
+def build(untrained, mask_path, track_path):
     """build(name, *flags) -> a new executor, its first batch, its data, its checkpoint's path."""
     paths = {"mask": mask_path, "track": track_path, "latent": track_path}
 
     def build(name="mask", *flags):
-        where = ["--data", str(data), "--out", str(tmp_path)]
-        tasks = [] if name in paths else ["--suite", SUITE, "--tasks", "0"]
-        config = parse(executor.Config, "", [*EXECUTOR, "--planner", str(paths.get(name, name)),
-                                             *tasks, *where, *PLANNERS.get(name, []), *flags])
-        model, demos, videos, path = executor.prepare(config)
-        actions = executor.ActionData(config, model, demos, videos)
-        return model, tensors(actions(0)), actions, path
-
+        model, batches, *rest = untrained("executor", "--planner", paths.get(name, name),
+                                          *PLANNERS[name], *flags)
+        return model, batches(0), *rest
     return build
-
-
-def tensors(batch):
-    return {k: torch.as_tensor(v) for k, v in batch.items()}
 
 
 def out(model, batch):
@@ -59,8 +45,7 @@ def test_shapes_and_gradients(build, flags):
     assert action.shape == (4, 2, 8, 7) and waypoint.shape == (4, 2, 3)
     torch.manual_seed(0)
     model.train().loss(batch)[0].backward()
-    assert not [n for n, p in model.named_parameters()
-                if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not without_gradient(model)
     if model.planner.frozen:
         assert all(p.grad is None for p in model.planner.parameters())
         assert not model.planner.training and model.encoders.training
@@ -167,7 +152,9 @@ def test_goals_are_of_another_video_of_the_same_task(build):
 
 
 def test_batch_is_what_the_file_holds(build, videos):
-    _, _, actions, _ = build("none")
+    """Waypoints: where the gripper closes at 2, opens at 12, ends at 23; the fingers follow for 8
+    steps each time."""
+    model, _, actions, _ = build("none")
     batch = actions(3)
     episode, t, _ = videos.sample_frames(3, 4, 0)
     for b, (e, now) in enumerate(zip(episode, t)):
@@ -178,24 +165,15 @@ def test_batch_is_what_the_file_holds(build, videos):
             assert np.array_equal(batch["wrist"][b, k], of["obs/eye_in_hand_rgb"][then])
             assert np.array_equal(batch["state"][b, k, :6], of["obs/ee_states"][then])
             assert np.array_equal(batch["goal"][b, k], videos.last_frames(1 - e))
-
-
-def test_waypoints():
-    """Closes at 2, opens at 12, ends at 23; the fingers follow for 8 steps each time."""
-    gripper = np.r_[-np.ones(2), np.ones(10), -np.ones(12)]
-    position = np.arange(24)[:, None] * np.ones(3)
-    wanted = np.r_[np.full(10, 2), np.full(10, 12), np.full(4, 23)]
-    assert np.array_equal(executor.waypoints(position, gripper)[:, 0], wanted)
-
-
-def test_states_and_goals_are_the_datas(build, videos):
-    model, *_ = build()
     state = np.concatenate([np.concatenate(videos.arrays[k]) for k in executor.STATE], -1)
     scaled = model.scale["state"](torch.as_tensor(state)).numpy()
     np.testing.assert_allclose([scaled.mean(0), scaled.std(0)], [[0] * 8, [1] * 8], atol=1e-3)
     assert np.array_equal(model.texts, videos.text)
     # a task of fewer videos shows some twice
     assert np.array_equal(model.goals[0], videos.last_frames(np.array([1, 0] * 5)))
+    gripper = np.r_[-np.ones(2), np.ones(10), -np.ones(12)]
+    wanted = np.r_[np.full(10, 2), np.full(10, 12), np.full(4, 23)]
+    assert executor.waypoints(np.arange(24)[:, None], gripper)[:, 0].tolist() == wanted.tolist()
 
 
 @pytest.mark.slow
@@ -216,22 +194,6 @@ def test_checkpoint_alone_gives_the_same_executor(build, name, mask_path):
     assert not any(p.requires_grad for p in other.parameters())
     if name == "mask":
         assert equal(dict(other.planner.state_dict()), dict(training.load(mask_path)["model"]))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["none", "mask", "track"])
-def test_killed_training_continues_exactly(data, mask_path, track_path, tmp_path, name):
-    planner = {"mask": mask_path, "track": track_path}.get(name, name)
-    argv = [*EXECUTOR, "--planner", str(planner), "--suite", SUITE, "--tasks", "0",
-            "--data", str(data), "--steps", "6", "--name", "x", "--out"]
-    load = lambda folder: training.load(tmp_path / folder / SUITE / "x.pt")
-    executor.main([*argv, str(tmp_path / "whole")])
-    run_and_kill("executor", "step", [*argv, str(tmp_path / "broken")])
-    assert load("broken")["step"] == 2
-    executor.main([*argv, str(tmp_path / "broken")])
-    one, other = load("whole"), load("broken")
-    assert other["step"] == 6
-    assert equal(one["model"], other["model"]) and equal(one["optimizer"], other["optimizer"])
 
 
 class Recorded:
@@ -266,6 +228,10 @@ def test_policy_executes_its_chunk_in_order(executor_path, videos):
     wanted = [c[1][0, -1].clamp(-1, 1).numpy() for c in chunks]
     assert np.array_equal(actions, np.concatenate([wanted[0][:4], wanted[1][:4], wanted[2][:1]]))
     assert np.array_equal(run(policy, sim, 9), actions), "nothing is left of the last episode"
+    policy.reset(Recorded(videos, 0, goal_varies=True), {"seed": 7})
+    assert (policy.fixed["goal"] == 7).all(), "the scene's own, where goals vary"
+    policy.reset(sim, {"init": 13})
+    assert torch.equal(policy.fixed["goal"][0], policy.executor.goals[0, 3])
 
 
 @pytest.mark.parametrize("chunk, t", [(8, 12), (8, 4), (1, 6), (1, 0)])
@@ -273,7 +239,7 @@ def test_policy_executes_its_chunk_in_order(executor_path, videos):
 def test_policy_sees_what_training_saw(build, videos, name, chunk, t):
     """Looks, the planner's history and token sets, live, from the data, and as kept, in float16;
     also with one action per chunk, when it looks at every step."""
-    model, _, actions, _ = build(name, "--chunk", str(chunk))
+    model, _, actions, _ = build(name, "--chunk", chunk)
     seen, look, drawn = [], model.look, (np.array([0]), np.array([t]), np.random.default_rng(0))
     model.look = lambda batch: seen.append(batch) or look(batch)
     run(executor.Policy(model), Recorded(videos, 0), t + 1)
@@ -295,14 +261,6 @@ def test_policy_sees_what_training_saw(build, videos, name, chunk, t):
         np.testing.assert_allclose(x[-1, rows], plan[k], atol=5e-3, rtol=5e-3)
 
 
-def test_the_scenes_own_goal_is_shown_where_goals_vary(executor_path, videos):
-    policy = executor.Policy(executor.load_executor(executor_path))
-    policy.reset(Recorded(videos, 0, goal_varies=True), {"seed": 7})
-    assert (policy.fixed["goal"] == 7).all()
-    policy.reset(Recorded(videos, 0), {"init": 13})
-    assert torch.equal(policy.fixed["goal"][0], policy.executor.goals[0, 3])
-
-
 def test_a_planner_of_your_own(data, tmp_path, sim, monkeypatch):
     """README's "Your own plan", as it stands there, trains an executor and acts."""
     code, = re.findall(r"```python\n(.*?)```", Path(ROOT, "README.md").read_text(), re.S)
@@ -310,29 +268,9 @@ def test_a_planner_of_your_own(data, tmp_path, sim, monkeypatch):
     (tmp_path / "brightness.py").write_text(start + code)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(planners.PLANNERS, "brightness", "brightness:Brightness")
-    executor.main([*EXECUTOR, "--planner", "brightness", "--suite", SUITE, "--tasks", "0",
-                   "--data", str(data), "--out", str(tmp_path)])
+    executor.main([*TRAIN, "--planner", "brightness", "--data", str(data), "--out", str(tmp_path)])
     model = executor.load_executor(tmp_path / SUITE / "brightness_executor_tasks0.pt")
     policy = executor.Policy(model)
     monkeypatch.setattr(policy, "limit", lambda sim: 9)
     success, ever, steps, pictures = play(sim, policy, {"init": 0}, film=True)
     assert (success, ever, steps, len(pictures)) == (False, False, 9, 3)
-
-
-def test_bad_input_is_one_line(data, data_file, mask_path, executor_path, tmp_path, refused):
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(mask_path.read_bytes()[:1000])
-    shutil.copytree(data_file.parent, tmp_path / "films")
-    with h5py.File(tmp_path / "films" / data_file.name, "r+") as f:
-        f["data"].attrs["source"] = "video"
-    for planner, flags, *words in (
-            ("", [], "--planner", "none", "python mask_planner.py"), ("no", [], "none-language"),
-            (tmp_path / "no.pt", [], "no.pt", "python mask_planner.py"),
-            (cut, [], "cut.pt", "python mask_planner.py"), (executor_path, [], "executor"),
-            (mask_path, ["--form", "tracks"], "--form tracks", "latent"),
-            (mask_path, ["--action-demos", "3"], "--action-demos 3", "--demos 3"),
-            (mask_path, ["--chunk", "3"], "multiple", "--chunk"),
-            (mask_path, ["--tasks", "77"], "77"),
-            (mask_path, ["--suite", "films", "--data", str(tmp_path)], "no actions", "--suite")):
-        argv = ["--planner", str(planner), "--data", str(data), "--out", str(tmp_path), *flags]
-        refused(lambda: executor.main([*EXECUTOR, *argv]), *words)

@@ -5,13 +5,10 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from conftest import EXECUTOR, SIZE, SUITE, equal, run_and_kill, trained
-
+from conftest import EXECUTOR, SIZE, SUITE, simulator, tensors, without_gradient
 import executor
 import rollout
-import sims
-from core import training
-from core.flags import parse
+import video_planner
 from sims.camera import project
 from video_control import avdc, flow, unipi
 from video_control.motion import fit_motion, grasp_point, infer_motions, subgoals
@@ -19,6 +16,7 @@ from video_planner import FRAMES
 
 # eye, axes, focal length
 VIEW = np.array([0.1, -0.9, 0.8]), Rotation.from_euler("x", -2.2).as_matrix(), 1.1
+button = simulator("avdc", "button-press", 96)
 R, T = Rotation.from_rotvec([0.1, -0.2, 0.3]).as_matrix(), np.array([0.03, -0.05, 0.04])
 
 
@@ -30,7 +28,8 @@ def scene(spread, P):
 
 
 def test_motion_is_recovered_from_noise_and_outliers():
-    """Half a pixel of noise (of 480) and 30 % outliers."""
+    """Half a pixel of noise (of 480) and 30 % outliers; of a small object, fifty points within
+    2 cm and a pixel of noise of 96, the prior holds depth within 10 cm."""
     points, _, rng = scene(0.25, 20000)
     targets = project(points @ R.T + T, *VIEW)[0] + rng.normal(0, 0.5 / 480, (20000, 2))
     wrong = rng.random(20000) < 0.3
@@ -40,10 +39,6 @@ def test_motion_is_recovered_from_noise_and_outliers():
     assert np.allclose(found, R, atol=1e-3)
     assert np.linalg.norm(found @ middle + t - R @ middle - T) < 1e-3
     assert good[~wrong].mean() > 0.95 and good[wrong].mean() < 0.05
-
-
-def test_a_small_object_does_not_fly_off():
-    """Fifty points within 2 cm and a pixel of noise of 96: the prior holds depth within 10 cm."""
     points, places, rng = scene(0.01, 50)
     found, t, _ = fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
     assert np.linalg.norm(points @ found.T + t - points, axis=1).max() < 0.1
@@ -61,39 +56,22 @@ def test_integration_follows_the_object_and_loses_covered_points():
         there[kept < 60 * (k == 1)] = 0.5         # a hand covers some in the second step
         return there
 
+    middle = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]])
+    assert grasp_point(middle).tolist() == [0.2, 0.2, 0], "the medoid"
     found = subgoals(grasp_point(points), infer_motions(places, points, correspond, VIEW, 3, 1e-4))
     assert np.allclose(found, subgoals(grasp_point(points), [(R, T)] * 3), atol=1e-3)
 
 
-def test_grasp_point_is_the_medoid():
-    points = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]])
-    assert grasp_point(points).tolist() == [0.2, 0.2, 0]
-
-
-@pytest.fixture
-def net():
+def test_network_learns_a_shift():
+    """Noise moved by (6, -2) pixels of 32; every parameter gets a gradient.  The flow of mirror
+    images is mirrored, and read between pixels."""
     torch.manual_seed(0)
-    return flow.FlowNet(flow.Config(size=32, updates=2))
-
-
-def test_sample_flow_reads_between_pixels():
-    field = np.zeros((4, 6, 2), np.float32)
-    field[1, 2] = [0.5, -0.25]
-    middle = np.array([[2.5 / 6, 1.5 / 4], [3.0 / 6, 1.5 / 4]])
-    assert np.allclose(flow.sample_flow(field, middle), [[0.5, -0.25], [0.25, -0.125]])
-
-
-def test_flow_of_mirror_images_is_mirrored(net):
-    a, b = np.random.default_rng(0).integers(256, size=(2, 32, 32, 3), dtype=np.uint8)
-    found, mirrored = net.eval().flow(a, b), net.flow(a[:, ::-1], b[:, ::-1])
+    net, generator = flow.FlowNet(flow.Config(size=32, updates=2)), torch.Generator().manual_seed(0)
+    a = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    left, right = a.numpy()
+    found, mirrored = net.eval().flow(left, right), net.flow(left[:, ::-1], right[:, ::-1])
     assert found.shape == (128, 128, 2) and abs(found).max() > 1e-4
     assert np.allclose(mirrored[:, ::-1] * [-1, 1], found, atol=1e-5)
-
-
-def test_network_learns_a_shift(net):
-    """Noise moved by (6, -2) pixels of 32; every parameter gets a gradient."""
-    generator = torch.Generator().manual_seed(0)
-    a = torch.randint(256, (2, 32, 32, 3), dtype=torch.uint8, generator=generator)
     batch = {"a": a, "b": a.roll((-2, 6), (1, 2)), "object": torch.zeros(2, 200),
              "flow": torch.tensor([6 / 32, -2 / 32]).expand(2, 200, 2)}
     optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
@@ -102,40 +80,37 @@ def test_network_learns_a_shift(net):
         inside = (places[..., 0] < 0.8) & (places[..., 1] > 0.1)    # the rest goes round the edge
         optimizer.zero_grad()
         net.train(step == 0).loss(batch | {"places": places, "known": inside})[0].backward()
-        assert all(p.grad is not None and p.grad.any() for p in net.parameters())
+        assert not without_gradient(net)
         if step:            # neither blurred nor noisy
             optimizer.step()
     found = net(a, batch["b"])[-1].detach()[0, :, 48:80, 24:64] * 32
     assert abs(found - torch.tensor([6, -2]).view(2, 1, 1)).mean() < 1
+    field = np.zeros((4, 6, 2), np.float32)
+    field[1, 2] = [0.5, -0.25]
+    middle = np.array([[2.5 / 6, 1.5 / 4], [3.0 / 6, 1.5 / 4]])
+    assert np.allclose(flow.sample_flow(field, middle), [[0.5, -0.25], [0.25, -0.125]])
 
 
 def test_pictures_look_alike_where_points_go(videos):
     """Of what moves by over two pixels, in colour; so do mirrored pairs."""
     pairs = flow.make_pairs(videos, 3, 64, 0)
-    for pairs in (pairs, flow.mirrored(pairs)):
-        a, b = (torch.as_tensor(pairs[k]).float().movedim(-1, 1) for k in "ab")     # (B, 3, H, W)
-        places, way = torch.as_tensor(pairs["places"]), torch.as_tensor(pairs["flow"])
+    for pairs in map(tensors, (pairs, flow.mirrored(pairs))):
+        a, b = (pairs[k].float().movedim(-1, 1) for k in "ab")      # (B, 3, H, W)
+        places, way = pairs["places"], pairs["flow"]
         off = lambda there: (flow.read(b, places + there) - flow.read(a, places)).abs().mean(-1)
-        moving = torch.as_tensor(pairs["known"]) & (way.norm(dim=-1) * SIZE > 2)
+        moving = pairs["known"] & (way.norm(dim=-1) * SIZE > 2)
         assert moving.sum() > 500 and pairs["object"].any()
         assert off(way)[moving].mean() < 0.6 * off(0 * way)[moving].mean()
 
 
-@pytest.mark.parametrize("share", [0.0, 1.0])
-def test_degraded_pictures_are_blurred_and_noisy(share):
+def test_degraded_pictures_are_blurred_and_noisy():
     """Stripes of one pixel, black and white, become grey; a mean stays."""
     stripes = torch.zeros(8, 32, 32, 3, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    rough = flow.degrade(stripes, share)
-    assert rough.dtype == torch.uint8 and abs(rough.float().mean() - 127.5) < 1
-    assert (rough.float().std((1, 2, 3)) < 10).float().mean() == share
-
-
-@pytest.fixture(scope="module")
-def button():
-    sim = sims.make("avdc", "button-press", 96)
-    yield sim
-    sim.close()
+    for share in (0.0, 1.0):
+        rough = flow.degrade(stripes, share)
+        assert rough.dtype == torch.uint8 and abs(rough.float().mean() - 127.5) < 1
+        assert (rough.float().std((1, 2, 3)) < 10).float().mean() == share
 
 
 def test_exact_correspondence_solves_a_scene(button):
@@ -165,7 +140,6 @@ def test_imagined_pictures_are_followed_by_their_flow(button):
 
 @pytest.mark.slow
 def test_true_and_imagined_videos_are_evaluated(tmp_path):
-    import video_planner
     where = ["--suite", "avdc", "--tasks", "button-press", "--out", str(tmp_path)]
     train = [*EXECUTOR, *where, "--data", str(tmp_path / "data")]
     flow.main(train)
@@ -183,29 +157,31 @@ def test_avdc_refuses_what_it_cannot_do(refused, tmp_path):
         refused(lambda: avdc.main([*words, "--out", str(tmp_path)]), says)
 
 
-video_path = trained("video_planner", "video")
-
-
 @pytest.fixture(scope="module")
 def unipi_path(data, runs, video_path):
     unipi.main([*EXECUTOR, "--planner", str(video_path), "--data", str(data), "--out", str(runs)])
     return runs / SUITE / "video_tasks0_unipi.pt"
 
 
-def test_pictures_to_reach_lie_ahead_and_done_means_near(video_path, data, runs):
-    config = parse(executor.Config, "", [*EXECUTOR, "--planner", str(video_path),
-                                         "--data", str(data), "--out", str(runs)])
-    config.batch, config.history = 64, 1
-    model, demos, videos, _ = executor.prepare(config, unipi.InverseDynamics)
-    batches = unipi.SubgoalData(config, model, demos, videos)
-    (episode, t, _), batch = demos.sample_frames(3, 64, 0), batches(3)
-    assert np.array_equal(batch["goal"], batches(3)["goal"])
-    ahead = demos.gather("obs/agentview_rgb", episode[:, None], t[:, None] + np.arange(1, 17))
-    same = (ahead == batch["goal"]).all((2, 3, 4))              # (64, 16)
+def test_pictures_to_reach_lie_ahead_and_done_is_near(untrained, video_path, videos, monkeypatch):
+    monkeypatch.setitem(executor.Config.PRESETS["tiny"], "batch", 64)
+    model, batches, *_ = untrained("video_control.unipi", "--planner", video_path)
+    (episode, t, _), batch = videos.sample_frames(3, 64, 0), batches(3)
+    assert torch.equal(batch["goal"], batches(3)["goal"])
+    ahead = videos.gather("obs/agentview_rgb", episode[:, None], t[:, None] + np.arange(1, 17))
+    same = (ahead == batch["goal"][:, :1].numpy()).all((2, 3, 4))       # (64, 16)
     assert same.any(1).all()
-    steps = np.minimum(1 + same.argmax(1), demos.length[episode] - 1 - t)
-    assert np.array_equal(batch["arrived"][:, 0], steps <= batches.execute)
-    assert 10 <= batch["arrived"].sum() <= 40       # a tenth, and a quarter of the others
+    steps = np.minimum(1 + same.argmax(1), videos.length[episode] - 1 - t)
+    arrived = batch["arrived"][:, -1].numpy()
+    assert np.array_equal(arrived, steps <= 4)
+    assert 10 <= arrived.sum() <= 40        # a tenth, and a quarter of the others
+    few = {k: v[:4] for k, v in batch.items()}
+    seen = [model.eval()(b)[1] for b in (few, few | {"goal": few["goal"].flip(0)})]
+    assert not torch.allclose(*seen)
+    done = [model.eval().loss(few | {"arrived": torch.full((4, 2), x)})[1]["done"] for x in (0, 1)]
+    assert abs(done[0] - done[1]) > 1e-6
+    assert not model.train().video.training
+    assert not any(p.requires_grad for p in model.video.parameters())
 
 
 def test_done_goes_on_to_the_next_picture_and_open_loop_imagines_once(unipi_path, sim):
@@ -236,20 +212,6 @@ def test_done_goes_on_to_the_next_picture_and_open_loop_imagines_once(unipi_path
     assert len(imagined) == 4
 
 
-def test_unipi_follows_the_picture_and_learns_done(unipi_path):
-    model = executor.load_executor(unipi_path, Kind=unipi.InverseDynamics)
-    picture = torch.zeros(2, 1, SIZE, SIZE, 3, dtype=torch.uint8)
-    batch = {"state": torch.zeros(2, 1, 8), "picture": picture, "wrist": picture, "goal": picture,
-             "frames": picture[:, :, None], "action": torch.zeros(2, 1, model.config.chunk, 7),
-             "waypoint": torch.zeros(2, 1, 3)}
-    other = batch | {"goal": torch.randint(256, picture.shape, dtype=torch.uint8)}
-    assert not torch.allclose(model(batch)[1], model(other)[1])
-    done = lambda x: model.loss(batch | {"arrived": torch.full((2, 1), x)})[1]["done"]
-    assert abs(done(True) - done(False)) > 1e-6
-    assert not model.train().video.training
-    assert not any(p.requires_grad for p in model.video.parameters())
-
-
 @pytest.mark.slow
 def test_unipi_is_evaluated(unipi_path, tmp_path):
     words = ["--episodes", "1", "--workers", "1", "--results", str(tmp_path)]
@@ -257,12 +219,3 @@ def test_unipi_is_evaluated(unipi_path, tmp_path):
         unipi.main([str(unipi_path), *words, *more])
     names = sorted(path.name.split("_")[2] for path in tmp_path.glob("*.json"))
     assert names == ["unipi", "unipi-replan"]
-
-
-@pytest.mark.slow
-def test_unipi_resumes_after_a_kill(unipi_path, video_path, data, tmp_path):
-    command = [*EXECUTOR, "--planner", str(video_path), "--data", str(data), "--out", str(tmp_path)]
-    run_and_kill("video_control.unipi", "step", command)
-    unipi.main(command)
-    whole, killed = (training.load(p) for p in (unipi_path, tmp_path / SUITE / unipi_path.name))
-    assert equal(whole["model"], killed["model"])

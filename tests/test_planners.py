@@ -1,0 +1,117 @@
+"""What every planner keeps to: gradients, token sets, one batch overfitted, its program."""
+
+import importlib
+
+import pytest
+import torch
+
+from conftest import TRAIN, equal, overfit, without_gradient
+from core import training
+from core.episodes import Episodes
+from core.planners import load_planner
+
+CASES = {"mask": ["mask_planner"], "grounded": ["mask_planner", "--grounded"],
+         "points": ["track_planner", "--goal", "language", "--mask-ratio", "0.5"],
+         "hand": ["track_planner", "--track", "ee"], "video": ["video_planner"],
+         "sentence": ["video_planner", "--goal", "language"], "feature": ["baselines.plex"]}
+
+
+@pytest.fixture(params=CASES)
+def case(request, untrained):
+    """Name, planner, first batch; no zeros at the start hide what lies before them."""
+    planner, batches, *_ = untrained(*CASES[request.param])
+    torch.manual_seed(0)
+    for p in planner.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return request.param, planner, batches(0)
+
+
+def test_every_parameter_gets_a_gradient(case):
+    _, planner, batch = case
+    planner.train().loss(batch)[0].backward()
+    assert not without_gradient(planner)
+
+
+def test_plans_are_what_sets_declare(case, obs):
+    """The plan depends on what is seen and on the task, the picture's tokens on the former."""
+    name, planner, _ = case
+    tasks = obs | {"goal": obs["goal"].flip(0), "text": -obs["text"]}
+    seen = obs | {k: 255 - obs[k] for k in ("frames", "wrist")}
+    assert planner.eval().forms[0] == ("tracks" if name == "points" else "latent")
+    for form in planner.forms:
+        sets, (plan, other, later) = planner.sets(form), (planner.plan(o, form)
+                                                          for o in (obs, tasks, seen))
+        assert {*plan} == {*sets} == {"plan"} | ({"picture"} if form == "latent" else set())
+        for k, (places, width) in sets.items():
+            assert plan[k].shape == (2, len(places), width) and not plan[k].requires_grad
+            assert places.shape[1] == 3 and 0 <= places[:, 1:].min() <= places[:, 1:].max() <= 1
+            assert torch.equal(plan[k], other[k]) == (k == "picture")
+            assert plan[k].isfinite().all() and not torch.allclose(plan[k], later[k])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, share", [("grounded", 0.3), ("hand", 0.1), ("feature", 0.5)])
+def test_one_batch_is_overfitted(untrained, name, share):
+    """In so long a run that all pixels count from the first step to the last."""
+    planner, batches, *_ = untrained(*CASES[name], "--batch", "2", "--steps", "1000000")
+    if name == "hand":
+        planner.train = lambda: planner.eval()      # not augmented
+    first, last = overfit(planner, batches(0), 120)
+    assert all(last[k] < share * first[k] for k in first), (first, last)
+
+
+@pytest.mark.parametrize("name", ["grounded", "points", "hand", "video", "feature"])
+def test_program(data, mask_path, tmp_path, capfd, name):
+    """What training and --show print and leave."""
+    program, *flags = CASES[name]
+    flags += ["--objects", "2", "--seed", "1"] if name == "grounded" else []
+    for more in ([], ["--show"]):
+        importlib.import_module(program).main(
+            [*TRAIN, "--data", str(data), "--out", str(tmp_path), *flags, *more])
+        path, out = next(tmp_path.glob("*/*.pt")), capfd.readouterr().out
+        assert path.with_suffix(".txt").read_text() in out and f"--planner {path}" in out
+        path.with_suffix(".png").unlink()
+    planner, content = load_planner(path), training.load(path)
+    assert equal(dict(planner.state_dict()), dict(content["ema"] or content["model"]))
+    assert not planner.training and not any(p.requires_grad for p in planner.parameters())
+    if name == "grounded":
+        assert planner.progress.item() == pytest.approx(1) and planner.config.objects == 2
+        assert not planner.position.equal(load_planner(mask_path).position), "of another seed"
+
+
+def test_bad_flags(data, tmp_path, refused):
+    argv = [*TRAIN, "--data", str(data), "--out", str(tmp_path / "runs")]
+    for name, flags, *words in (
+            ("mask", ["--size", "96"], "64", "96"), ("track", ["--size", "100"], "100"),
+            ("video", ["--size", "100"], "100"),
+            *((name, ["--show"], f"{name}_tasks0.pt", "python mask_planner.py")
+              for name in ("mask", "track", "video"))):
+        refused(lambda: importlib.import_module(f"{name}_planner").main([*argv, *flags]), *words)
+    assert not list(tmp_path.glob("runs/*/*.pt"))
+
+
+@pytest.mark.parametrize("program, of", [
+    ("mask_planner", ""), ("track_planner", ""), ("video_planner", ""), ("baselines.plex", ""),
+    ("executor", "none"), ("executor", "mask"), ("video_control.unipi", "video")])
+def test_interrupted_training_continues_exactly(data, tmp_path, request, monkeypatch, program, of):
+    """Of planners, and of executors on plans; saved after two steps, interrupted in the fourth."""
+    path = request.getfixturevalue(f"{of}_path") if of not in ("", "none") else of
+    argv = [*TRAIN, "--data", str(data), *["--planner", str(path)] * bool(of), "--out"]
+    module, sample = importlib.import_module(program), Episodes.sample_frames
+    monkeypatch.setattr(module.Config, "save_every", 2)
+
+    def interrupted(self, step, *rest, **named):
+        if step == 3:
+            raise KeyboardInterrupt
+        return sample(self, step, *rest, **named)
+
+    module.main([*argv, str(tmp_path / "whole")])
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Episodes, "sample_frames", interrupted)
+        module.main([*argv, str(tmp_path / "broken")])
+    load = lambda folder: training.load(next(tmp_path.glob(f"{folder}/*/*.pt")))
+    assert load("broken")["step"] == 2
+    torch.rand(7)       # --seed alone decides
+    module.main([*argv, str(tmp_path / "broken")])
+    one, other = load("whole"), load("broken")
+    assert all(equal(one[k], other[k]) for k in ("model", "ema", "optimizer", "step"))
