@@ -12,8 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import COMMON, CPU, ROOT, SUITE, TRAIN
-
+from conftest import COMMON, CPU, ROOT, SUITE, arrays
 import executor
 import extract
 import mask_planner
@@ -49,9 +48,8 @@ def film(tmp_path_factory):
 
 def content(path):
     with h5py.File(path) as f:
-        found = {}
-        f["data"].visititems(lambda k, x: found.update({k: x[()]} if hasattr(x, "dtype") else {}))
-        return found | {key: str(value) for key, value in f["data"].attrs.items()}
+        return {name: item[()] for name, item in arrays(f["data"]).items()} | {
+            key: str(value) for key, value in f["data"].attrs.items()}
 
 
 def small_networks():
@@ -127,6 +125,8 @@ def test_the_command_writes_what_planners_train_on(film, weights, tmp_path, refu
     assert 0 < max(found[f"demo_{k}/masks"].max() for k in range(3)) <= 2
     seen = found["demo_0/obs/agentview_rgb"][0].astype(int)
     assert np.abs(seen - read_video(film, 64)[0]).mean() < 6, "upright, in colour, the middle"
+    for preset, sizes in extract.Config.PRESETS.items():
+        assert sizes.items() <= mask_planner.Config.PRESETS[preset].items()
     runs = ["--out", str(tmp_path / "runs")]
     argv = [*CPU, "--no-bf16", *where, "--suite", "my_videos", "--steps", "2", *runs]
     for planner in (mask_planner, track_planner):
@@ -136,7 +136,8 @@ def test_the_command_writes_what_planners_train_on(film, weights, tmp_path, refu
     refused(lambda: executor.main([*CPU, *where, *runs, "--planner", str(made)]), "--suite to act")
 
 
-def test_objects_of_one_name_get_boxes_of_their_own():
+def test_objects_of_one_name_get_boxes_of_their_own(monkeypatch, refused):
+    """In the frame of the best worst score."""
     boxes = torch.tensor([[0, 0, 10, 10], [1, 0, 11, 10], [50, 50, 60, 60], [0, 0, 9, 9.]])
     scores = torch.tensor([0.9, 0.8, 0.7, 0.95])
 
@@ -155,9 +156,6 @@ def test_objects_of_one_name_get_boxes_of_their_own():
     found, where = extract.detect(np.zeros((64, 64, 3)), names, [Detector()] * 2)
     assert found.tolist() == pytest.approx([0.95, -1, 0.95, 0.7])
     assert where[[0, 2, 3]].tolist() == boxes[[3, 3, 2]].tolist()
-
-
-def test_the_frame_is_that_of_the_best_worst_score(monkeypatch, refused):
     scores = iter(np.array([[0.9, -1], [0.4, 0.9], [0.5, 0.6], [0.9, 0.1], [-1, 0.9], [0.5, 0.5],
                             [0, 0], [0.1, 0.1]]))
     monkeypatch.setattr(extract, "detect", lambda frame, *rest: (next(scores), frame.mean()))
@@ -242,10 +240,24 @@ def test_cotrackers_calls(tmp_path, film):
     assert visible.shape == (6, 20) and visible.dtype == bool and visible.all()
 
 
+def test_nothing_found_and_no_weights(tmp_path, film, weights, refused, monkeypatch):
+    argv = ["--video", str(film), *ASKED, "--data", str(tmp_path / "data"), "--weights"]
+    refused(lambda: extract.main([*argv, str(tmp_path)]), extract.DETECTOR, tmp_path, "--download")
+    segmenter = lambda: extract.segment_anything(config(tmp_path))
+    refused(segmenter, extract.SEGMENTERS_URL, tmp_path)
+    (tmp_path / extract.SEGMENTERS["vit_l"]).write_bytes(b"half")
+    refused(segmenter, "sam_vit_l", "fetch", "again")
+    monkeypatch.setattr(extract, "BOX", 1)
+    refused(lambda: extract.main([*argv, str(weights)]), film, "robot arm", "black bowl",
+            "--objects")
+    assert not (tmp_path / "data").exists()
+
+
 def test_films_and_bad_ones(tmp_path, film, refused):
     import cv2
-    frames, nothing = read_video(film, 64), tmp_path / "nothing"
+    frames, nothing, short = read_video(film, 64), tmp_path / "nothing", tmp_path / "short"
     nothing.mkdir()
+    short.mkdir()
     (nothing / "._film.mp4").write_bytes(b"of macOS")
     fast, early, empty, none, trimmed = (tmp_path / f"{name}.mp4" for name in "feont")
     for start, path in (("0", fast), ("0.5", trimmed)):
@@ -254,39 +266,20 @@ def test_films_and_bad_ones(tmp_path, film, refused):
     assert np.array_equal(read_video(trimmed, 64), frames[-len(read_video(trimmed, 64)):])
     early.write_bytes(fast.read_bytes()[:fast.stat().st_size // 2])  # opens, as its index is whole
     empty.write_bytes(b"")
-    cv2.VideoWriter(str(none), cv2.VideoWriter_fourcc(*"mp4v"), 20, (64, 64)).release()
+    writer = lambda path: cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 20, (64, 64))
+    writer(none).release()
     argv = [*ASKED, "--data", str(tmp_path / "data"), "--video"]
     for video, *words in ((early, "cut short", "of 26 frames"), (empty, "no frames"), (none, none),
                           (nothing, "holds 0 films"), (tmp_path / "absent", "no video")):
         refused(lambda: extract.main([*argv, str(video)]), *words)
-    short = tmp_path / "short"
-    short.mkdir()
     for k in range(4):
         shutil.copy(film, short / f"{k}.mp4")
-    writer = cv2.VideoWriter(str(short / "2.mp4"), cv2.VideoWriter_fourcc(*"mp4v"), 20, (64, 64))
-    writer.write(frames[0])
-    writer.release()
+    one = writer(short / "2.mp4")
+    one.write(frames[0])
+    one.release()
     refused(lambda: extract.main([*argv, str(short)]), short / "2.mp4", "has 1 frames")
-    for flags in (["--objects", " . "], ["--suite", "libero_spatial_ur5e"], ["--masks", "sim"]):
-        refused(lambda: extract.main([*argv, str(film), *flags]), flags[0])
+    refused(lambda: extract.main([*argv, str(film), "--objects", " . "]), "--objects")
     assert not (tmp_path / "data").exists(), "nothing half-written"
-
-
-def test_nothing_found_and_no_weights(tmp_path, film, weights, refused, monkeypatch):
-    data, films = ["--data", str(tmp_path / "data")], ["--video", str(film), *ASKED]
-    for flags in (films, [*COMMON, "--masks", "sam"]):
-        refused(lambda: extract.main([*flags, *data, "--weights", str(tmp_path)]),
-                extract.DETECTOR, tmp_path, "hf download", "--download")
-    segmenter = lambda: extract.segment_anything(config(tmp_path))
-    refused(lambda: extract.cotracker(config(tmp_path)), extract.TRACKER_FILE, tmp_path,
-            "--tracks flow")
-    refused(segmenter, extract.SEGMENTERS_URL, tmp_path)
-    (tmp_path / extract.SEGMENTERS["vit_l"]).write_bytes(b"half")
-    refused(segmenter, "sam_vit_l", "fetch", "again")
-    monkeypatch.setattr(extract, "BOX", 1)
-    refused(lambda: extract.main([*films, *data, "--weights", str(weights)]), film, "robot arm",
-            "black bowl", "--objects")
-    assert not (tmp_path / "data").exists()
 
 
 def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
@@ -327,7 +320,7 @@ def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
 
 
 @pytest.fixture
-def go(data, tmp_path, monkeypatch):
+def go(copied, monkeypatch):
     """extract.py with --masks sam --tracks flow, in this process, on a copy; by an oracle: all is
     robot, and points are where the episode's number says.  go.calls: [(number, names)]."""
     def annotate(views, names, seed, title):
@@ -335,17 +328,16 @@ def go(data, tmp_path, monkeypatch):
         return {"masks": np.ones_like(views["agentview"][..., 0])} | {
             f"tracks/{k}": np.full((len(v), 256, 2), seed, np.float16) for k, v in views.items()}
 
-    shutil.copytree(data, tmp_path / "data")
     monkeypatch.setattr(extract, "Annotator", lambda config: annotate)
     monkeypatch.setattr(record, "run_jobs", lambda function, jobs, *rest: [
         made for job in jobs for made in function(job)])
-    argv = [*COMMON, "--masks", "sam", "--tracks", "flow", "--data", str(tmp_path / "data")]
+    argv = [*COMMON, "--masks", "sam", "--tracks", "flow", "--data", str(copied[0])]
     go = lambda *flags: extract.main([*argv, *flags])
     go.calls = []
     return go
 
 
-def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path):
+def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path, refused):
     go()
     path = tmp_path / "data" / f"{SUITE}_sam_flow" / data_file.name
     old, new = content(data_file), content(path)
@@ -363,28 +355,19 @@ def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path):
     assert go.calls[4:] == [(2, ["arm", "bowl", "dish"])]
     assert all(np.array_equal(new[key], value) for key, value in content(path).items())
     assert path.parent.with_suffix(".png").exists()
-
-
-def test_what_is_refused(go, data_file, tmp_path, refused):
     empty = ["--data", str(tmp_path / "none")]
     refused(lambda: go("--objects", "arm.", *empty), "names 1 objects", "akita_black_bowl_1")
     refused(lambda: go("--suite", "libero_spatial_sam", *empty), "libero_spatial_sam", "mt10")
     assert not (tmp_path / "none").exists(), "before anything is recorded"
-    go()
     with h5py.File(tmp_path / "data" / SUITE / data_file.name, "a") as f:
         f["data/demo_0/obs/agentview_rgb"][-1] += 1
     refused(go, f"{SUITE}_sam_flow", "other pictures", "--data")
 
 
-def test_data_has_the_size_that_stage_1_trains_on():
-    for preset, sizes in extract.Config.PRESETS.items():
-        assert sizes.items() <= mask_planner.Config.PRESETS[preset].items()
-
-
 @pytest.mark.slow
-def test_the_command_annotates_in_processes(data, data_file, tmp_path):
-    shutil.copytree(data, tmp_path, dirs_exist_ok=True)
-    argv = ["extract.py", *COMMON, "--tracks", "flow", "--data", str(tmp_path)]
+def test_the_command_annotates_in_processes(copied):
+    folder, path = copied
+    argv = ["extract.py", *COMMON, "--tracks", "flow", "--data", str(folder)]
     assert subprocess.run([sys.executable, *argv], cwd=ROOT).returncode == 0
-    new = content(tmp_path / f"{SUITE}_flow" / data_file.name)
+    new = content(folder / f"{SUITE}_flow" / path.name)
     assert new["demo_1/tracks/eye_in_hand"].shape[1:] == (256, 2)

@@ -6,18 +6,16 @@ import numpy as np
 import pytest
 
 from conftest import SUITE
-
 from results import annotators
-
-
-def box(x, y, side=20, size=64):
-    mask = np.zeros((size, size), bool)
-    mask[y:y + side, x:x + side] = True
-    return mask
 
 
 def test_region_and_boundary():
     """A pixel's shift is tolerated by F alone; the picture's border is no boundary."""
+    def box(x, y, side=20):
+        mask = np.zeros((64, 64), bool)
+        mask[y:y + side, x:x + side] = True
+        return mask
+
     a, none = box(10, 10), np.zeros((64, 64), bool)
     for found, true, J, F in ((a, a, 1, 1), (a, box(40, 40), 0, 0), (none, none, 1, 1),
                               (none, a, 0, 0), (a, box(11, 10), 380 / 420, 1), (~none, none, 0, 1)):
@@ -42,11 +40,8 @@ def test_tracks_against_a_loop_over_points():
     grade = annotators.grade_tracks(found, seen, true, visible, when)
     assert list(grade.values()) == pytest.approx([np.mean(delta), right, np.mean(jaccard)])
     assert set(annotators.grade_tracks(true, visible, true, visible, when).values()) == {1}
-
-
-def test_queries_are_at_the_first_sight():
     kept, when = annotators.queries(np.array([[0, 1, 0, 0], [1, 0, 0, 0], [1, 1, 0, 1]], bool))
-    assert (kept.tolist(), when.tolist()) == ([0, 1], [1, 0]), "later than the last but one: none"
+    assert (kept.tolist(), when.tolist()) == ([0, 1], [1, 0]), "at the first sight, not at the last"
 
 
 def test_flow_beats_points_that_stay(data, tmp_path, monkeypatch, refused):
