@@ -3,45 +3,44 @@
 import os
 import pickle
 import shutil
+from itertools import product
 
 import h5py
 import numpy as np
 import pytest
 
 from conftest import SUITE, everything
-from core.episodes import HELD_OUT, Episodes, assemble, open_data, split_assembled, write_episode
+from core.episodes import HELD_OUT, Episodes, assemble, split_assembled, write_episode
 from core.files import one_line
-from test_record import copied  # noqa: F401: a fixture
 
 
 class Killed(BaseException):
     pass
 
 
-@pytest.mark.parametrize("when", ["second episode", "before the old file goes",
-                                  "before the new file comes", "before the parts go"])
-def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monkeypatch, when):
-    path, calls = copied[1], []
-    parts = path.with_suffix("")
+@pytest.mark.parametrize("owner, name, count, split", [
+    (os, "replace", 2, False), (os, "remove", 1, False), (os, "replace", 1, True),
+    (shutil, "rmtree", 1, True)], ids=["second episode", "before the old file goes",
+                                       "before the new file comes", "before the parts go"])
+def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monkeypatch, owner,
+                                                         name, count, split):
+    path, calls, real = copied[1], [], getattr(owner, name)
     with h5py.File(path) as f:
         about = dict(f["data"].attrs)
 
     def kill(*arguments):
         calls.append(arguments)
-        if when != "second episode" or len(calls) == 2:
+        if len(calls) == count:
             raise Killed
         return real(*arguments)
 
     def join_again():
         if path.exists():
-            split_assembled(path, parts)  # as `ensure` does when more episodes are wanted
-        assemble(path, parts, about)
+            split_assembled(path, path.with_suffix(""))  # `ensure`, when more episodes are wanted
+        assemble(path, path.with_suffix(""), about)
 
-    owner, name = {"before the old file goes": (os, "remove"),
-                   "before the parts go": (shutil, "rmtree")}.get(when, (os, "replace"))
-    if when in ("before the new file comes", "before the parts go"):
-        split_assembled(path, parts)
-    real = getattr(owner, name)
+    if split:
+        split_assembled(path, path.with_suffix(""))
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(owner, name, kill)
         join_again()
@@ -65,38 +64,31 @@ def test_full_disk_while_writing_an_episode(tmp_path, refused):
     refused(carry, "No space", "data")
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "no episodes"])
-def test_broken_file_is_one_line_and_stays(copied, refused, damage):
-    path = copied[1]
-    whole = path.read_bytes()
-    path.write_bytes({"cut": whole[:len(whole) // 2], "text": b"hello" * 1000}.get(damage, b""))
-    if damage == "no episodes":
-        with h5py.File(path, "w") as f:
-            f.attrs["made by"] = "somebody else"
-    before = path.read_bytes()
-    refused(lambda: open_data(path), path, "delete")
-    assert path.read_bytes() == before
-
-
-@pytest.mark.parametrize("missing", [*Episodes.KEYS, "obs", "tracks", "size", "env"])
-def test_what_is_missing_is_named(copied, task, refused, missing):
+def test_what_is_broken_or_lacks_something_is_one_line_and_stays(copied, task, refused):
     folder, path = copied
-    with h5py.File(path, "a") as f:
-        del (f["data"].attrs if missing in f["data"].attrs else f["data/demo_3"])[missing]
-    before = path.read_bytes()
-    refused(lambda: Episodes(folder, SUITE, [task], 2), path, missing, "delete")
-    assert path.read_bytes() == before
+    whole = path.read_bytes()
+
+    def check(*words):
+        before = path.read_bytes()
+        refused(lambda: Episodes(folder, SUITE, [task], 2), path, "delete", *words)
+        assert path.read_bytes() == before
+
+    for content in (whole[:len(whole) // 2], b"hello" * 1000, b""):
+        path.write_bytes(content)
+        check()
+    for missing in (*Episodes.KEYS, "obs", "tracks", "size", "env", "data"):
+        path.unlink()       # what was refused may still be open
+        path.write_bytes(whole)
+        with h5py.File(path, "a") as f:
+            del (f if missing == "data" else f["data"].attrs if missing in f["data"].attrs
+                 else f["data/demo_3"])[missing]
+        check(missing)
 
 
-def test_what_is_not_there(data, tmp_path, refused, task):
-    command = f"python extract.py --suite {SUITE}"
-    refused(lambda: Episodes(tmp_path, SUITE, [task], 1), tmp_path, command)
-    refused(lambda: Episodes(data, SUITE, [task], 3), "2 videos, not 3", f"{command} --demos 3")
-
-
-def test_gather_is_the_file(videos, data_file):
-    """Rows in any shape, ends repeated; pictures are not read before they are asked for."""
-    last = videos.length - 1
+def test_gather_is_the_file(videos, data, data_file, task, tmp_path, refused):
+    """Rows in any shape, ends repeated; pictures are not read before they are asked for; training
+    and validation are disjoint."""
+    last, held_out = videos.length - 1, Episodes(data, SUITE, [task], 2, split="valid")
     episode, t = np.array([[0, 1], [1, 0]]), np.array([[5, -3], [10_000, 0]])
     with h5py.File(data_file) as f:
         for key in Episodes.KEYS:
@@ -106,6 +98,12 @@ def test_gather_is_the_file(videos, data_file):
     for key in ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks"):
         for array in videos.arrays[key]:
             assert isinstance(array, np.memmap) and not array.flags.writeable
+    assert len(held_out.length) == HELD_OUT and len(videos.length) == 2
+    for a, b in product(videos.arrays["obs/agentview_rgb"], held_out.arrays["obs/agentview_rgb"]):
+        assert not np.array_equal(a[0], b[0])
+    command = f"python extract.py --suite {SUITE}"
+    refused(lambda: Episodes(tmp_path, SUITE, [task], 1), tmp_path, command)
+    refused(lambda: Episodes(data, SUITE, [task], 3), "2 videos, not 3", f"{command} --demos 3")
 
 
 def test_every_frame_is_sampled_equally_often_and_by_seed_and_step(videos):
@@ -129,10 +127,3 @@ def test_goal_is_another_episode_of_the_task():
     found = [sorted(set(goal[episode == e])) for e in range(15)]
     assert found == [[o for o in range(4 * (e // 4), 4 * (e // 4) + 4) if o != e] if e < 12 else [e]
                      for e in range(15)]
-
-
-def test_training_and_validation_are_disjoint(videos, data, task):
-    held_out = Episodes(data, SUITE, [task], 2, split="valid")
-    assert len(held_out.length) == HELD_OUT and len(videos.length) == 2
-    for a in videos.arrays["obs/agentview_rgb"]:
-        assert not any(np.array_equal(a[0], b[0]) for b in held_out.arrays["obs/agentview_rgb"])

@@ -2,59 +2,46 @@
 line."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
 from itertools import islice
+from pathlib import Path
 from types import SimpleNamespace
 
 import h5py
 import numpy as np
 import pytest
-import torchvision  # noqa: F401: triton's LLVM, if loaded after OpenGL's, crashes
 
-from conftest import ROOT, SIZE, SUITE
-
+from conftest import ROOT, SIZE, SUITE, arrays
 import sims
 from core.episodes import CAMERAS, Episodes, split_assembled
 from demos import official, record
 from demos.language import embed
 from demos.libero import demonstrator
-from test_record import arrays
 
-STEPS, DEMOS = 16, 3
-make = sims.make
-slow = lambda *values: pytest.param(*values, marks=pytest.mark.slow)
-
-
-@pytest.fixture(scope="module")
-def sim():
-    """The one made last, of which MuJoCo gives the XML; in our look, as nothing depends on it."""
-    sim = make(SUITE, 0, SIZE)
-    yield sim
-    sim.close()
+STEPS, DEMOS, make = 16, 3, sims.make
 
 
 @pytest.fixture(scope="module", autouse=True)
 def in_this_process(sim):
-    """Episodes are imported without processes of their own, in this module's simulator."""
-    class Kept:
-        close = lambda self: None
-        __getattr__ = lambda self, name: getattr(sim, name)
-
+    """Episodes are imported without processes of their own, in this process's simulator, whose
+    cameras then are as they were; of that made last MuJoCo gives the XML."""
+    m = sim.model
+    cameras = m.cam_pos.copy(), m.cam_quat.copy(), m.cam_fovy.copy()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sims, "make", lambda *arguments: Kept())
+        patch.setattr(sim, "close", lambda: None)
+        patch.setattr(sims, "make", lambda *arguments: sim)
         patch.setattr(record, "run_jobs", lambda function, jobs, *rest: (
             result for job in jobs for result in function(job)))
         yield
+    m.cam_pos[:], m.cam_quat[:], m.cam_fovy[:] = cameras
 
 
 @pytest.fixture(scope="module")
 def played(sim):
-    """The start of some scripted episodes as create_dataset.py plays them: rows of the state before
-    an action, the action, what robosuite observes after it, and upright pictures of that; and the
-    model with its fixtures."""
+    """The start of some scripted episodes as create_dataset.py plays them: the state before an
+    action, the action, what robosuite observes after it, upright pictures of that; the model."""
     import robosuite.utils.transform_utils as T
     env, episodes = sim.env, []
     for seed in range(DEMOS):
@@ -86,11 +73,8 @@ def publish(path, episodes):
     with h5py.File(path, "w") as f:
         for k, episode in enumerate(episodes):
             demo, T = f.create_group(f"data/demo_{k}"), len(episode["actions"])
-            for camera in CAMERAS:
-                demo[f"obs/{camera}_rgb"] = episode[f"{camera}_rgb"][:, ::-1]
-            for name in ("ee_states", "gripper_states", "joint_states"):
-                demo[f"obs/{name}"] = episode[name]
-            demo["actions"], demo["states"] = episode["actions"], episode["states"]
+            for key in official.ROWS:
+                demo[key] = episode[Path(key).name][:, ::-1 if key in official.VIEWS else 1]
             demo["rewards"] = demo["dones"] = np.append(np.zeros(T - 1, np.uint8), np.uint8(1))
             demo.attrs.update(num_samples=T, model_file=episode["model"])
         f["data"].attrs.update(num_demos=len(episodes), env_args=json.dumps({"type": 1}))
@@ -98,7 +82,6 @@ def publish(path, episodes):
 
 
 def make_from(folder, task, demos=20):
-    """As extract.py with its Config."""
     official.import_official(SimpleNamespace(data=str(folder), suite=SUITE, demos=demos, workers=1,
                                              download=False, text="minilm"), [task])
 
@@ -120,13 +103,6 @@ def copied(imported, tmp_path, task):
 
 
 @pytest.fixture
-def source(copied):
-    """The published file, of which nothing is imported yet."""
-    copied[1].unlink()
-    return copied[0]
-
-
-@pytest.fixture
 def again(copied, task, monkeypatch):
     """Imports the task with one video, so three episodes, without following points."""
     none = {f"{what}/{camera}": np.zeros(1) for what in ("tracks", "visible") for camera in CAMERAS}
@@ -134,7 +110,7 @@ def again(copied, task, monkeypatch):
     return lambda: make_from(copied[1].parents[1], task, demos=1)
 
 
-def test_our_file_holds_the_published_episodes(imported, played, sim, task):
+def test_our_file_holds_the_published_episodes(imported, played, sim, task, tmp_path):
     with h5py.File(imported / SUITE / f"{task}.hdf5") as f:
         about, T, language = dict(f["data"].attrs), STEPS - 1, task.replace("_", " ")
         wanted = {"source": "official", "size": SIZE, "render": "faithful", "mask_source": "sim",
@@ -160,21 +136,21 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task):
                 for name in frame.keys() - {"agentview_rgb", "eye_in_hand_rgb"}:
                     there = demo[name if name in demo else f"obs/{name}"][t]
                     np.testing.assert_allclose(there, frame[name], atol=1e-3 * (name == "hand"))
-
-
-def test_it_is_read_and_not_added_to(imported, task, refused, capfd):
-    """As many videos as there are, at the pictures' size."""
-    assert len(Episodes(imported, SUITE, [task], 20).length) == 1
-    make_from(imported, task)
-    record.ensure(SUITE, [task], 20, imported, SIZE)
-    assert not capfd.readouterr().out, "nothing is made twice"
-    refused(lambda: record.ensure(SUITE, [task], 1, imported, 96), f"--size {SIZE}", "--size 96")
+    # in files that others made anew, the pictures are of the state before the action
+    paired = {k: v if isinstance(v, str) else v[1:] if k in ("actions", "states") else v[:-1]
+              for k, v in played[1].items()}
+    with h5py.File(publish(tmp_path / "x.hdf5", [paired])) as f:
+        episode, error = official.convert_demo(sim, f["data/demo_0"], seed=0)
+    assert error is None
+    for name in ("agentview_rgb", "states", "actions"):
+        assert np.array_equal(episode[name], paired[name]), name
 
 
 @pytest.mark.slow
-def test_the_command(source):
+def test_the_command(copied):
+    copied[1].unlink()
     argv = ["extract.py", "--preset", "tiny", "--suite", SUITE, "--tasks", "0", "--source",
-            "official", "--workers", "1", "--data", str(source.parents[2])]
+            "official", "--workers", "1", "--data", str(copied[1].parents[1])]
     run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0 and "1 tasks, 1 videos of 15 steps" in run.stdout, run.stderr
 
@@ -194,30 +170,11 @@ def test_a_row_flip_turns_robosuites_observation_upright():
     sim.close()
 
 
-def test_pictures_of_the_state_before_the_action(played, sim, tmp_path):
-    """As in files that others made anew: nothing is lost."""
-    paired = {k: v if isinstance(v, str) else v[1:] if k in ("actions", "states") else v[:-1]
-              for k, v in played[1].items()}
-    with h5py.File(publish(tmp_path / "x.hdf5", [paired])) as f:
-        episode, error = official.convert_demo(sim, f["data/demo_0"], seed=0)
-    assert error is None
-    for name in ("agentview_rgb", "states", "actions"):
-        assert np.array_equal(episode[name], paired[name]), name
-
-
-@pytest.mark.parametrize("name, row, off", [
-    ("joint_states", 5, 0.05), slow("gripper_states", STEPS - 2, -0.01), slow("ee_states", 0, 0.02),
-    slow("joint_states", 3, np.nan)])
-def test_a_changed_robot_state_is_no_replay(copied, source, refused, again, name, row, off):
-    with h5py.File(source, "a") as f:
-        f[f"data/demo_1/obs/{name}"][row, 1] += off
-    refused(again, source, "demo_1", f"{name} off by", f"step {row}")
-    assert not copied[1].exists() and not copied[1].with_suffix("").exists()
-
-
-def test_what_cannot_be_used_is_left_out_by_name(copied, source, played, again, capfd):
+def test_what_cannot_be_used_is_left_out_by_name(copied, played, again, capfd):
     """A replay that strays, one row, actions or states that are none; pictures that are upright
     already stay so."""
+    source, ours = copied
+    ours.unlink()
     with h5py.File(source, "a") as f:
         f["data"].copy("demo_2", "demo_10")
         f["data/demo_1/obs/joint_states"][5] += 0.05
@@ -233,82 +190,89 @@ def test_what_cannot_be_used_is_left_out_by_name(copied, source, played, again, 
     again()
     out = capfd.readouterr().out
     assert "left out" in out and all(f"demo_{k} " in out for k in (1, 3, 4, 5))
-    with h5py.File(copied[1]) as f:
+    with h5py.File(ours) as f:
         made = [f[f"data/demo_{k}"].attrs["original"] for k in range(3)]
         assert made == ["demo_0", "demo_2", "demo_10"], "in the order of their numbers"
         upright = played[0]["agentview_rgb"][:-1]
         assert np.array_equal(f["data/demo_0/obs/agentview_rgb"], upright)
 
 
-def test_an_interrupted_import_goes_on(copied, again, task, refused):
-    source, ours = copied
-    parts = ours.with_suffix("")
+def test_an_interrupted_import_goes_on_and_nothing_is_mixed(copied, again, task, refused, capfd):
+    (source, ours), parts = copied, copied[1].with_suffix("")
+    folder, ensure = ours.parents[1], lambda *rest: record.ensure(SUITE, [task], *rest)
+    assert len(Episodes(folder, SUITE, [task], 20).length) == 1, "as many videos as there are"
+    make_from(folder, task)
+    ensure(20, folder, SIZE)
+    assert not capfd.readouterr().out, "nothing is made twice"
+    refused(lambda: ensure(1, folder, 96), f"--size {SIZE}", "--size 96")
     split_assembled(ours, parts)
     (parts / "demo_2.hdf5").unlink()
     with h5py.File(parts / "demo_0.hdf5", "a") as f:
         f.attrs["mark"] = "kept"
-    refused(lambda: record.ensure(SUITE, [task], 1, ours.parents[1], SIZE), parts, "official")
+    refused(lambda: ensure(1, folder, SIZE), parts, "official")
     again()
-    with h5py.File(ours) as f, h5py.File(source) as whole:
+    with h5py.File(ours, "a") as f, h5py.File(source) as whole:
         demo = f["data/demo_2"]
         assert f["data/demo_0"].attrs["mark"] == "kept" and demo.attrs["original"] == "demo_2"
         assert np.array_equal(demo["states"], whole["data/demo_2/states"][1:])
-
-
-def test_other_episodes_are_not_mixed(copied, again, refused):
-    ours = copied[1]
-    with h5py.File(ours, "a") as f:
         f["data"].attrs["source"] = "scripted"
         for demo in f["data"].values():
             demo.attrs["noise"] = 0.1
     before = ours.read_bytes()
     refused(again, ours, "scripted", "--data")
     assert ours.read_bytes() == before
-    split_assembled(ours, ours.with_suffix(""))
-    refused(again, f"{ours.with_suffix('')}/", "scripted", "--data")
+    split_assembled(ours, parts)
+    refused(again, f"{parts}/", "scripted", "--data")
 
 
-@pytest.mark.parametrize("missing", [*official.ROWS, "obs", "model_file", "data"])
-def test_a_missing_group_is_named_and_nothing_is_written(copied, refused, again, missing):
+def test_a_broken_file_is_one_line_and_nothing_is_written(copied, refused, again):
     source, ours = copied
-    with h5py.File(source, "a") as f:
-        demo = f["data/demo_1"]
-        owner = {"model_file": demo.attrs, "data": f}
-        del owner.get(missing, demo)[missing]
     with h5py.File(ours, "a") as f:  # more are wanted than there are
         del f["data/demo_2"]
         f["data"].attrs["exhausted"] = False
-    before = ours.read_bytes()
-    word = "data/demo_0" if missing == "data" else missing
-    refused(again, source, "lacks", word, "--download")
-    assert ours.read_bytes() == before and not ours.with_suffix("").exists()
+    whole, before = source.read_bytes(), ours.read_bytes()
 
+    def broken(damage, *words):
+        source.write_bytes(whole)
+        with h5py.File(source, "a") as f:
+            damage(f["data"])
+        refused(again, source, *words)
+        assert not ours.with_suffix("").exists()
+        assert (ours.read_bytes() if ours.exists() else None) == before
 
-@pytest.mark.parametrize("key, change, word", [
-    ("states", lambda v: v[:-1], "fetch it again"), ("actions", lambda v: v[:, 1:], "(16, 7)"),
-    ("obs/eye_in_hand_rgb", lambda v: v[:, 1:, 1:], "(16, 64, 64, 3)"),
-    ("obs/agentview_rgb", lambda v: v / 255, "float64"),
-    ("obs/agentview_rgb", lambda v: v[:, 1:], "(16, 63, 63, 3)"),
-    ("states", lambda v: v[:, :-3], "numbers")],
-    ids=["rows", "actions", "sizes", "floats", "size of one", "states of another scene"])
-def test_a_broken_file_is_one_line(copied, source, refused, again, key, change, word):
-    with h5py.File(source, "a") as f:
-        for demo in f["data"].values():
-            value = demo[key][:]
-            del demo[key]
-            demo[key] = change(value)
-    refused(again, source, word)
-    os.truncate(source, source.stat().st_size // 2)
+    def changed(key, change):
+        def damage(demos):
+            for demo in demos.values():
+                demo[key] = change(demo.pop(key)[:])
+        return damage
+
+    for key in (*official.ROWS, "obs"):
+        broken(lambda demos: demos.pop(f"demo_1/{key}"), "lacks", f"demo_1/{key}", "--download")
+    broken(lambda demos: demos["demo_1"].attrs.pop("model_file"), "lacks", "model_file")
+    broken(lambda demos: demos.clear(), "lacks data/demo_0", "fetch it again")
+    for key, change, word in (
+            ("states", lambda v: v[:-1], "fetch it again"),
+            ("actions", lambda v: v[:, 1:], "(16, 7)"),
+            ("obs/eye_in_hand_rgb", lambda v: v[:, 1:, 1:], "(16, 64, 64, 3)"),
+            ("obs/agentview_rgb", lambda v: v / 255, "float64"),
+            ("obs/agentview_rgb", lambda v: v[:, 1:], "(16, 63, 63, 3)")):
+        broken(changed(key, change), word)
+    source.write_bytes(whole[:len(whole) // 2])
     refused(again, source, "not a whole", "fetch it again")
+    ours.unlink()
     with h5py.File(source, "w") as f:
         f["data"] = np.arange(5)
     refused(again, source, "lacks data/demo_0", "fetch it again")
-    assert not copied[1].exists()
+    before = None
+    broken(changed("states", lambda v: v[:, :-3]), "numbers")       # of another scene
+    for name, row, off in (("joint_states", 5, 0.05), ("gripper_states", STEPS - 2, -0.01),
+                           ("ee_states", 0, 0.02), ("joint_states", 3, np.nan)):
+        strayed = lambda v: np.where(np.arange(STEPS)[:, None] == row, v + off, v)
+        broken(changed(f"obs/{name}", strayed), f"{name} off by", f"step {row}")
 
 
 def test_download(tmp_path, refused, task, monkeypatch):
     """Only if asked, and LIBERO's; without a network one line is the way out."""
-    refused(lambda: official.choose_tasks("mt10", ""), "mt10", SUITE)
     hub, calls = pytest.importorskip("huggingface_hub"), []
     pytest.importorskip("huggingface_hub.constants")
     fetch = lambda download=True: official.locate(tmp_path, SUITE, task, download)
