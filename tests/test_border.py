@@ -105,7 +105,7 @@ ROWS = [
     ("extract", FILM + "{text} --suite mine --tracks flow", "note.txt no frames"),
     ("extract", FILM + "{two} --suite mine --tracks flow", "two 2 films 3 or more"),
     ("extract", FILM + "{two}/a.mp4 --suite mine --tracks flow", "a.mp4 1 frames 24 longer"),
-    ("extract", FILM + "{none} --suite mine --tracks flow", "none no pictures"),
+    ("extract", FILM + "{none} --suite mine --tracks flow", "none 0 films"),
     ("planner", TINY.replace("{data}", "{broken}"), "hdf5 not a whole data file delete extract.py"),
     ("executor", TINY.replace("{data}", "{broken}") + " --planner none", "hdf5 not whole delete"),
     ("planner", TINY.replace("{data}", "{locked}"), "hdf5 another program is writing it"),
