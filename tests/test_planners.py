@@ -42,7 +42,8 @@ def test_plans_are_what_sets_declare(case, obs):
     for form in planner.forms:
         sets, (plan, other, later) = planner.sets(form), (planner.plan(o, form)
                                                           for o in (obs, tasks, seen))
-        assert {*plan} == {*sets} == {"plan"} | ({"picture"} if form in ("latent", "goal") else set())
+        brought = {"plan"} if form.startswith("tracks") else {"plan", "picture"}
+        assert {*plan} == {*sets} == brought
         for k, (places, width) in sets.items():
             assert plan[k].shape == (2, len(places), width) and not plan[k].requires_grad
             assert places.shape[1] == 3 and 0 <= places[:, 1:].min() <= places[:, 1:].max() <= 1
