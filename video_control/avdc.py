@@ -95,10 +95,10 @@ def true_future(sim, other, scene):
         getattr(other.data, name)[:] = getattr(sim.data, name)
     other.env.set_state(sim.data.qpos, sim.data.qvel)
     other.observation = other.env._get_obs()    # its script goes by the last one
-    path = [sim.data.qpos.copy()]
-    for action in islice(other.demonstration(), other.horizon):
-        other.step(action, observe=False)
+    path = []
+    for action in islice(other.demonstration(), other.horizon + 1):
         path.append(other.data.qpos.copy())
+        other.step(action, observe=False)
     return np.stack(path)
 
 
