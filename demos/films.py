@@ -21,8 +21,8 @@ def episodes_of(path):
     # without hidden files, which macOS puts beside each
     films = sorted(p for p in Path(path).glob("[!.]*") if p.suffix.lower() in FILMS)
     if len(films) <= HELD_OUT:
-        fail(f"{path} holds {len(films)} films ({' '.join(FILMS)}): {HELD_OUT} are held out, "
-             f"so give {HELD_OUT + 1} or more, or one film itself")
+        fail(f"{path} holds {len(films)} films ({' '.join(FILMS)}): {HELD_OUT} are held out, so "
+             f"give {HELD_OUT + 1} or more, or one film; of a folder of pictures ffmpeg makes one")
     return films
 
 
