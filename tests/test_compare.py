@@ -133,15 +133,15 @@ def test_a_real_cell(data, tmp_path, monkeypatch, capfd):
     """Real commands make the files that the cell expects, and the table; one again from nothing
     has the same outcomes."""
     stage = compare.stage
-    monkeypatch.setattr(compare, "CELLS", {"T": (["none", "mask"], [SUITE], [2], 1, 1, [""])})
+    monkeypatch.setattr(compare, "CELLS", {"T": (["mask"], [SUITE], [2], 1, 1, [""])})
     monkeypatch.setattr(compare, "stage", lambda program, config, words=(), **given: stage(
         program, config, words, **given | {"tasks": "0"}))
     argv = ["T", "--preset", "tiny", "--workers", "1", "--data", str(data)]
     for folder in "ab":
         compare.main([*argv, "--out", str(tmp_path / folder), "--results", str(tmp_path / folder)])
-    assert "| mask_tasks0 |" in capfd.readouterr().out
+    assert "| mask_tasks0_tasks0 |" in capfd.readouterr().out
     for path in (tmp_path / "a").glob("*.json"):
         first, again = (json.loads((tmp_path / k / path.name).read_text()) for k in "ab")
         assert first["outcomes"] == again["outcomes"] and first["code"] == code()
         assert shlex.split(first["command"])[0] == "python"
-    assert len(list((tmp_path / "a").glob("*.json"))) == 2
+    assert len(list((tmp_path / "a").glob("*.json"))) == 1
