@@ -63,12 +63,12 @@ def test_another_style_passes(a, tmp_path):
     assert report["points"] == report["of"], report
 
 
-@pytest.mark.parametrize("some", [1, pytest.param(None, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("a", ASSIGNMENTS[:1] + SLOW[1:], ids=name_of)
-def test_mistakes_are_caught(a, some, tmp_path):
+def test_mistakes_are_caught(a, tmp_path):
+    """Of the first function; `python -m course.mutate` makes those of all."""
     mutate.copy(tmp_path)
     assert mutate.mutants(a).keys() == a.keys.keys()
-    for key, changes in [*mutate.mutants(a).items()][:some]:
+    for key, changes in [*mutate.mutants(a).items()][:1]:
         assert len({*changes}) >= 5 and all(mutate.catch(a, key, changes, tmp_path)), key
 
 
