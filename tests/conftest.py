@@ -159,26 +159,21 @@ def runs(data):
     return data.parent / "runs"
 
 
-def trained(program, name):
-    """A session's fixture: the checkpoint of a planner of the tiny preset."""
+def trained(program, name, of=None):
+    """A session's fixture: a checkpoint of the tiny preset, of a planner or on the planner `of`."""
     @pytest.fixture(scope="session")
-    def path(data, runs):
-        importlib.import_module(program).main([*TRAIN, "--data", str(data), "--out", str(runs)])
-        return runs / SUITE / f"{name}_tasks0.pt"
+    def path(request, data, runs):
+        argv = [*EXECUTOR, "--planner", str(request.getfixturevalue(of))] if of else TRAIN
+        importlib.import_module(program).main([*argv, "--data", str(data), "--out", str(runs)])
+        return runs / SUITE / f"{name}.pt"
     return path
 
 
-mask_path = trained("mask_planner", "mask")
-track_path = trained("track_planner", "track")
-video_path = trained("video_planner", "video")
-
-
-@pytest.fixture(scope="session")
-def executor_path(data, runs, mask_path):
-    """Checkpoint of an executor of the tiny preset on the mask planner's plans."""
-    import executor
-    executor.main([*EXECUTOR, "--planner", str(mask_path), "--data", str(data), "--out", str(runs)])
-    return runs / SUITE / "mask_tasks0_executor.pt"
+mask_path = trained("mask_planner", "mask_tasks0")
+track_path = trained("track_planner", "track_tasks0")
+video_path = trained("video_planner", "video_tasks0")
+executor_path = trained("executor", "mask_tasks0_executor", "mask_path")
+unipi_path = trained("video_control.unipi", "video_tasks0_unipi", "video_path")
 
 
 @pytest.fixture

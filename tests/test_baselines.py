@@ -32,8 +32,8 @@ def test_r3m_is_the_published_encoder(data, tmp_path):
     planner = planners.load_planner(tmp_path / "r3m.pt")
     for encoder in (planner.encoder, planner.wrist):
         assert equal(dict(encoder.convnet.state_dict()), dict(state))
-    executor.main([*EXECUTOR, "--planner", str(tmp_path / "r3m.pt"), "--suite", SUITE, "--tasks",
-                   "0", "--data", str(data), "--out", str(tmp_path)])
+    executor.main([*TRAIN, "--planner", str(tmp_path / "r3m.pt"), "--data", str(data), "--out",
+                   str(tmp_path)])
     path.unlink(), (tmp_path / "r3m.pt").unlink()
     trained = executor.load_executor(tmp_path / SUITE / "r3m_executor_tasks0.pt")
     assert not trained.encoders, "R3M's encoders serve both cameras"

@@ -157,12 +157,6 @@ def test_avdc_refuses_what_it_cannot_do(refused, tmp_path):
         refused(lambda: avdc.main([*words, "--out", str(tmp_path)]), says)
 
 
-@pytest.fixture(scope="module")
-def unipi_path(data, runs, video_path):
-    unipi.main([*EXECUTOR, "--planner", str(video_path), "--data", str(data), "--out", str(runs)])
-    return runs / SUITE / "video_tasks0_unipi.pt"
-
-
 def test_pictures_to_reach_lie_ahead_and_done_is_near(untrained, video_path, videos, monkeypatch):
     monkeypatch.setitem(executor.Config.PRESETS["tiny"], "batch", 64)
     model, batches, *_ = untrained("video_control.unipi", "--planner", video_path)
