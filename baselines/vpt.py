@@ -36,6 +36,7 @@ LABELS = ("actions", "obs/ee_states", "obs/gripper_states")    # a video has no 
 @dataclass
 class Config(PlannerConfig):
     action_demos: int | None = flag(None, "demonstrations with actions per task", minimum=1)
+    show: bool = False                  # no flag: there is nothing to draw
     PRESETS = {"tiny": dict(demos=2, action_demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32,
                             blocks=(1, 1, 1), channels=16),
                "laptop": dict(demos=20, action_demos=10, steps=3000, size=96, batch=32, lr=1e-3),

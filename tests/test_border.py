@@ -117,6 +117,7 @@ ROWS = [
     ("baselines.plex", TINY + " --action-demos 5", "--action-demos 5 --demos 5"),
     ("baselines.vpt", TINY + " --action-demos 5", "--action-demos 5 --demos 5"),
     # the programs in folders
+    ("baselines.vpt", TINY + " --show", "--show --help"),
     ("baselines.vpt", TINY + " --suite libero_space", "libero_space libero_spatial"),
     ("baselines.cloning", "--out {out}/r3m.pt", "--r3m published"),
     ("baselines.cloning", "--r3m {mask} --out {out}/r3m.pt", "module.convnet. r3m published"),
