@@ -56,28 +56,31 @@ class Config(PlannerConfig):
 
 def soft_aggregate(prob):
     """Mask2Act eq. 3 (after STM): one probability per object -> logits over background and objects.
-    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...); softmax over dim 1 is in proportion to odds."""
+    The background, first, has p_0 = prod_n (1 - p_n); logits log p - log(1-p), finite at 0 and 1.
+    prob (B, N, ...) in [0, 1] -> (B, N + 1, ...)."""
     background = (1 - prob).prod(1, keepdim=True)  # (B, 1, ...)
     p = torch.cat([background, prob], 1).clamp(1e-7, 1 - 1e-7)  # (B, N + 1, ...)
     return torch.log(p / (1 - p))
 
 
 def bootstrapped_cross_entropy(logits, target, hardest):
-    """Cross-entropy of each picture's hardest pixels (XMem); rises, by design, as their fraction
-    `hardest` in (0, 1] falls.  logits (B, C, H, W), target (B, H, W) integers -> scalar."""
+    """Mean cross-entropy of each picture's hardest pixels (XMem): hardest H W, rounded down, at
+    least one; rises, by design, as their fraction `hardest` in (0, 1] falls.
+    logits (B, C, H, W), target (B, H, W) integers -> scalar."""
     loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
     count = max(1, int(hardest * loss.shape[1]))
     return loss.topk(count, 1).values.mean()
 
 
 def hardest_fraction(progress):
-    """XMem's schedule, in fractions of the training: all pixels until 20 %, 15 % from 70 % on."""
+    """XMem's schedule: progress, 0 at the training's start, 1 at its end or later -> fraction of
+    pixels: 1 until 0.2, then linearly down to 0.15 at 0.7."""
     return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
 
 
 def dice(prob, target):
-    """1 - 2 |m g| / (|m| + |g|) over the foreground, smoothed by 1 (XMem).  prob (B, N, H, W) in
-    [0, 1], target (B, N, H, W) of 0 and 1 -> (B, N)."""
+    """1 - (2 |m g| + 1) / (|m| + |g| + 1), |.| the sum over pixels, for each object (XMem).
+    prob (B, N, H, W) in [0, 1], target (B, N, H, W) of 0 and 1 -> (B, N)."""
     m, g = prob.flatten(2), target.flatten(2)  # (B, N, H W)
     return 1 - (2 * (m * g).sum(2) + 1) / (m.sum(2) + g.sum(2) + 1)
 
@@ -92,7 +95,8 @@ def cell_cross_entropy(logits, masks):
 
 
 def binary_masks(masks, N):
-    """Masks (..., H, W) of integers, 0 background -> of objects 1..N (..., N, H, W) of 0 and 1."""
+    """Masks (..., H, W) of integers, 0 background -> of objects 1..N (..., N, H, W) float of 0 and
+    1; a larger number is in no mask."""
     number = torch.arange(1, N + 1, device=masks.device)
     return (masks.unsqueeze(-3) == number[:, None, None]).float()
 

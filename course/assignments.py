@@ -49,7 +49,7 @@ ASSIGNMENTS = [
         "`dice` falls from 0.8 to 0.3, while `ce` rises again as fewer pixels count; a picture of "
         "predicted beside true masks; held-out IoU at +32 of 0.83 (copying the present mask: 0.59) "
         "for the robot and 0.46 (0.29) for what moves", 3,
-        ["Let `soft_aggregate` return log p where eq. 3 has log-odds. What happens to the IoU "
+        ["Let `soft_aggregate` return log p where STM has log-odds. What happens to the IoU "
          "where two objects touch? Measure it over the pixels near both.",
          "Replace the schedule of the hardest pixels by a constant 1, and then 0.15. How does the "
          "logged `ce` change, how the IoU of `moving`, and why does the loss not rank the three?"],

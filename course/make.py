@@ -10,6 +10,7 @@ done alone.  Bodies are found in the syntax tree: the reference has no marks.
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import textwrap
@@ -90,7 +91,8 @@ and equation. All else works and stays as it is. What the project is about: PROJ
 
 {lines(tasks)}
 
-**Test** one function, then all, then count the points:
+**Test** one function, then all, then count the points; a function has its points if all of its
+tests pass. `pip install -r requirements.txt` installs all that is needed.
 ```
 python -m pytest course/tests -k {[*a.keys][0].split(":")[1]}
 python -m pytest course/tests
@@ -123,7 +125,8 @@ def make(assignment, folder, emptied=None):
     shutil.move(folder / "README.md", folder / "PROJECT.md")
     (folder / "README.md").write_text(readme(assignment))
     ini = (ROOT / "pytest.ini").read_text()
-    (folder / "pytest.ini").write_text(ini.replace("testpaths = tests", "testpaths = course/tests"))
+    (folder / "pytest.ini").write_text(re.sub("--durations=\\d+ ?", "", ini.replace(
+        "testpaths = tests", "testpaths = course/tests")))
     os.makedirs(folder / "course/tests")
     for path in ("__init__.py", "assignments.py", "tests/conftest.py", f"tests/{assignment.tests}"):
         shutil.copy(ROOT / "course" / path, folder / "course" / path)

@@ -11,12 +11,11 @@ import imageio.v3 as iio
 import numpy as np
 import pytest
 
-from conftest import SUITE, trained
+from conftest import SUITE
 from core.draw import write_film
 from results import page
 from test_results import made_up
 
-video_path = trained("video_planner", "video")
 DRIVE = """<script>         // leaves what a reader would see as the page's title
 const seen = [], images = [...document.querySelectorAll("main img")]
 const look = () => seen.push([+slider.value, images.map(x => x.src)])
