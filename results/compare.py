@@ -9,8 +9,10 @@ made again.  A planner that executors share is trained once per seed, and what i
 order, so that an interruption loses at most one checkpoint.
 """
 
+import contextlib
 import ctypes
 import importlib
+import io
 import json
 import os
 import shlex
@@ -101,8 +103,9 @@ def stage(program, config, words=(), **given):
              for part in (f"--{'no-' * (v is False)}{k.replace('_', '-')}",
                           *([] if isinstance(v, bool) else [str(v)]))]
     start = f"-m {program}" if "." in program else f"{program}.py"
-    presets = getattr(module.Config, "PRESETS", {}).get(config.preset, {})
-    return shlex.join(["python", *start.split(), *words, *flags]), module.Config(**presets | given)
+    with contextlib.redirect_stdout(io.StringIO()):
+        of = parse(module.Config, "", [*words, *flags])
+    return shlex.join(["python", *start.split(), *words, *flags]), of
 
 
 def chain(config, row, suite, demos, seed, episodes, unseen, videos):

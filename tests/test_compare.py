@@ -1,5 +1,6 @@
 """results/compare.py: each stage once, in order, continued, of one code; rows are what they say."""
 
+import importlib
 import json
 import shlex
 from pathlib import Path
@@ -13,7 +14,7 @@ from conftest import SUITE
 import executor
 from core import training
 from core.files import code
-from core.flags import parse
+from core.flags import as_dict, parse
 from results import compare
 
 CELL = {"T": (["none", "mask", "none-frozen", "mask+goal"], [SUITE], [2], 2, 1, [""])}
@@ -25,7 +26,6 @@ def commands(monkeypatch, tmp_path):
     """The commands that are run, of which each only writes its file; `stop`: one that fails."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(compare, "CELLS", CELL)
-    monkeypatch.setattr(training, "check_same", lambda *rest: None)
     ran = SimpleNamespace(all=[], stop="")
 
     def run(words, stdout, **rest):
@@ -36,7 +36,8 @@ def commands(monkeypatch, tmp_path):
         if "rollout.py" in words:
             path.write_text(json.dumps({"code": code()}))
         else:
-            training.save(path.with_suffix(".pt"), step=9, config={"steps": 9}, code=[code()])
+            c = parse(importlib.import_module(words[1].removesuffix(".py")).Config, "", words[2:])
+            training.save(path.with_suffix(".pt"), step=c.steps, config=as_dict(c), code=[code()])
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(compare.subprocess, "run", run)
     monkeypatch.setattr(compare.tables, "comparison", lambda *rest: ["the table"])
