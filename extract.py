@@ -12,8 +12,10 @@ Tracks  CoTracker, or dense optical flow (DIS), which needs no weights, follows 
         moves, in both cameras.
 
 Missing episodes are recorded first.  Masks or tracks that are not the simulator's make a suite of
-their own, such as data/libero_spatial_sam_flow.  Weights come from --weights DIR or the usual
-caches; only --download fetches any.  Not run with trained weights, but with small random ones.
+their own: --masks sam --tracks flow makes data/libero_spatial_sam_flow, with all else as in
+data/libero_spatial.  Run again after an interruption, it continues.  Weights come from --weights
+DIR or the usual caches; only --download fetches any.  Tested with small random networks of the same
+classes, not run with trained weights.
 
 Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """
@@ -349,6 +351,7 @@ def make_data(config):
 
 
 def main(argv=None):
+    """Command line: makes the episodes that are missing; with --show draws them."""
     config = parse(Config, "Videos with masks and tracks, as HDF5 in the robomimic layout.", argv)
     with one_line(config.data):
         suite, tasks = make_data(config)

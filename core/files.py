@@ -21,6 +21,7 @@ WAYS_OUT = {
     errno.ENAMETOOLONG: "give a shorter --name",
     errno.EAGAIN: "another program is writing it; run again when that has ended"}
 
+
 @functools.cache
 def code():
     """A hash of the sources that a result depends on: tests, tables and pages change nothing."""

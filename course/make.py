@@ -133,6 +133,7 @@ def make(assignment, folder, emptied=None):
 
 
 def main(argv=None):
+    """Command line: one assignment's handout, into a new or an empty folder."""
     config = parse(Config, "Makes the repository that students start from.", argv)
     chosen = [a for a in ASSIGNMENTS if config.number == (str(a.number),)]
     if not chosen:

@@ -86,6 +86,7 @@ def catch(assignment, key, changes, impl):
 
 
 def main(argv=None):
+    """Command line: a line per mistake, then the table; exit code 1 if one passes."""
     config = parse(Config, "Do the public tests catch plausible mistakes?", argv)
     rows, alive = ["| assignment | function | caught | by the tests |", "|---|---|---|---|"], 0
     with tempfile.TemporaryDirectory() as folder:

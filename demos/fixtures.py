@@ -37,6 +37,7 @@ class Part:
 
     @property
     def q(self):
+        """Position of the joint, metres or radians."""
         return self.sim.data.qpos[self.joint.qposadr[0]]
 
     @property
@@ -50,7 +51,7 @@ class Part:
         return -self.sim.data.xaxis[self.joint.id]
 
     def handle(self):
-        """Its centre (3,), of a drawer, metres."""
+        """Centre (3,) of a drawer's handle, metres."""
         boxed = corners(self.sim, self.geoms)  # (G, 8, 3)
         return boxed[(boxed @ self.outward).max(1).argmax()].mean(0)
 

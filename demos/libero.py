@@ -7,7 +7,9 @@ Meta-World brings its own policies.  In LIBERO the task is read from the goal pr
 from the collision boxes; there is no code per task.  The plan is a generator of actions: it reads
 as the story of one demonstration (reach, squeeze, lift, carry, let go), and each `yield` is one
 control step of 50 ms.  Every target follows the object as it is now, so the plan survives noise on
-the executed action; an object that slipped or was missed is simply picked up again.
+the executed action; an object that slipped or was missed is simply picked up again.  What is done
+to drawers, doors and knobs is in `fixtures.py`, how an object is held in `grasp.py`, where it is
+put in `place.py`.
 """
 
 import numpy as np
@@ -60,11 +62,9 @@ def demonstrator(sim, seed=0):
 
 
 class Arm:
-    """The arm in its scene, as it is now, and its motions: generators of actions (7,).
-
-    grip (3,): the grip site, hand (3, 3): its rotation, aperture: between the fingers; point: a
-    function that gives a target (3,) as it is now; R (3, 3): the rotation that the hand is to have;
-    gripper: -1 open, +1 closed.  All in metres."""
+    """The arm in its scene, as it is now, and its motions: generators of actions (7,).  point: a
+    function that gives a target (3,) as it is now, metres; R (3, 3) the rotation of the hand;
+    gripper -1 open, +1 closed."""
 
     def __init__(self, sim, seed):
         # the scenes of the first two suites have room for the hand
@@ -76,17 +76,21 @@ class Arm:
 
     @property
     def grip(self):
+        """Position of the grip site (3,), metres."""
         return self.sim.data.site("gripper0_grip_site").xpos.copy()
 
     @property
     def hand(self):
+        """Rotation of the hand (3, 3)."""
         return self.sim.data.site("gripper0_grip_site").xmat.reshape(3, 3).copy()
 
     @property
     def aperture(self):
+        """Distance between the fingers, metres."""
         return np.ptp([self.sim.data.joint(f"gripper0_finger_joint{k}").qpos[0] for k in (1, 2)])
 
     def away(self, point):
+        """Metres from the grip to a point (3,)."""
         return np.linalg.norm(point - self.grip)
 
     def turn_to(self, R):
@@ -94,6 +98,7 @@ class Arm:
         return Rotation.from_matrix(R @ self.hand.T)
 
     def holds(self, goal):
+        """Whether one goal predicate is true."""
         return bool(self.sim.env._eval_predicate(goal))
 
     def lowest(self, name):
@@ -146,7 +151,7 @@ class Arm:
             yield action
 
     def approach(self, point, R, gripper):
-        """Straight to the point, until something bars the way."""
+        """Straight to the point."""
         nearest, since = np.inf, 0
         for step in range(60):
             error = self.away(point())
@@ -176,6 +181,7 @@ class Arm:
         yield from self.withdraw(R, gripper, steps=15)
 
     def withdraw(self, R, gripper=-1, way=UP, steps=20):
+        """Straight along `way` (3,)."""
         start = self.grip
         yield from self.follow(lambda: start + 2 * RETREAT * way, R, gripper, steps,
                                lambda: (self.grip - start) @ way > RETREAT)
@@ -204,7 +210,7 @@ def in_order(goals):
 
 
 def achieve(arm, goal):
-    """One attempt at a goal."""
+    """One attempt at a goal, a generator of actions."""
     predicate, target = goal[0], goal[-1]
     if predicate in ("on", "in"):
         return put(arm, goal)

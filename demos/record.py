@@ -68,10 +68,12 @@ class Demonstrator:
         return not self.ahead
 
     def draw(self, sim):
+        """Both cameras' pictures side by side, (., ., 3) uint8."""
         frame = sim.frame(masks=False)
         return draw.row([("now", frame["agentview_rgb"]), ("wrist", frame["eye_in_hand_rgb"])])
 
     def limit(self, sim):
+        """Steps at most: as when recorded, enough for a second attempt."""
         return sim.max_demo_steps
 
 

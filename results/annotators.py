@@ -3,7 +3,8 @@
     python -m results.annotators --suite libero_spatial --tracks flow   # results/<suite>_grade.json
 
 Masks by DAVIS' J and F (Perazzi et al., 2016), tracks by TAP-Vid's measures (Doersch et al., 2022),
-queried where a point is first seen, in pixels of 256.  Beside them the trivial answers: the first
+queried where a point is first seen, in pixels of 256: delta_avg, the share of visible points within
+1, 2, 4, 8, 16; occlusion accuracy; average Jaccard.  Beside them the trivial answers: the first
 mask for ever, points that stay and are always seen.  T frames, H W pixels, N objects, K points.
 """
 
@@ -49,8 +50,7 @@ def grade_masks(found, true, N):
 
 
 def grade_tracks(found, seen, true, visible, when):
-    """Places (T, K, 2), visibility (T, K), the truth; frames after the queries at `when` (K,).
-    delta_avg: the share of visible points within 1, 2, 4, 8, 16 pixels."""
+    """Places (T, K, 2), visibility (T, K), the truth; frames after the queries at `when` (K,)."""
     later = np.arange(len(true))[:, None] > when  # (T, K)
     off = 256 * np.linalg.norm(found.astype(np.float64) - true, axis=-1)  # (T, K)
     shown, near = later & visible, off < np.reshape([1, 2, 4, 8, 16], (-1, 1, 1))  # (5, T, K)
@@ -112,6 +112,7 @@ class Config:
 
 
 def main(argv=None):
+    """Grades on the first video of each task."""
     config, begin = parse(Config, "Annotators beside the truth.", argv), time.time()
     sims.tasks(config.suite)  # only a simulator's suite holds the truth
     names = {task: prompts(sims.describe(config.suite, task)[1], config.objects)

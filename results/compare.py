@@ -185,6 +185,7 @@ def run_all(config, groups):
     print(", ".join(f"{left.count(what)} {what}" for what in STAGES) + " to run", flush=True)
 
     def note(what, command, seconds):
+        """Called when a stage has ended: prints it and the time left."""
         done[what].append(seconds)
         left.remove(what)
         known = all(done[what] for what in left)

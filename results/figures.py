@@ -136,6 +136,7 @@ def cost(config, path, steps=600):
 
 
 def main(argv=None):
+    """Command line: makes one figure."""
     config = parse(Config, "Figures of results.", argv)
     makers = {f.__name__: f for f in (curve, unseen, attention, cost)}
     name, path = (*config.what, "", "")[:2]

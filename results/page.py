@@ -43,15 +43,16 @@ def rows(*parts):
 
 
 def tracks(planner, episodes, e, t, rng):
+    """Predicted and true tracks of frames t (B,) on their pictures -> (B, 2 H, 4 W, 3) uint8."""
     batch = track_planner.make_batch(episodes, "agentview", e, t, rng, planner.config)
     true, guess = batch["tracks"], track_planner.predicted(planner, batch)
     guess = np.concatenate([true[:, :1], guess], 1)                     # (B, 1 + S, N, 2)
-    drawn = [[draw_tracks(*x, 2) for x in zip(batch["image"], ways, batch["visible"])]
-             for ways in (guess, true)]
-    return np.concatenate(drawn, 2)                                     # (B, 2 H, 4 W, 3)
+    return np.concatenate([[draw_tracks(*x, 2) for x in zip(batch["image"], w, batch["visible"])]
+                           for w in (guess, true)], 2)                  # (B, 2 H, 4 W, 3)
 
 
 def imagined(planner, episodes, e, t, rng):
+    """Imagined pictures above the true ones, of frames t (B,) -> (B, 2 H, 4 W, 3) uint8."""
     batch = video_planner.make_batch(episodes, e, t, rng)
     pictures = video_planner.imagine(planner, batch, torch.Generator().manual_seed(0)).numpy()
     return rows(pictures[:, ::2], batch["clip"][:, 1::2])               # 1, 3, 5 and 7 of them
@@ -100,8 +101,7 @@ onkeydown = event => {
   if (by === undefined || event.altKey || event.target.matches("button, video")) return
   event.preventDefault(), by ? move(by) : play()
 }
-show()
-</script>"""
+show()</script>"""
 
 
 def main(argv=None):

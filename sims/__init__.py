@@ -29,7 +29,8 @@ def simulator_of(suite):
 
 
 def goal_varies(suite):
-    """Whether each scene has a goal of its own, as in Meta-World, and so a goal picture."""
+    """Whether each scene has a goal of its own, as in Meta-World (where to push the puck to): then
+    the goal picture must be of the same scene, at its end."""
     return simulator_of(suite) is metaworld
 
 

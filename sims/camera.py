@@ -86,9 +86,8 @@ def fast_copy(model):
 
 
 class Camera:
-    """Renders upright pictures (H, W, 3) uint8 and instance masks of a simulation that runs on this
-    MjModel or another of its layout.  groups (6,): the geoms that are seen, not Meta-World's goal
-    marks."""
+    """Renders pictures and instance masks of a simulation that runs on this MjModel or another of
+    the same layout.  groups (6,): the geoms that are seen; Meta-World's goal marks are not."""
 
     def __init__(self, model, size, render, groups):
         import mujoco
@@ -103,6 +102,7 @@ class Camera:
             self.renderer.scene.flags[flag] = render == "faithful"
 
     def picture(self, data, camera):
+        """(H, W, 3) uint8, upright."""
         self.renderer.update_scene(data, camera, self.option)
         return self.renderer.render().copy()
 
@@ -172,6 +172,7 @@ class Replay:
         self.position, self.rotation, self.eye, self.axes, self.focal = map(np.stack, zip(*rows))
 
     def at(self, t):
+        """Puts everything where it was at step t."""
         import mujoco
         self.data.qpos[:] = self.qpos[t]
         mujoco.mj_kinematics(self.model, self.data)

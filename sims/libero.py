@@ -55,11 +55,13 @@ def describe(suite, task):
 
 
 def bddl_file(suite, task):
+    """Path of a LIBERO task's definition."""
     from libero.libero import get_libero_path
     return Path(get_libero_path("bddl_files"), body_of(suite)[0], f"{task}.bddl")
 
 
 def unseen_definition(suite, task, unseen):
+    """Text of the task's definition in an unseen variant."""
     if unseen == "distractor":  # a mug in every other task, a book in the rest
         extra = ("mug", "yellow_book")[tasks(suite).index(task) % 2]
         path = bddl_file(f"{suite}_with_{extra}", f"MAIN_TABLE_SCENE1_{task}")
@@ -175,9 +177,9 @@ class Libero(Simulator):
             self.set_state(load_initial_states(self.init_file)[init])
             self.env.robots[0].controller.update(force=True)
             self.env.robots[0].controller.reset_goal()
+        return self.frame()
         for _ in range(20):  # objects land and come to rest
             self.advance(STILL)
-        return self.frame()
 
     def _env_reset(self):
         from robosuite.utils.errors import RandomizationError
@@ -205,6 +207,7 @@ class Libero(Simulator):
         self.env._post_process()
 
     def success(self):
+        """Whether the goal predicates hold now."""
         return bool(self.env._check_success())
 
     def set_state(self, state):
@@ -229,6 +232,7 @@ class Libero(Simulator):
             camera.fovy[:] = saved.get("fovy", "45")
 
     def robot_state(self):
+        """The hand's position (3,) and rotation (3, 3), the joints, the fingers (2,)."""
         robot, d = self.env.robots[0], self.data
         hand, gripper = d.site(robot.eef_site_id), robot._ref_gripper_joint_pos_indexes
         return hand.xpos, hand.xmat.reshape(3, 3), d.qpos[self.joints], d.qpos[gripper]

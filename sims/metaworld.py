@@ -99,6 +99,7 @@ class MetaWorld(Simulator):
         return self.frame()
 
     def advance(self, action):
+        """One control step."""
         self.observation, _, _, _, info = self.env.step(action)
         self.succeeded |= bool(info["success"])
 
@@ -111,9 +112,11 @@ class MetaWorld(Simulator):
             yield np.clip(self.policy.get_action(self.observation), -1, 1).astype(np.float32)
 
     def success(self):
+        """Whether the task has succeeded since reset."""
         return self.succeeded
 
     def robot_state(self):
+        """As LIBERO's; the hand's position is midway between the fingertips."""
         joints = [self.data.joint(name).qpos[0]
                   for name in (*(f"right_j{k}" for k in range(7)), "r_close", "l_close")]
         R = self.data.body("hand").xmat.reshape(3, 3)

@@ -165,6 +165,7 @@ class Actor:
         self.path, self.planned = list(path[1:]), path
 
     def __call__(self, sim):
+        """The action for the current state, (4,) float32 in [-1, 1]."""
         hand = sim.env.tcp_center.copy()        # the middle between the fingertips (3,), metres
         self.still -= np.linalg.norm(hand - self.before) < STILL
         self.before, self.steps = hand, self.steps + 1
@@ -250,6 +251,7 @@ def about_future(future):
 
 
 def main(argv=None):
+    """Command line: episodes of every task from every camera, a JSON for each camera."""
     config = parse(Config, "Act from the flow of a video, without action labels.", argv)
     if not config.checkpoints:
         fail("give oracle, true, or a checkpoint of video_planner.py such as runs/avdc/video.pt")

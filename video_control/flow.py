@@ -141,6 +141,7 @@ def make_pairs(episodes, step, batch, seed):
 
 
 def mirrored(pairs):
+    """The pairs as in a mirror."""
     flip, edge = np.array([[-1, 1], [1, 0]], np.float32)
     return pairs | {"a": pairs["a"][:, :, ::-1].copy(), "b": pairs["b"][:, :, ::-1].copy(),
                     "places": edge + flip * pairs["places"], "flow": flip * pairs["flow"]}
@@ -164,6 +165,7 @@ def end_point_error(net, pairs):
 
 
 def main(argv=None):
+    """Command line: trains the flow network and compares it with DIS."""
     from demos.record import load_videos
     config = parse(Config, "Flow between far-apart pictures, from the simulator's tracks.", argv)
     if config.size % 8:

@@ -114,6 +114,7 @@ def make_actor(replan, path, device, sim):
 
 
 def evaluate(argv):
+    """Command line: success rates of inverse dynamics models, a JSON each."""
     config = parse(Rollout, "UniPi: follow the pictures of imagined videos.", argv)
     jobs = rollout.executor_jobs(config, InverseDynamics.kind, "python -m video_control.unipi "
                                  "--planner runs/<suite>/video.pt",

@@ -48,6 +48,7 @@ def check(impl, assignments):
 
 
 def pytest_configure(config):
+    """Puts the implementation first on the path, before anything of it is imported."""
     config.addinivalue_line("markers", "grades(function): decides on this function's points")
     impl, assignments = implementation(config)
     check(impl, assignments)
@@ -72,6 +73,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
+    """Notes what each test decides, and prints its docstring, paper and equation, if it fails."""
     report = yield
     wrong = call.excinfo and f"{call.excinfo.typename}: {call.excinfo.value}".splitlines()[0]
     if report.failed and item.obj.__doc__:
@@ -83,6 +85,7 @@ def pytest_runtest_makereport(item, call):
 
 
 def pytest_terminal_summary(terminalreporter, config):
+    """With --points: points per function, and as one line of JSON."""
     if not config.getoption("points"):
         return
     functions = {}
