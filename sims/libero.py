@@ -177,9 +177,9 @@ class Libero(Simulator):
             self.set_state(load_initial_states(self.init_file)[init])
             self.env.robots[0].controller.update(force=True)
             self.env.robots[0].controller.reset_goal()
-        return self.frame()
         for _ in range(20):  # objects land and come to rest
             self.advance(STILL)
+        return self.frame()
 
     def _env_reset(self):
         from robosuite.utils.errors import RandomizationError

@@ -33,7 +33,9 @@ def axis_angle(R):
 
 
 class Simulator:
-    """One task; `Libero` and `MetaWorld` add what differs: reset, advance, success, robot, goals.
+    """One task; `Libero` and `MetaWorld` add what differs: reset, advance (by a control step),
+    success (now; in Meta-World ever since reset), robot_state (the hand's position (3,), in
+    Meta-World between the fingertips, its rotation (3, 3), joints, fingers (2,)), goal_image.
 
     model, data   MuJoCo's, the same ones after every reset
     camera        a Camera, or None: no pictures; cameras: what it calls our two
