@@ -4,13 +4,14 @@ import importlib
 import logging
 import os
 import re
+import sys
 import tempfile
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from sims.camera import Camera, fast_copy
+from sims.camera import Camera, choose_opengl, fast_copy
 from sims.scene import Simulator, scene_seed
 
 # steps at most in an episode of each suite, the values in common use (OpenVLA)
@@ -83,7 +84,9 @@ def recolour(model):
 
 def quiet_imports():
     """Imports robosuite without its advice about a private macro file, LIBERO with its own files,
-    whatever another LIBERO's configuration says."""
+    whatever another LIBERO's configuration says; mujoco with an OpenGL, if there is one."""
+    if "mujoco" not in sys.modules:
+        choose_opengl(needed=False)
     os.environ["LIBERO_CONFIG_PATH"] = os.devnull
     logging.disable(logging.WARNING)
     importlib.import_module("libero.libero.envs.env_wrapper")

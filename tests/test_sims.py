@@ -2,6 +2,9 @@
 
 import itertools
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -15,6 +18,7 @@ import sims
 from demos.libero import demonstrator
 from demos.record import RETRY
 from sims import libero, metaworld
+from sims.camera import OPENGL
 from sims.scene import axis_angle, scene_seed
 
 OBJECT, BOWL, PLATE = 2, 2, 3  # labels in the masks: Meta-World's; of task 0 of LIBERO
@@ -255,6 +259,14 @@ def test_the_suites_are_the_packages(push, refused):
     for wrong in ("10", "bowl", "-1"):
         refused(lambda: sims.choose_tasks(SUITE, f"0,{wrong}"), wrong, "0 to 9", tasks[0])
     refused(lambda: sims.tasks("libero_spatial_baxter"), "_baxter", "libero_spatial_ur5e")
+
+
+def test_a_task_is_described_before_anything_is_rendered():
+    """In a new process without variables that choose an OpenGL: mujoco reads them at import."""
+    code = ("import sims; sims.describe('libero_spatial', sims.tasks('libero_spatial')[0])\n"
+            "sims.make('push', 0, 32).reset(seed=0)['agentview_rgb']")
+    environment = {k: v for k, v in os.environ.items() if k not in (*OPENGL, "PLAN2ACT_GL")}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 @pytest.mark.slow
