@@ -147,7 +147,7 @@ class Executor(nn.Module):
         sets = {k.removeprefix("set/"): v.float() for k, v in flat.items() if k.startswith("set/")}
         sets = sets or self.planner.plan(flat, self.form)
         sets = {k: self.scale[k](v) for k, v in sets.items() if k in self.scale}
-        return sets | {view: encoder(flat[view]).flatten(2).transpose(1, 2)
+        return sets | {view: networks.to_tokens(encoder(flat[view]))
                        for view, encoder in self.encoders.items()}
 
     def look(self, batch):
@@ -258,8 +258,7 @@ class ActionData:
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
             for part in tqdm(parts, desc=f"plans, {self.draws} goals per frame", mininterval=5):
                 for draw in range(self.draws):
-                    obs = {k: torch.as_tensor(v, device=device)
-                           for k, v in self.obs(part, np.full_like(part, draw)).items()}
+                    obs = training.tensors(self.obs(part, np.full_like(part, draw)), self.executor)
                     for name, x in self.planner.plan(obs, self.executor.form).items():
                         if name not in self.executor.scale:
                             continue

@@ -13,9 +13,8 @@ Tracks  CoTracker, or dense optical flow (DIS), which needs no weights, follows 
 
 Missing episodes are recorded first.  Masks or tracks that are not the simulator's make a suite of
 their own: --masks sam --tracks flow makes data/libero_spatial_sam_flow, with all else as in
-data/libero_spatial.  Run again after an interruption, it continues.  Weights come from --weights
-DIR or the usual caches; only --download fetches any.  Tested with small random networks of the same
-classes, not run with trained weights.
+data/libero_spatial.  Weights come from --weights DIR or the usual caches; only --download fetches
+any.  Tested with small random networks of the same classes, not run with trained weights.
 
 Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """

@@ -7,7 +7,6 @@
 The planner P encodes the goal picture and the last h frames and predicts a plan (eq. 1); the
 decoder D moves any binary mask of now into the future, given the plan (eq. 2); soft aggregation
 makes the objects share the pixels (eq. 3).  At test time the plan is all that is needed: no masks.
-Preset laptop: 1.5 million parameters, 2,000 steps of 1.1 s on one core, in 32 bits (AMD EPYC).
 
 Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask
 pixels, h w cells of the encoder's feature map (n = h w).
@@ -112,16 +111,6 @@ def iou(m, g):
     return torch.where(union > 0, both / union.clamp(min=1), 1.0)
 
 
-def downsample2(masks):
-    """Masks (..., H, W) at half the resolution: every second pixel."""
-    return masks[..., ::2, ::2]
-
-
-def upsample2(masks, shape):
-    """For drawing: an array of masks (..., h, w) at twice the resolution, of shape (H, W)."""
-    return masks.repeat(2, -2).repeat(2, -1)[..., :shape[0], :shape[1]]
-
-
 # --- networks -------------------------------------------------------------------------------------
 
 class Decoder(nn.Module):
@@ -176,8 +165,8 @@ class Planner(nn.Module):
 
     def encode(self, images):
         """Pictures (..., H, W, 3) uint8 -> tokens (..., n, D)."""
-        x = self.encoder(images.flatten(0, -4))  # (B, D, h, w)
-        return x.flatten(2).transpose(1, 2).unflatten(0, images.shape[:-3])  # (..., n, D)
+        x = networks.to_tokens(self.encoder(images.flatten(0, -4)))  # (., n, D)
+        return x.unflatten(0, images.shape[:-3])  # (..., n, D)
 
     def forward(self, frames, goal):
         """Eq. 1: frames (B, T, H, W, 3), oldest first, goal (B, H, W, 3) uint8 -> (B, T, n, D)."""
@@ -190,10 +179,6 @@ class Planner(nn.Module):
         x = x + self.position + self.time[:steps]
         x = self.gpt(x.flatten(1, 2), self.mask[:L, :L])  # (B, (1 + T) n, D)
         return x.unflatten(1, (steps, self.n))[:, 1:]  # (B, T, n, D)
-
-    def as_map(self, tokens):
-        """tokens (B, n, D) -> map (B, D, h, w)."""
-        return tokens.transpose(1, 2).unflatten(2, (self.side, self.side))
 
     def sets(self, form):
         """What `plan` brings: {name: (places (n, 3): view 0, x, y in [0, 1]; width)}."""
@@ -225,12 +210,12 @@ class MaskPlanner(Planner):
 
     def predict(self, frames, goal, masks):
         """masks (B, N, H, W) of 0 and 1 at the last frame -> probabilities (B, N, K, H, W)."""
-        return self.decoder(self.as_map(self(frames, goal)[:, -1]), masks)
+        return self.decoder(networks.to_map(self(frames, goal)[:, -1]), masks)
 
     def predict_cells(self, plan):
         """ours: plan (B, n, D) -> logits (B, 1 + K, N + 1, CELL h, CELL w) of background and
         objects, now and at every horizon, from each token for its own cell."""
-        x = self.as_map(self.ground(plan))  # (B, (1 + K) (N + 1) CELL CELL, h, w)
+        x = networks.to_map(self.ground(plan))  # (B, (1 + K) (N + 1) CELL CELL, h, w)
         return F.pixel_shuffle(x, self.CELL).unflatten(1, (1 + K, -1))
 
     def loss(self, batch):
@@ -244,7 +229,7 @@ class MaskPlanner(Planner):
         m = shown * tracked  # (B, 1 + K, N, H, W)
         # differs: trained is the plan of the last frame alone; eq. 1 has one for each
         plan = self(batch["frames"], batch["goal"])[:, -1]  # (B, n, D)
-        prob = self.decoder(self.as_map(plan), m[:, 0])  # (B, N, K, H, W)
+        prob = self.decoder(networks.to_map(plan), m[:, 0])  # (B, N, K, H, W)
         logits = soft_aggregate(prob).transpose(1, 2).flatten(0, 1)  # (B K, N + 1, H, W)
         future = m[:, 1:].flatten(0, 1)  # (B K, N, H, W)
         ce = bootstrapped_cross_entropy(logits, with_background(future).argmax(1),
@@ -266,12 +251,11 @@ class MaskPlanner(Planner):
         moved to two horizons, on the last frame; none where obs has no masks."""
         if "masks" not in obs:
             return []
-        masks = binary_masks(downsample2(obs["masks"][:1]), self.config.objects)
+        masks = binary_masks(obs["masks"][:1, ::2, ::2], self.config.objects)
         prob = self.predict(obs["frames"][:1], obs["goal"][:1], masks)  # (1, N, K, H/2, W/2)
         label = soft_aggregate(prob).argmax(1)[0].cpu().numpy()  # (K, H/2, W/2)
         frame = obs["frames"][0, -1].cpu().numpy()  # (H, W, 3)
-        return [(f"plan +{HORIZONS[k]}", draw_masks(frame, upsample2(label[k], frame.shape[:2])))
-                for k in (1, 3)]
+        return [(f"plan +{HORIZONS[k]}", draw_masks(frame, label[k])) for k in (1, 3)]
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -281,16 +265,10 @@ def make_batch(episodes, episode, t, rng, config):
     MaskPlanner.loss); what lies beyond an episode's end is its last frame."""
     past = look_times(t, config.history, config.stride)  # (B, T)
     ahead = t[:, None] + np.array([0, *HORIZONS])  # (B, 1 + K)
-    # differs: masks at half resolution; at the full one a step takes three times as long
+    # differs: every second pixel of the masks; with all of them a step takes three times as long
     return {"frames": episodes.gather("obs/agentview_rgb", episode[:, None], past),
             "goal": episodes.last_frames(episodes.goal_of(episode, rng)),
-            "masks": downsample2(episodes.gather("masks", episode[:, None], ahead))}
-
-
-def tensors(batch, planner):
-    """A batch of arrays as tensors on the planner's device."""
-    device = next(planner.parameters()).device
-    return {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
+            "masks": episodes.gather("masks", episode[:, None], ahead)[..., ::2, ::2]}
 
 
 @torch.no_grad()
@@ -302,7 +280,7 @@ def validate(planner, episodes, samples=600, seed=1):
     total = {g: np.zeros((3, K)) for g in ("robot", "moving", "static")}
     for step in range(-(-samples // 50)):
         batch = make_batch(episodes, *episodes.sample_frames(step, 50, seed), planner.config)
-        batch = tensors(batch, planner)
+        batch = training.tensors(batch, planner)
         m = binary_masks(batch["masks"], N)  # (B, 1 + K, N, H, W)
         prob = planner.predict(batch["frames"], batch["goal"], m[:, 0])  # (B, N, K, H, W)
         label = soft_aggregate(prob).argmax(1)  # (B, K, H, W) in 0..N
@@ -340,15 +318,14 @@ def compare(planner, episodes, episode, t, rng):
     """Of frames t (B,) of some episodes: goal, present masks (B, H, W, 3), predicted masks on the
     present, true ones on the future frames (B, K, H, W, 3), all uint8."""
     batch = make_batch(episodes, episode, t, rng, planner.config)
-    tensor, now, masks = tensors(batch, planner), batch["frames"][:, -1], batch["masks"]
+    tensor, now, masks = training.tensors(batch, planner), batch["frames"][:, -1], batch["masks"]
     m = binary_masks(tensor["masks"][:, 0], planner.config.objects)  # (B, N, H/2, W/2)
     prob = planner.predict(tensor["frames"], tensor["goal"], m)
     label = soft_aggregate(prob).argmax(1).cpu().numpy()  # (B, K, H/2, W/2)
     ahead = t[:, None] + np.array(HORIZONS)  # (B, K)
     future = episodes.gather("obs/agentview_rgb", episode[:, None], ahead)  # (B, K, H, W, 3)
-    over = lambda images, masks: draw_masks(images, upsample2(masks, images.shape[-3:-1]))
-    return (batch["goal"], over(now, masks[:, 0]), over(now[:, None], label),
-            over(future, masks[:, 1:]))
+    return (batch["goal"], draw_masks(now, masks[:, 0]), draw_masks(now[:, None], label),
+            draw_masks(future, masks[:, 1:]))
 
 
 def show(planner, episodes, rows=6, seed=3):

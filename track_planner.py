@@ -88,25 +88,10 @@ def track_from_patches(patches):
     return patches.unflatten(3, (PATCH, 2)).transpose(2, 3).flatten(1, 2)
 
 
-def to_tokens(features):
-    """Map (B, D, h, w) -> tokens (B, h w, D), row by row."""
-    return features.flatten(2).transpose(1, 2)
-
-
-def to_map(tokens, h):
-    """The inverse: (B, h w, D) -> (B, D, h, w)."""
-    return tokens.transpose(1, 2).unflatten(2, (h, -1))
-
-
 def features_at(features, points):
     """Map (B, D, h, w), places (B, N, 2) in [0, 1] -> its bilinear values there (B, N, D)."""
     where = 2 * points.float()[:, :, None] - 1  # (B, N, 1, 2) in [-1, 1]
     return F.grid_sample(features.float(), where, align_corners=False)[..., 0].transpose(1, 2)
-
-
-def to_unit(images):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
-    return images.movedim(-1, -3).float() / 127.5 - 1
 
 
 def mask_patches(images, masked):
@@ -178,7 +163,7 @@ class TrackPlanner(nn.Module):
         differs: masked patches are grey pixels; ATM replaces their tokens by a learned one, which
         an encoder that looks beyond its patch would see around."""
         masked = torch.rand(len(images), self.side, self.side, device=images.device) < mask_ratio
-        return self.encoder(mask_patches(to_unit(images), masked))
+        return self.encoder(mask_patches(networks.to_unit(images), masked))
 
     def locate(self, points):
         """Places (..., 2) in [0, 1] -> their encoding (..., D), one for points and cells.
@@ -196,10 +181,10 @@ class TrackPlanner(nn.Module):
         # differs: features of the picture at the point are added; attention alone finds them late
         here = features_at(features, points) + self.locate(points)  # (B, N, D)
         tracks = self.track(still) + self.time + here[:, None]
-        place = self.locate(self.grid)  # (n, D)
-        task = (to_tokens(self.encode(goal)) + place if self.text is None
+        cells, place = networks.to_tokens(features), self.locate(self.grid)  # (B, n, D), (n, D)
+        task = (networks.to_tokens(self.encode(goal)) + place if self.text is None
                 else self.text(goal.float())[:, None])  # (B, n or 1, D)
-        x = torch.cat([tracks.flatten(1, 2), to_tokens(features) + place, task + self.task], 1)
+        x = torch.cat([tracks.flatten(1, 2), cells + place, task + self.task], 1)
         x, L = self.transformer(x), tracks.shape[1] * N
         return x[:, :L].unflatten(1, (-1, N)), x[:, L:L + len(place)]
 
@@ -228,8 +213,8 @@ class TrackPlanner(nn.Module):
         track = error.sum() / near.sum().clamp(min=1) / 2
         if not self.config.mask_ratio:
             return 10 * track, {"track": track.item()}
-        reconstructed = self.image_head(to_map(picture, self.side)).float()  # (B, 3, H, W)
-        image = F.mse_loss(reconstructed, to_unit(images))  # of all patches, masked or not
+        reconstructed = self.image_head(networks.to_map(picture)).float()  # (B, 3, H, W)
+        image = F.mse_loss(reconstructed, networks.to_unit(images))  # of all patches, masked or not
         return 10 * track + image, {"track": track.item(), "image": image.item()}
 
     def sets(self, form):
@@ -253,7 +238,7 @@ class TrackPlanner(nn.Module):
             features = self.encode(frame)  # (B, D, h, w)
             tokens, _ = self(features, self.points_of(obs), goal)
             plan = tokens.transpose(1, 2).flatten(2)  # (B, N, P D): a point's patches are one token
-            return {"picture": to_tokens(features), "plan": plan}
+            return {"picture": networks.to_tokens(features), "plan": plan}
         points = torch.tensor(POINTS, device=frame.device).expand(2 * B, -1, -1)
         tracks = self.predict(torch.cat([frame, obs["wrist"]]), points, torch.cat([goal, goal]))
         tracks = tracks[:, :LENGTHS[form]].unflatten(0, (2, B)).transpose(0, 1)  # (B, 2, S, N, 2)
@@ -320,9 +305,8 @@ def training_batch(episodes, step, config):
 @torch.no_grad()
 def predicted(planner, batch):
     """TrackPlanner.predict, from arrays -> (B, S, N, 2) array."""
-    image, points, goal = (torch.as_tensor(x, device=planner.grid.device)
-                           for x in (batch["image"], batch["tracks"][:, 0], batch["goal"]))
-    return planner.eval().predict(image, points, goal).cpu().numpy()
+    b = training.tensors(batch, planner)
+    return planner.eval().predict(b["image"], b["tracks"][:, 0], b["goal"]).cpu().numpy()
 
 
 def validate(planner, episodes, samples=300, seed=1):

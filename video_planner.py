@@ -58,13 +58,8 @@ class Config(PlannerConfig):
 
 # --- pictures and noise ---------------------------------------------------------------------------
 
-def to_unit(images):
-    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
-    return images.movedim(-1, -3).float() / 127.5 - 1
-
-
 def to_bytes(x):
-    """The inverse, clipped: (..., 3, H, W) -> (..., H, W, 3) uint8."""
+    """Clipped, (..., 3, H, W) in [-1, 1] -> (..., H, W, 3) uint8: `networks.to_unit`'s inverse."""
     return ((x.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(-3, -1)
 
 
@@ -273,8 +268,9 @@ class VideoPlanner(nn.Module):
         now = obs["frames"][:, -1]
         # differs: in [-1, 1] as the pictures to generate; the authors' code leaves it in [0, 1]
         if self.config.goal == "language":
-            return to_unit(now), obs["text"].float()
-        return to_unit(torch.cat([now, obs["goal"]], -1)), torch.zeros(len(now), 0).to(now.device)
+            return networks.to_unit(now), obs["text"].float()
+        both = torch.cat([now, obs["goal"]], -1)                            # (B, H, W, 6)
+        return networks.to_unit(both), torch.zeros(len(now), 0, device=now.device)
 
     def unconditional(self, pictures, text, keep=0.0):
         """The condition without the task, zeros in its place; keep (B,): 1 where it stays."""
@@ -286,7 +282,7 @@ class VideoPlanner(nn.Module):
         """batch: an observation, and clip (B, 1 + F, H, W, 3) uint8, now and to come -> weighted
         squared error of the clean clip, parts."""
         c, B, (pictures, text) = self.config, len(batch["clip"]), self.condition(batch)
-        x0 = to_residual(to_unit(batch["clip"][:, 1:]), pictures[:, :3])    # (B, F, 3, H, W)
+        x0 = to_residual(networks.to_unit(batch["clip"][:, 1:]), pictures[:, :3])
         keep = (torch.rand(B, device=x0.device) >= c.condition_dropout).float()
         t = torch.randint(c.noise_steps, (B,), device=x0.device)
         alpha_bar, small = self.alpha_bar[t], means(x0, c.downsample)
@@ -372,12 +368,6 @@ def ssim(a, b, window=7):
     return (same / ((mean_a ** 2 + mean_b ** 2 + c1) * (var_a + var_b + c2))).mean((1, 2, 3))
 
 
-def imagine(planner, batch, generator):
-    """VideoPlanner.imagine, from arrays -> (B, F, H, W, 3) uint8 on the CPU."""
-    obs = {k: torch.as_tensor(v).to(planner.alpha_bar.device) for k, v in batch.items()}
-    return planner.eval().imagine(obs, generator).cpu()
-
-
 def validate(planner, episodes, seed=1):
     """PSNR and SSIM of imagined pictures, beside the present one repeated, on held-out episodes
     -> {("PSNR" | "SSIM", "imagined" | "stay"): (F,)}."""
@@ -385,7 +375,8 @@ def validate(planner, episodes, seed=1):
     for first in range(0, clips, 20):
         chosen = episodes.sample_frames(first, min(20, clips - first), seed)
         batch = make_batch(episodes, *chosen)
-        imagined, clip = imagine(planner, batch, generator), torch.as_tensor(batch["clip"])
+        imagined = planner.eval().imagine(training.tensors(batch, planner), generator).cpu()
+        clip = torch.as_tensor(batch["clip"])                               # (B, 1 + F, H, W, 3)
         for score in (psnr, ssim):
             for name, guess in (("imagined", imagined), ("stay", clip[:, :1].expand_as(imagined))):
                 pair = [x.flatten(0, 1).movedim(-1, 1).double() for x in (guess, clip[:, 1:])]
@@ -405,8 +396,9 @@ def show(planner, episodes, rows=4, seed=3):
     """Rows of pictures, imagined above true, the present one first -> (., ., 3) uint8."""
     episode, t, rng = episodes.sample_frames(0, rows, seed)
     batch = make_batch(episodes, episode, t // 2, rng)      # early: more is to come
-    imagined = imagine(planner, batch, torch.Generator().manual_seed(seed))
-    imagined, drawn = np.concatenate([batch["frames"], imagined], 1), []    # (rows, 1 + F, H, W, 3)
+    generator, drawn = torch.Generator().manual_seed(seed), []
+    imagined = planner.eval().imagine(training.tensors(batch, planner), generator).cpu()
+    imagined = np.concatenate([batch["frames"], imagined], 1)               # (rows, 1 + F, H, W, 3)
     for b in range(rows):
         name = episodes.tasks[episodes.task[episode[b]]].replace("_", " ")
         for clip, what in ((imagined[b], "imagined"), (batch["clip"][b], "true")):

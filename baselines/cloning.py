@@ -54,7 +54,7 @@ class Cloning(nn.Module):
     def plan(self, obs, form):
         """obs with frames (B, 1, H, W, 3), goal (B, H, W, 3) uint8 -> {name: (B, n, D)}."""
         both = torch.cat([obs["frames"][:, -1], obs["goal"]])               # (2 B, H, W, 3)
-        picture, goal = self.encoder(both).flatten(2).transpose(1, 2).chunk(2)
+        picture, goal = networks.to_tokens(self.encoder(both)).chunk(2)
         return {"picture": picture, "goal": goal}
 
     def draw(self, obs):
@@ -129,7 +129,7 @@ class R3MCloning(Cloning):
 
     def plan(self, obs, form):
         """As Cloning's, and obs with wrist (B, H, W, 3) uint8."""
-        wrist = self.wrist(obs["wrist"]).flatten(2).transpose(1, 2)         # (B, n, D)
+        wrist = networks.to_tokens(self.wrist(obs["wrist"]))                # (B, n, D)
         return super().plan(obs, form) | {"wrist": wrist}
 
 

@@ -23,7 +23,7 @@ from core.episodes import Episodes, look_times
 from core.files import fail
 from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
-from mask_planner import HORIZONS, K, tensors
+from mask_planner import HORIZONS, K
 
 BETWEEN = 8     # C, control steps between the two pictures of the inverse dynamics
 PICTURE = "obs/agentview_rgb"
@@ -100,7 +100,7 @@ def validate(planner, episodes):
     the present picture's -> lines of text."""
     config, errors = planner.eval().config, []
     for step in range(-(-300 // config.batch)):
-        batch = tensors(make_batch(episodes, step, config, 1), planner)
+        batch = training.tensors(make_batch(episodes, step, config, 1), planner)
         target = standard(planner.encode(batch["future"]))  # (B, K, n, D)
         plan = planner.predict(planner(batch["frames"], batch["goal"])[:, -1])  # (B, K, n, D)
         stay = standard(planner.encode(batch["frames"][:, -1:]))  # (B, 1, n, D)
@@ -117,7 +117,7 @@ def show(planner, episodes):
     ones, beside the true one -> (., ., 3) uint8."""
     others = episodes.gather(PICTURE, *episodes.sample_frames(1, 400, seed=3)[:2])  # (400, H, W, 3)
     batch = {k: v[:6] for k, v in make_batch(episodes, 0, planner.config, seed=3).items()}
-    tensor = tensors(batch | {"others": others}, planner)
+    tensor = training.tensors(batch | {"others": others}, planner)
     known = standard(planner.encode(tensor["others"]))  # (400, n, D)
     plan = planner.predict(planner(tensor["frames"], tensor["goal"])[:, -1])  # (6, K, n, D)
     off = torch.stack([(known - x).square().mean((1, 2)) for x in plan.flatten(0, 1)])  # (6 K, 400)

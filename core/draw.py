@@ -11,7 +11,11 @@ COLOURS = np.array([[0, 0, 0], [70, 130, 255], [255, 150, 0], [60, 220, 90], [23
 
 
 def draw_masks(image, masks):
-    """image (H, W, 3) uint8 with masks (H, W) of 0..N laid over it in colours -> (H, W, 3)."""
+    """images (..., H, W, 3) uint8, masks (..., h, w) of 0..N, of all their pixels or of each k-th,
+    laid over them in colours -> (..., H, W, 3)."""
+    H, W = image.shape[-3:-1]
+    k = -(-H // masks.shape[-2])
+    masks = masks.repeat(k, -2).repeat(k, -1)[..., :H, :W]
     colour, alpha = COLOURS[masks % len(COLOURS)], 0.55 * (masks > 0)[..., None]
     return (image * (1 - alpha) + colour * alpha).clip(0, 255).astype(np.uint8)
 

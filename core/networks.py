@@ -128,9 +128,24 @@ class ImageEncoder(nn.Module):
 
     def forward(self, images):
         """(B, H, W, 3) uint8 in 0..255, or (B, 3, H, W) float in [-1, 1] -> (B, D, h, w) float."""
-        if images.dtype == torch.uint8:
-            images = images.permute(0, 3, 1, 2).float() / 127.5 - 1         # (B, 3, H, W), -1..1
+        images = to_unit(images) if images.dtype == torch.uint8 else images
         return self.head(self.body(images.contiguous(memory_format=torch.channels_last)))
+
+
+def to_unit(images):
+    """(..., H, W, 3) uint8 -> (..., 3, H, W) in [-1, 1]."""
+    return images.movedim(-1, -3).float() / 127.5 - 1
+
+
+def to_tokens(features):
+    """Map (B, D, h, w) -> tokens (B, h w, D), row by row."""
+    return features.flatten(2).transpose(1, 2)
+
+
+def to_map(tokens):
+    """The inverse, of a square map."""
+    side = round(tokens.shape[1] ** 0.5)
+    return tokens.transpose(1, 2).unflatten(2, (side, side))
 
 
 def random_shift(images, pad=4):

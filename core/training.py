@@ -157,6 +157,12 @@ def keep_memory():
         mallopt(-1, -1)         # M_TRIM_THRESHOLD: never
 
 
+def tensors(batch, model):
+    """A dict of arrays as tensors on the model's device."""
+    device = next(model.parameters()).device
+    return {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
+
+
 def log_line(line):
     tqdm.write(line)        # above the progress bar, not through it
     sys.stdout.flush()
@@ -275,7 +281,7 @@ def fit(model, batches, config, path, picture=None, note=""):
     while done < config.steps:
         # Seeded per step, dropout and noise leave no generator state to store in the checkpoint.
         torch.manual_seed((config.seed << 32) + done * world + rank)
-        batch = {k: torch.as_tensor(v).to(device) for k, v in batches(done * world + rank).items()}
+        batch = tensors(batches(done * world + rank), model)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(done, config)
         row = take_step(compute_loss, batch, optimizer, parameters, config, done)

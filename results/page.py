@@ -17,6 +17,7 @@ import torch
 import mask_planner
 import track_planner
 import video_planner
+from core import training
 from core.draw import draw_tracks
 from core.episodes import Episodes
 from core.files import fail, write
@@ -54,7 +55,8 @@ def tracks(planner, episodes, e, t, rng):
 def imagined(planner, episodes, e, t, rng):
     """Imagined pictures above the true ones, of frames t (B,) -> (B, 2 H, 4 W, 3) uint8."""
     batch = video_planner.make_batch(episodes, e, t, rng)
-    pictures = video_planner.imagine(planner, batch, torch.Generator().manual_seed(0)).numpy()
+    generator, obs = torch.Generator().manual_seed(0), training.tensors(batch, planner)
+    pictures = planner.imagine(obs, generator).cpu().numpy()            # (B, F, H, W, 3)
     return rows(pictures[:, ::2], batch["clip"][:, 1::2])               # 1, 3, 5 and 7 of them
 
 

@@ -9,6 +9,7 @@ import torch
 from conftest import SIZE, equal
 import mask_planner
 import track_planner
+from core import networks
 from core.episodes import CAMERAS
 from track_planner import PATCH, SPACING, STEPS
 
@@ -37,9 +38,10 @@ def test_reshapes_and_masks():
     assert torch.equal(patches[1, 2, 3], tracks[1, 2 * PATCH:3 * PATCH, 3].flatten())
     assert torch.equal(track_planner.track_from_patches(patches), tracks)
     features = torch.randn(2, 8, 3, 5)      # h != w
-    tokens = track_planner.to_tokens(features)
+    tokens = networks.to_tokens(features)
     assert torch.equal(tokens[1, 1 * 5 + 4], features[1, :, 1, 4])
-    assert torch.equal(track_planner.to_map(tokens, 3), features)
+    square = features[..., :3]
+    assert torch.equal(networks.to_map(networks.to_tokens(square)), square)
     middles = torch.tensor([[(x + 0.5) / 5, (y + 0.5) / 3] for y in range(3) for x in range(5)])
     values = track_planner.features_at(features, middles.expand(2, -1, -1))
     torch.testing.assert_close(values, tokens)

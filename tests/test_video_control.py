@@ -126,8 +126,8 @@ def test_imagined_pictures_are_followed_by_their_flow(button):
         assert obs["goal"].shape == (1, 96, 96, 3) and obs["text"].shape == (1, 384)
         return obs["frames"].expand(1, FRAMES, 96, 96, 3)
 
-    still = torch.nn.Module()
-    still.alpha_bar, still.imagine = torch.zeros(1), imagine
+    still = torch.nn.Linear(1, 1)
+    still.imagine = imagine
     actor = avdc.Actor(button, still, flow.dis_flow, replans=1)
     actor.reset(button, {"seed": 7})
     button.reset(seed=7)

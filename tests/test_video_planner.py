@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from conftest import SIZE, TRAIN
 import video_planner as vp
 from core.flags import parse
-from video_planner import FRAMES, to_residual, to_unit
+from core.networks import to_unit
+from video_planner import FRAMES, to_residual
 
 
 def small(*flags, **fields):

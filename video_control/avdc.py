@@ -33,7 +33,7 @@ from core.planners import load_planner
 from sims.camera import Replay, cast, project
 from video_control import flow
 from video_control.motion import grasp_point, infer_motions, subgoals
-from video_planner import FRAMES, VideoPlanner, clip_times, imagine
+from video_planner import FRAMES, VideoPlanner, clip_times
 
 TRUE = "oracle", "true"     # futures of the package's own policy, not imagined
 POINTS = 300        # of the object that are followed; differs: the authors take 500
@@ -128,8 +128,8 @@ class Actor:
         if self.kind == "generated":
             now = sim.camera.picture(sim.data, sim.cameras[0])
             generator = torch.Generator().manual_seed(self.plans_left)
-            obs = self.task | {"frames": now[None, None]}
-            self.pictures = [now, *imagine(self.future, obs, generator)[0].numpy()]
+            obs = training.tensors(self.task | {"frames": now[None, None]}, self.future)
+            self.pictures = [now, *self.future.imagine(obs, generator)[0].cpu().numpy()]
         else:
             path = true_future(sim, self.other, self.scene)
             replay = Replay(sim.camera, sim.cameras[0], sim.model, path[clip_times(0, len(path))])

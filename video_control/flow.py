@@ -18,10 +18,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torchvision.models.optical_flow import raft_small
 
-from core import training
+from core import networks, training
 from core.files import fail, write
 from core.flags import TrainingConfig, flag, from_dict, parse
-from video_planner import FRAMES, clip_times, to_unit
+from video_planner import FRAMES, clip_times
 
 
 @dataclass
@@ -50,7 +50,8 @@ class FlowNet(nn.Module):
         """a, b (B, H, W, 3) uint8 -> flows from a to b in pictures, x right, y down, each better
         than the one before, [(B, 2, h, w)]."""
         side = max(128, self.config.size)                                   # RAFT takes no less
-        pair = F.interpolate(to_unit(torch.cat([a, b])), size=(side, side), mode="bilinear")
+        pair = networks.to_unit(torch.cat([a, b]))                          # (2 B, 3, H, W)
+        pair = F.interpolate(pair, size=(side, side), mode="bilinear")
         return [x / side for x in self.net(*pair.chunk(2), num_flow_updates=self.config.updates)]
 
     def loss(self, batch):
