@@ -8,7 +8,7 @@ look.  Training and evaluation must use the same one.
 import os
 import subprocess
 import sys
-from copy import copy as copy_of
+from contextlib import contextmanager
 
 import numpy as np
 
@@ -65,24 +65,29 @@ def simplify_mesh(vertices, faces, cell):
     return new[kept], kept
 
 
-def fast_copy(model):
-    """A copy of LIBERO's MjModel for rendering only, of 70 instead of 298 thousand faces: software
-    OpenGL, on one core, takes 75 ms for a faithful picture of 128 px, under 10 for a fast one."""
-    copy = copy_of(model)
-    for k in range(copy.nmesh):
-        body = copy.body(copy.geom_bodyid[np.argmax(copy.geom_dataid == k)]).name
+@contextmanager
+def simplified(model):
+    """LIBERO's MjModel has 70 instead of 298 thousand faces while a renderer is made, which keeps
+    them: software OpenGL, on one core, takes 75 ms for a faithful picture of 128 px, under 10 for a
+    fast one."""
+    tables = model.mesh_face, model.mesh_facenormal, model.mesh_facetexcoord, model.mesh_facenum
+    whole = [table.copy() for table in tables]
+    for k in range(model.nmesh):
+        body = model.body(model.geom_bodyid[np.argmax(model.geom_dataid == k)]).name
         # metres; the arm's large smooth links bear 10 mm, hand and objects 3 (4: specks on rims)
         cell = 0.010 if body.startswith(("robot0", "mount0")) else 0.003
-        f, v = copy.mesh_faceadr[k], copy.mesh_vertadr[k]
-        faces = slice(f, f + copy.mesh_facenum[k])
-        vertices = copy.mesh_vert[v:v + copy.mesh_vertnum[k]].astype(np.float64)
-        new, kept = simplify_mesh(vertices, copy.mesh_face[faces], cell)
+        f, v = model.mesh_faceadr[k], model.mesh_vertadr[k]
+        faces = slice(f, f + model.mesh_facenum[k])
+        vertices = model.mesh_vert[v:v + model.mesh_vertnum[k]].astype(np.float64)
+        new, kept = simplify_mesh(vertices, model.mesh_face[faces], cell)
         if len(kept):  # each corner keeps its own normal and texture
-            for table in (copy.mesh_facenormal, copy.mesh_facetexcoord):
+            for table in (model.mesh_facenormal, model.mesh_facetexcoord):
                 table[f:f + len(kept)] = table[faces][kept]
-            copy.mesh_face[f:f + len(kept)] = new
-            copy.mesh_facenum[k] = len(kept)
-    return copy
+            model.mesh_face[f:f + len(kept)] = new
+            model.mesh_facenum[k] = len(kept)
+    yield
+    for table, faces in zip(tables, whole):
+        table[:] = faces
 
 
 class Camera:
@@ -95,7 +100,7 @@ class Camera:
             model.vis.quality.offsamples = 0
         canvas = model.vis.global_
         canvas.offwidth, canvas.offheight = max(canvas.offwidth, size), max(canvas.offheight, size)
-        self.model, self.renderer = model, mujoco.Renderer(model, size, size)
+        self.renderer = mujoco.Renderer(model, size, size)
         self.option = mujoco.MjvOption()
         self.option.geomgroup[:], self.option.sitegroup[:] = groups, 0
         for flag in (mujoco.mjtRndFlag.mjRND_REFLECTION, mujoco.mjtRndFlag.mjRND_SHADOW):

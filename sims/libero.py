@@ -6,12 +6,13 @@ import os
 import re
 import sys
 import tempfile
+from contextlib import nullcontext
 from pathlib import Path
 from xml.etree import ElementTree
 
 import numpy as np
 
-from sims.camera import Camera, choose_opengl, fast_copy
+from sims.camera import Camera, choose_opengl, simplified
 from sims.scene import Simulator, scene_seed
 
 # steps at most in an episode of each suite, the values in common use (OpenVLA)
@@ -111,6 +112,7 @@ def build(suite, task, robot, unseen):
     """-> the environment of a task, built once, in 2 s: resets place everything anew in 0.04 s; and
     the model's body positions and rotations before any reset."""
     quiet_imports()
+    import mujoco
     from libero.libero.envs.env_wrapper import ControlEnv
     mount(robot)
     with tempfile.TemporaryDirectory() as folder:
@@ -122,7 +124,10 @@ def build(suite, task, robot, unseen):
         # were made with robosuite's noise of 0.02 rad per joint, without which a policy fails there
         env = ControlEnv(str(bddl), robots=[robot], use_camera_obs=False, ignore_done=True,
                          has_offscreen_renderer=False, initialization_noise="default").env
+        env.sim.free()
         env._initialize_sim()  # compiled again, before any reset has moved a fixture
+    # MuJoCo keeps what it compiled last with all textures, half a gigabyte: now this is nothing
+    mujoco.MjModel.from_xml_string("<mujoco/>")
     env.hard_reset = False
     for observable in env._observables.values():  # robosuite would read them 25 times per step
         observable.set_enabled(False)
@@ -154,11 +159,13 @@ class Libero(Simulator):
         self.model, self.data = self.env.sim.model._model, self.env.sim.data._data
         self.joints = np.array(self.env.robots[0]._ref_joint_pos_indexes)  # (7,), of a UR5e (6,)
         self.language, self.objects, self.goal = describe(suite, task)
-        model = fast_copy(self.model) if render == "fast" else self.model
         if observe and unseen == "background":
-            recolour(model)
-        # group 0 is what collides, group 1 what is seen
-        self.camera = Camera(model, size, render, [0, 1, 0, 0, 0, 0]) if observe else None
+            recolour(self.model)
+        self.camera = None
+        if observe:
+            with simplified(self.model) if render == "fast" else nullcontext():
+                # group 0 is what collides, group 1 what is seen
+                self.camera = Camera(self.model, size, render, [0, 1, 0, 0, 0, 0])
         robot = [self.model.body(root).name.startswith(("robot0", "gripper0", "mount0"))
                  for root in self.model.body_rootid]
         self.label = self.labels(

@@ -42,8 +42,10 @@ def in_this_process(sim):
 def played(sim):
     """The start of some scripted episodes as create_dataset.py plays them: the state before an
     action, the action, what robosuite observes after it, upright pictures of that; the model."""
+    import mujoco
     import robosuite.utils.transform_utils as T
     env, episodes = sim.env, []
+    mujoco.MjModel.from_xml_string(env.model.get_xml())     # of what is compiled last MuJoCo saves
     for seed in range(DEMOS):
         sim.reset(seed=seed)
         for name in ("joint_pos", "gripper_qpos", "eef_pos", "eef_quat"):
@@ -64,6 +66,7 @@ def played(sim):
             observable.set_enabled(False)
         episodes.append({k: np.stack([row[k] for row in rows]) for k in rows[0]}
                         | {"model": env.sim.model.get_xml()})
+    mujoco.MjModel.from_xml_string("<mujoco/>")             # and keeps, with its textures
     return episodes
 
 
