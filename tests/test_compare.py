@@ -3,15 +3,17 @@
 import importlib
 import json
 import shlex
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from conftest import SUITE
+from conftest import EXECUTOR, SUITE, equal
 
 import executor
+import rollout
 from core import training
 from core.files import code
 from core.flags import as_dict, parse
@@ -60,9 +62,9 @@ def test_every_stage_once_and_in_order(commands, refused, capfd):
         assert made == sorted(made)
     compare.main(["T"])
     assert len(commands.all) == 18, "nothing is made twice"
-    rollout, = Path("results").glob("*_none_*_s0_*.json")
-    rollout.write_text(json.dumps({"code": "old"}))
-    refused(lambda: compare.main(["T"]), rollout.name, "old", "--any-code")
+    result, = Path("results").glob("*_none_*_s0_*.json")
+    result.write_text(json.dumps({"code": "old"}))
+    refused(lambda: compare.main(["T"]), result.name, "old", "--any-code")
     compare.main(["T", "--any-code"])
     assert len(commands.all) == 18
 
@@ -127,6 +129,16 @@ def test_no_future_is_seen(executor_path, sim):
             world.frame = lambda masks: frames[changed if step >= 8 else 0]
             actions[-1].append(tuple(policy(world)))
     assert actions[0][:8] == actions[1][:8] and actions[0][8:] != actions[1][8:]
+
+
+def test_exchanged_names_exchange_rows(mask_path, executor_path, data, tmp_path):
+    """The mask planner under the track planner's name: that row is now what mask's was, exactly."""
+    named = shutil.copy(mask_path, tmp_path / "track.pt")
+    executor.main([*EXECUTOR, "--planner", str(named), "--data", str(data), "--out", str(tmp_path)])
+    path = tmp_path / SUITE / "track_executor.pt"
+    here, there = training.load(path), training.load(executor_path)
+    assert equal(here["model"], there["model"]) and here["config"]["seed"] == 0
+    assert rollout.about_executor(path, here)["plan"] == "track"
 
 
 @pytest.mark.slow
