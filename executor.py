@@ -13,6 +13,7 @@ Sizes: B batch, T looks, n tokens of a set, D width, C actions per chunk, A numb
 the state, E per sentence, H W pixels.
 """
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -60,6 +61,7 @@ class Config(TrainingConfig):
     goals: int = 10                     # goal pictures per task that the checkpoint keeps
     size: int = 0                       # of the pictures, pixels
     # of the planner and the data, so that a checkpoint can be rebuilt from itself alone
+    plan: str = ""                      # its name in results
     kind: str = ""
     planner_config: dict | None = None
     env: str = ""
@@ -70,7 +72,8 @@ class Config(TrainingConfig):
     seconds: dict | None = None
 
     weight_decay, warmup, clip, ema, save_every, log_every = 1e-2, 100, 1.0, 0.0, 500, 100
-    # paper: ATM, Table VII; ResNet-18 is Mask2Act's encoder
+    # paper: looks and learning rate of ATM's Table VII, Mask2Act's ResNet-18.  differs from that
+    # table: batch 128 (512), weight decay 1e-2 (1e-4), clip 1 (100), warm-up, no colour jitter
     PRESETS = {
         "tiny": dict(demos=2, action_demos=2, steps=5, lr=1e-3, batch=4, width=32, depth=1,
                      time_depth=1, blocks=(1, 1, 1), channels=16, history=2, size=64),
@@ -84,7 +87,9 @@ class Config(TrainingConfig):
 # --- network --------------------------------------------------------------------------------------
 
 class Executor(nn.Module):
-    """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan."""
+    """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
+    differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, and a
+    token per look asks for actions; Mask2Act says nothing of a wrist picture."""
     kind = "executor"
 
     def __init__(self, config, planner):
@@ -109,7 +114,7 @@ class Executor(nn.Module):
         late = {k: sets[k] for k in self.plans if c.fusion != "early"}
         self.late = modules(networks.SpatialSoftmaxPool, late)
         self.state = nn.Linear(c.S, D)
-        self.types = nn.Parameter(0.02 * torch.randn(2 + len(self.pool), D))    # CLS, state, pooled
+        self.cls = nn.Parameter(0.02 * torch.randn(D))
         self.space = networks.Transformer(D, c.depth, max(4, D // 64))
         self.time = networks.Transformer(D, c.time_depth, max(4, D // 64))
         self.when = nn.Parameter(0.02 * torch.randn(c.history, D))
@@ -127,18 +132,18 @@ class Executor(nn.Module):
         return self
 
     def shifted(self, batch):
-        """In training, random shifts of all pictures that a trained encoder sees, one draw for all
-        looks of a window -> batch, by how much each view has moved (B, 3, 2), in widths."""
+        """In training, random shifts of all pictures that a trained encoder sees: one draw per view
+        for all looks of a window, and for the goal with the third-person picture -> batch; how far
+        what a frozen planner has seen there lies from its place (B, 3, 2), in widths."""
         moved = torch.zeros(len(batch["state"]), 3, 2, device=batch["state"].device)
-        for k in {**self.encoders, "frames": 0, "goal": 0} if self.training else ():
-            if k not in batch:
-                continue
-            beside = batch[k].flatten(1, -4).permute(0, 2, 3, 1, 4)     # (B, H, W, M, 3)
-            images, pixels = networks.random_shift(beside.flatten(3))
-            images = images.view(beside.shape).permute(0, 3, 1, 2, 4)   # (B, M, H, W, 3)
-            batch = batch | {k: images.reshape(batch[k].shape)}
-            if k in self.encoders:
-                moved[:, [*CAMERA_OF, "goal"].index(k)] = pixels / images.shape[2]
+        for view, names in enumerate((("picture", "frames", "goal"), ("wrist",))):
+            seen = {k: batch[k].flatten(1, -4) for k in names if k in batch and self.training}
+            if seen:
+                together = torch.cat([*seen.values()], 1)               # (B, M, H, W, 3)
+                images, pixels = networks.shift_together(together)
+                parts = images.split([x.shape[1] for x in seen.values()], 1)
+                batch = batch | {k: x.reshape(batch[k].shape) for k, x in zip(seen, parts)}
+                moved[:, view] = pixels / images.shape[3] * self.planner.frozen
         return batch, moved
 
     def sets_of(self, batch):
@@ -160,9 +165,11 @@ class Executor(nn.Module):
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
-        single = [torch.zeros_like(state), state, *(m(sets[k]) for k, m in self.pool.items())]
-        tokens = [torch.stack(single, 1) + self.types]                  # (B T, 2 + pooled, D)
-        tokens += [embed(sets[k], moved) for k, embed in self.embed.items()]
+        single = [self.cls.expand_as(state), state, *(m(sets[k]) for k, m in self.pool.items())]
+        tokens = [torch.stack(single, 1)]                               # (B T, 2 + pooled, D)
+        # the planner's tokens move with the pictures that the encoders see
+        tokens += [embed(sets[k], moved * (k not in self.encoders))
+                   for k, embed in self.embed.items()]
         cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)
         late = [cls[:, :0], *(pool(sets[k]) for k, pool in self.late.items())]
         return cls.unflatten(0, (B, T)), torch.cat(late, -1).unflatten(0, (B, T))
@@ -201,9 +208,9 @@ class Executor(nn.Module):
 # --- data -----------------------------------------------------------------------------------------
 
 def waypoints(position, gripper):
-    """Where the hand is when its gripper's command next changes, at the end if it does not. While
-    the fingers still follow a change, its own place is the waypoint: whether to close now is often
-    open, where to be then is not.  position (T, 3) metres, gripper (T,) commands -> (T, 3)."""
+    """Where the hand is when its gripper's command next changes, at the end if it does not. For
+    FOLLOW steps after a change, still the place of this change: the moment of closing is ambiguous,
+    its place is not.  position (T, 3) metres, gripper (T,) commands -> (T, 3)."""
     changes = np.flatnonzero(np.diff(gripper > 0)) + 1
     passed = np.searchsorted(changes + FOLLOW, np.arange(len(gripper)), "right")    # (T,)
     return position[np.append(changes, len(gripper) - 1)[passed]]
@@ -224,7 +231,9 @@ class ActionData:
         self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b])
                                         for a, b in zip(demos.start, demos.start[1:])])
         self.draws = 1 if demos.goal_varies else DRAWS
+        begin = time.time()
         self.kept = self.compute() if self.planner.frozen else {}
+        config.seconds["plans"] = round(time.time() - begin)
         for name, x in self.kept.items():
             executor.scale[name].fit(x.reshape(-1, x.shape[-1]))
 
@@ -235,7 +244,8 @@ class ActionData:
         task = self.demos.task[episode]
         first, count = np.searchsorted(self.videos.task, task), np.bincount(self.videos.task)[task]
         own = episode - np.searchsorted(self.demos.task, task)
-        # a hash of the row: every run and every resumption use the same goals
+        # a hash of the row: every run and every resumption use the same goals.  ours: those of one
+        # window differ, so that more are seen; in acting an episode has one
         other = (own + 1 + (row * 7919 + draw * 104729) % np.maximum(1, count - 1)) % count
         return first + (own if self.demos.goal_varies else other)
 
@@ -387,7 +397,7 @@ def load_data(config, of, known):
 def prepare(config, Kind=Executor):
     """-> a new executor, of class Kind, on its planner, Episodes of the demonstrations and of the
     videos, the path of the checkpoint."""
-    c, stem = config, Path(config.planner).stem
+    c, c.plan = config, Path(config.planner).stem
     c.differs = differences(c, {"action_demos", "seed"})
     trained = c.planner.endswith(".pt")
     planner = load_planner(c.planner, c.device) if trained else untrained(c.planner)
@@ -401,8 +411,8 @@ def prepare(config, Kind=Executor):
     known = suites(planner.config) if "suite" in of else {}
     c.suite = c.suite or (*known, "libero_spatial")[0]
     if known and c.suite not in known:
-        stem += f"_of-{of['suite']}"
-    path = training.run_path(c, f"{stem}_{Kind.kind}")
+        c.plan += f"_of-{of['suite']}"
+    path = training.run_path(c, f"{c.plan}_{Kind.kind}")
     demos, videos = load_data(c, of, known)
     torch.manual_seed(c.seed)
     if not trained:

@@ -8,8 +8,8 @@ The planner P encodes the goal picture and the last h frames and predicts a plan
 decoder D moves any binary mask of now into the future, given the plan (eq. 2); soft aggregation
 makes the objects share the pixels (eq. 3).  At test time the plan is all that is needed: no masks.
 
-Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W mask
-pixels, h w cells of the encoder's feature map (n = h w).
+Sizes: B batch, T frames of history, n tokens per picture, D width, N objects, K horizons, H W
+pixels, of masks half as many, h w cells of the encoder's feature map (n = h w).
 """
 
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Config(PlannerConfig):
     grounded: bool = flag(False, "ours: each plan token also predicts, without being given any "
                           "mask, the masks in its own cell of the picture")
 
-    # paper: 50 videos, ResNet-18, 128 px; depth, width and history are GR-1's and ATM's
+    # paper: 50 videos, ResNet-18; width and history are GR-1's.  ours: depth, 128 px
     PRESETS = {"tiny": dict(demos=2, steps=5, size=64, batch=4, lr=1e-3, width=32, depth=1,
                             blocks=(1, 1, 1), channels=16, history=2),
                "laptop": dict(demos=20, steps=2000, size=96, batch=32, lr=1e-3, width=128, depth=3,
@@ -64,7 +64,7 @@ def soft_aggregate(prob):
 
 def bootstrapped_cross_entropy(logits, target, hardest):
     """Mean cross-entropy of each picture's hardest pixels (XMem): hardest H W, rounded down, at
-    least one; rises, by design, as their fraction `hardest` in (0, 1] falls.
+    least one; it rises as their fraction `hardest` in (0, 1] falls, by design.
     logits (B, C, H, W), target (B, H, W) integers -> scalar."""
     loss = F.cross_entropy(logits, target, reduction="none").flatten(1)  # (B, H W)
     count = max(1, int(hardest * loss.shape[1]))
@@ -130,8 +130,8 @@ class Decoder(nn.Module):
         self.out = nn.Conv2d(32, K, 1)
 
     def forward(self, plan, masks):
-        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W), 0 of
-        an object without a mask, hidden now or not of the task: untracked (XMem's selector)."""
+        """plan (B, D, h, w), masks (B, N, H, W) of 0 and 1 -> probabilities (B, N, K, H, W); 0 for
+        an object whose mask is empty, hidden or not of the task, as with XMem's selector."""
         B, N, H, W = masks.shape
         grow = lambda x, like: F.interpolate(x, size=like.shape[-2:], mode="bilinear")
         d1 = self.down1(masks.flatten(0, 1)[:, None])  # (B N, 32, H/2, W/2)
@@ -191,8 +191,9 @@ class Planner(nn.Module):
         makes of the last frame, "plan": what P predicts}, (B, n, D) each.  Form goal, a control:
         the encoded goal is the plan; are the features enough?"""
         seen, goal = self.encode(obs["frames"]), self.encode(obs["goal"])  # (B, T, n, D), (B, n, D)
-        plan = self.plan_from(torch.cat([goal[:, None], seen], 1))[:, -1]  # (B, n, D)
-        return {"picture": seen[:, -1], "plan": goal if form == "goal" else plan}
+        if form != "goal":
+            goal = self.plan_from(torch.cat([goal[:, None], seen], 1))[:, -1]  # (B, n, D)
+        return {"picture": seen[:, -1], "plan": goal}
 
 
 class MaskPlanner(Planner):

@@ -47,6 +47,7 @@ MOVES = 2 / PIXELS  # a point whose track goes further than this moves
 
 @dataclass
 class Config(PlannerConfig):
+    # differs, ee: one path in the picture, by squared error; MimicPlay: in space, a mixture of five
     track: str = flag("any", "whose tracks are predicted: any point's (ATM), or ee, the hand's "
                       "(MimicPlay)", choices=["any", "ee"])
     # differs: by default the goal picture, as for the other planners; ATM's input is the sentence
@@ -69,7 +70,7 @@ class Config(PlannerConfig):
     PRESETS = {
         "tiny": dict(demos=2, steps=5, size=64, width=32, depth=1, channels=16, batch=4, lr=1e-3,
                      mask_ratio=0.0),
-        "laptop": dict(demos=20, steps=3000, size=96, width=128, depth=4, channels=32, batch=32,
+        "laptop": dict(demos=20, steps=2000, size=96, width=128, depth=4, channels=32, batch=32,
                        lr=1e-3, mask_ratio=0.0),
         "paper": dict(demos=50, steps=50000, size=128, width=384, depth=8, blocks=(), batch=512,
                       lr=1e-4, mask_ratio=0.5, jitter=0.3, dropout=0.2)}
@@ -91,7 +92,8 @@ def track_from_patches(patches):
 def features_at(features, points):
     """Map (B, D, h, w), places (B, N, 2) in [0, 1] -> its bilinear values there (B, N, D)."""
     where = 2 * points.float()[:, :, None] - 1  # (B, N, 1, 2) in [-1, 1]
-    return F.grid_sample(features.float(), where, align_corners=False)[..., 0].transpose(1, 2)
+    x = F.grid_sample(features.float(), where, padding_mode="border", align_corners=False)
+    return x[..., 0].transpose(1, 2)
 
 
 def mask_patches(images, masked):

@@ -26,15 +26,16 @@ from core.files import fail
 from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 
-FRAMES = 7              # future pictures; AVDC's eight with the present one
+FRAMES = 7              # future pictures.  differs: as the authors' code; the paper has eight
 GAMMA = 5.0             # the largest weight of a loss, as in the authors' code
 RESIDUAL_STD = 0.25     # of the change from the present picture where there is some, roughly
 
 
 @dataclass
 class Config(PlannerConfig):
-    goal: str = flag("image", "task conditioning: image, the goal picture (Mask2Act's comparison), "
-                     "or language (AVDC)", choices=["image", "language"])
+    # differs: by default the goal picture, as for the other planners; AVDC and UniPi: the sentence
+    goal: str = flag("image", "task conditioning: the goal picture, or language (AVDC, UniPi)",
+                     choices=["image", "language"])
     sample_steps: int = flag(20, "denoising steps of one video (DDIM)", minimum=1)
     guidance: float = flag(0.0, "weight of classifier-free guidance", minimum=0)
 
@@ -47,6 +48,8 @@ class Config(PlannerConfig):
     condition_dropout: float = 0.1                  # share of samples without the task
     val_clips: int = 60                             # held-out clips to be scored by
 
+    # differs: warm-up and cosine as for all planners, the average moves at every step; the authors:
+    # a constant rate, every tenth step
     weight_decay, ema, save_every, log_every = 0.0, 0.999, 250, 50
     PRESETS = {
         "tiny": dict(demos=2, steps=5, size=64, channels=16, channel_multipliers=(1, 2), batch=4,
@@ -198,7 +201,7 @@ class VideoUNet(nn.Module):
         super().__init__()
         c, p, base = config, config.downsample, config.channels
         self.p, self.base, D = p, base, 4 * base
-        # differs: one vector of the sentence beside the noise level; the paper: CLIP's tokens
+        # one vector of the sentence, beside the noise level.  differs: MiniLM's; the paper: CLIP's
         self.embed = nn.Sequential(nn.Linear(base + E, D), nn.SiLU(), nn.Linear(D, D))
         self.frame = nn.Parameter(torch.zeros(FRAMES, D))   # ours: which picture; at first nothing
         self.first = nn.Conv2d(3 + C * p * p, base, 3, 1, 1)

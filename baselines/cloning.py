@@ -112,7 +112,8 @@ class R3M(nn.Module):
 
 class R3MCloning(Cloning):
     """Cloning whose encoders, of both cameras, start from R3M's and are trained on (ATM, V-A).
-    differs: ATM, before, goes on training them by R3M's own loss on its videos."""
+    differs: ATM, before, goes on training them by R3M's own loss on its videos, and gives the
+    sentence; Mask2Act gives zeros for a plan."""
     kind = "r3m"
 
     def __init__(self, config):
@@ -135,7 +136,7 @@ class R3MCloning(Cloning):
 
 def read_r3m(path):
     """R3M's published checkpoint -> its ResNet's weights {name: tensor}, the ResNet's depth."""
-    content = training.load(path, made_by="R3M's authors publish it, for ResNet-18, 34 and 50")
+    content = training.load(path, made_by="load_r3m of R3M's own package, which downloads it")
     prefix, found = "module.convnet.", content.get("r3m")
     found = found if isinstance(found, dict) else {}
     weights = {k.removeprefix(prefix): v for k, v in found.items() if k.startswith(prefix)}

@@ -52,7 +52,7 @@ class FeaturePlanner(mask_planner.Planner):
         self.inverse = networks.mlp(2 * self.n * 16, BETWEEN * config.A)
 
     def predict(self, plan):
-        """Plan (B, n, D) -> features of the pictures to come (B, K, n, D), of unit variance."""
+        """Plan (B, n, D) -> estimates of the pictures' features to come, standard (B, K, n, D)."""
         # differs: all horizons at once; PLEX predicts the next step's
         return self.future(plan).unflatten(-1, (K, -1)).transpose(1, 2)
 
@@ -70,7 +70,8 @@ class FeaturePlanner(mask_planner.Planner):
         plan = self.plan_from(x[:, :-K])[:, -1]  # (B, n, D)
         # differs: features of unit variance; else a small change of all of them is a small loss
         future = F.mse_loss(self.predict(plan).float(), standard(x[:, -K:]))
-        # differs: at once, with a head of its own; PLEX trains encoder and executor first
+        # differs: at once, with a head of its own; PLEX trains encoder and executor first, and
+        # Mask2Act, whose stage 1 has no actions, does not say what trains the encoder
         inverse = F.mse_loss(self.actions(batch["pair"]).float(), batch["action"])
         return future + inverse, {"future": future.item(), "inverse": inverse.item()}
 
@@ -88,6 +89,7 @@ def make_batch(episodes, step, config, seed, demos=None):
              "goal": episodes.last_frames(episodes.goal_of(episode, rng))}
     if demos:
         episode, t, _ = demos.sample_frames(step, config.batch // 2, config.seed + 1)
+        t = np.minimum(t, demos.length[episode] - 1 - BETWEEN).clip(0)     # pairs end in it
         times = np.add.outer(t, np.arange(1 + BETWEEN))
         batch["pair"] = demos.gather(PICTURE, episode[:, None], times[:, [0, BETWEEN]])
         batch["action"] = demos.gather("actions", episode[:, None], times[:, :BETWEEN])

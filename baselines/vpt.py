@@ -30,7 +30,9 @@ from core.flags import PlannerConfig, flag, parse
 # follow their command within eight
 TIMES = (0, 2, 8)
 PICTURES = [f"obs/{camera}_rgb" for camera in CAMERAS]
-LABELS = ("actions", "obs/ee_states", "obs/gripper_states")    # a video has no states either
+# differs: of all videos, those with actions too, and states besides, which a video lacks; ATM's
+# VPT labels the rest with actions alone
+LABELS = ("actions", "obs/ee_states", "obs/gripper_states")
 
 
 @dataclass
@@ -67,7 +69,8 @@ class InverseDynamics(nn.Module):
     def loss(self, batch):
         """batch: pictures (B, V, K, H, W, 3) uint8, label (B, A + S) -> MSE, parts."""
         size, views = batch["pictures"].shape[:3:2], batch["pictures"].unbind(1)
-        predicted = self([encode(networks.random_shift(x.flatten(0, 1))[0]).unflatten(0, size)
+        # one shift for a sample's pictures: what moves between them is what is asked for
+        predicted = self([encode(networks.shift_together(x)[0].flatten(0, 1)).unflatten(0, size)
                           for encode, x in zip(self.encoders, views)])
         loss = F.mse_loss(predicted.float(), (batch["label"] - self.mean) / self.std)
         return loss, {"inverse": loss.item()}
@@ -96,7 +99,7 @@ def main(argv=None):
     and states in place of their own."""
     from demos.record import load_videos
     config = parse(Config, "VPT: actions for all videos from a few demonstrations.", argv)
-    path = training.run_path(config, f"vpt{config.action_demos}")
+    path = training.run_path(config, "vpt")
     target = Path(config.data) / f"{path.parent.name}_vpt{config.action_demos}"
     if target.exists():
         fail(f"{target} exists: delete it, or choose another --data folder")

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from core.files import check_folder, end_quietly, fail
+from core.files import check_folder, code, end_quietly, fail
 
 # Neither weights nor scores depend on these: they are in no name, and a run goes on with others.
 FREE = {"device", "data", "out", "name", "preset", "show", "planner", "seconds", "films", "workers",
@@ -67,7 +67,7 @@ class PlannerConfig(TrainingConfig):
     batch: int | None = flag(None, "samples per step", minimum=1)
     show: bool = flag(False, "only score and draw the trained planner on held-out videos")
 
-    stride: int = 4                     # control steps between the frames that it sees
+    stride: int = 4     # control steps between the frames that it sees.  differs: the papers' 1
 
 
 def flags_of(Config):
@@ -124,6 +124,7 @@ def parse(Config, description, argv=None):
     """Command line -> Config: the given flags, else the preset's values, else the defaults; device
     and precision that are not given are the machine's."""
     end_quietly()
+    code()      # kept: the files may be edited before a long run ends
     presets, cuda = getattr(Config, "PRESETS", {}), torch.cuda.is_available()
     values = vars(make_parser(Config, description, presets).parse_args(argv))
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}

@@ -3,6 +3,7 @@ B batch, L tokens, D width, H W pixels, h w cells of a feature map."""
 
 import math
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -159,6 +160,13 @@ def random_shift(images, pad=4):
     return images[b, rows[:, :, None], columns[:, None, :]], move[[1, 0], :, 0].T.to(images.device)
 
 
+def shift_together(images):
+    """One shift for all pictures of a sample: images (B, M, H, W, 3) -> as random_shift."""
+    beside = images.permute(0, 2, 3, 1, 4)                              # (B, H, W, M, 3)
+    shifted, pixels = random_shift(beside.flatten(3))
+    return shifted.view(beside.shape).permute(0, 3, 1, 2, 4), pixels
+
+
 def sincos(places, D):
     """places (..., k) -> (..., D): sines and cosines of each of the k numbers, as in ViT, MAE."""
     half = D // (2 * places.shape[-1])
@@ -181,7 +189,8 @@ def grid_places(side, view):
 
 
 class Standardise(nn.Module):
-    """Numbers (..., width), once `fit` has seen them with mean 0 and variance 1 where they vary."""
+    """Brings each of `width` numbers (..., width) to mean 0 and variance 1 over the data given to
+    `fit`; those whose standard deviation is below 1e-3 pass unchanged."""
 
     def __init__(self, width):
         super().__init__()
@@ -189,8 +198,9 @@ class Standardise(nn.Module):
         self.register_buffer("std", torch.ones(width))
 
     def fit(self, x):
-        """x (rows, width), array; of many rows about 100,000 are enough."""
-        x = x[::-(-len(x) // 100_000)]
+        """x (rows, width), array; of more than 100,000 rows a random 100,000."""
+        if len(x) > 100_000:    # every k-th would be those of the same cells
+            x = x[np.random.default_rng(0).choice(len(x), 100_000, replace=False)]
         mean, std = (torch.as_tensor(f(0, dtype="float64")) for f in (x.mean, x.std))
         self.mean.copy_(torch.where(std > 1e-3, mean, 0))
         self.std.copy_(torch.where(std > 1e-3, std, 1))
@@ -200,22 +210,22 @@ class Standardise(nn.Module):
 
 
 class Embed(nn.Module):
-    """A token set -> tokens of the executor's width that hold their place, view and kind.  No norm
-    per token: it would erase how far a tracked point goes."""
+    """A token set -> tokens of the executor's width that hold their place and view.  No norm per
+    token: it would erase how far a tracked point goes."""
 
     def __init__(self, places, width, D):
         super().__init__()
         self.linear = nn.Linear(width, D)
-        self.view, self.kind = (nn.Parameter(0.02 * torch.randn(k, D)) for k in (3, 1))
+        self.view = nn.Parameter(0.02 * torch.randn(3, D))
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, x, moved):
-        """x (B, n, width); moved (B, 3, 2): how far the picture of each view was shifted, in
-        widths -> (B, n, D)."""
+        """x (B, n, width); moved (B, 3, 2): how far the places of each view have moved, in widths
+        of the picture -> (B, n, D)."""
         view = self.places[:, 0].long()
         xy = self.places[:, 1:] + moved[:, view]                        # (B, n, 2)
-        place = sincos(16 * xy, self.kind.shape[1])                     # (B, n, D)
-        return self.linear(x) + place + self.view[view] + self.kind
+        place = sincos(16 * xy, self.view.shape[1])                     # (B, n, D)
+        return self.linear(x) + place + self.view[view]
 
 
 class SpatialSoftmaxPool(nn.Module):

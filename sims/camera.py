@@ -1,4 +1,4 @@
-"""What a camera sees of a mujoco simulation: pictures, masks, exact point tracks; and an OpenGL.
+"""What a camera sees of a mujoco simulation: pictures, masks, exact tracks; which OpenGL draws it.
 
 `render="fast"` has no mirror reflections, shadows and multisampling and simplifies LIBERO's visual
 meshes, because software OpenGL pays per vertex and per shadow; "faithful" keeps the simulators'
@@ -242,7 +242,7 @@ def track(camera, view, model, qpos, rng):
     varies = np.where(body < 0, -1, np.nan_to_num(varies, nan=np.inf))
     near, when, where = around_what_moves(when, where, varies, T, rng)
     new_body, new_local = replay.pick(when, where)
-    # past the edge of the world there is nothing: the point that it came from, then
+    # past the edge of the world there is nothing: then the point that was drawn first
     hit = new_body >= 0  # (K,)
     body = np.where(hit, new_body, body[near])
     local = np.where(hit[:, None], new_local, local[near])

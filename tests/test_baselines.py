@@ -49,7 +49,7 @@ def test_the_depth_is_read_off_the_file_and_a_wrong_file_is_one_line(tmp_path, r
         assert found == depth and weights.keys() == state.keys()
     refused(lambda: cloning.R3MCloning(cloning.Config()), "--r3m")
     refused(lambda: cloning.main(["--out", str(tmp_path / "r3m.pt")]), "--r3m")
-    refused(lambda: cloning.read_r3m(tmp_path / "no.pt"), "no.pt", "R3M's authors")
+    refused(lambda: cloning.read_r3m(tmp_path / "no.pt"), "no.pt", "load_r3m")
     torch.save({"r3m": 1}, tmp_path / "other.pt")
     refused(lambda: cloning.read_r3m(tmp_path / "other.pt"), "module.convnet.")
     path, _ = published(tmp_path, 18, **{"module.convnet.conv1.weight": torch.zeros(3)})

@@ -1,5 +1,6 @@
 """executor.py: one network for any plan; what it sees in training is what it sees when acting."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -89,20 +90,29 @@ def test_fusion_is_where_the_plan_joins(build, name, fusion):
     assert not torch.allclose(out(model, batch)[0], out(model, changed)[0])
 
 
-def test_pictures_are_shifted_in_training_alone_and_alike_in_a_window(build):
-    model, batch, *_ = build("track")
+@pytest.mark.parametrize("name, views", [("track", (["picture"], ["wrist"])),
+                                         ("none", (["frames", "goal"], ["wrist"]))])
+def test_pictures_are_shifted_in_training_alone_and_alike_in_a_window(build, name, views):
+    """The goal with the third-person picture; tokens of a plan that was made from pictures which
+    are not shifted move along, those of shifted pictures lie where they are."""
+    model, batch, *_ = build(name)
     same, moved = model.eval().shifted(batch)
     assert same is batch and not moved.any()
     torch.manual_seed(1)
     after, moved = model.train().shifted(batch)
-    changed = [k for k in batch if not torch.equal(batch[k], after[k])]
-    assert changed == ["picture", "wrist"] and moved[:, :2].any() and not moved[:, 2].any()
-    for view, k in (("picture", 0), ("wrist", 1)):
-        for b in range(4):
-            x, y = (moved[b, k] * 64).round().int().tolist()
-            for t in range(2):      # away from the edges the looks are the same, moved
-                whole = batch[view][b, t, 8 - y:56 - y, 8 - x:56 - x]
-                assert torch.equal(after[view][b, t, 8:56, 8:56], whole)
+    assert {k for k in batch if not torch.equal(batch[k], after[k])} == {*views[0], *views[1]}
+    assert moved[:, :2].any() == (name == "track") and not moved[:, 2].any()
+    inner = lambda x, dx=0, dy=0: x[..., 8 - dy:56 - dy, 8 - dx:56 - dx, :]     # away from edges
+    for b, (k, names) in itertools.product(range(4), enumerate(views)):
+        found = [[shift for shift in itertools.product(range(-4, 5), repeat=2) if torch.equal(
+            inner(after[view][b]), inner(batch[view][b], *shift))] for view in names]
+        assert len(found[0]) == 1 and all(shifts == found[0] for shifts in found)
+        assert name == "none" or found[0][0] == tuple((moved[b, k] * 64).round().int().tolist())
+    seen = {}
+    for k, embed in model.embed.items():
+        embed.register_forward_pre_hook(lambda _, inputs, k=k: seen.update({k: inputs[1].any()}))
+    model.look(batch)
+    assert seen == {k: k == "plan" for k in model.embed}
 
 
 @torch.no_grad()

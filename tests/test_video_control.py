@@ -172,7 +172,7 @@ def test_pictures_to_reach_lie_ahead_and_done_is_near(untrained, video_path, vid
     few = {k: v[:4] for k, v in batch.items()}
     seen = [model.eval()(b)[1] for b in (few, few | {"goal": few["goal"].flip(0)})]
     assert not torch.allclose(*seen)
-    done = [model.eval().loss(few | {"arrived": torch.full((4, 2), x)})[1]["done"] for x in (0, 1)]
+    done = [model.eval().loss(few | {"arrived": torch.full((4, 1), x)})[1]["done"] for x in (0, 1)]
     assert abs(done[0] - done[1]) > 1e-6
     assert not model.train().video.training
     assert not any(p.requires_grad for p in model.video.parameters())

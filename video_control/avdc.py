@@ -2,15 +2,16 @@
 
     python -m video_control.avdc oracle             # true future, exact motion: the upper bound
     python -m video_control.avdc true               # true pictures of the future, learned flow
-    python -m video_control.avdc runs/avdc/video.pt # imagined pictures, learned flow: AVDC
+    python -m video_control.avdc runs/avdc/video_language.pt    # imagined pictures: AVDC
 
 Points of the task's object are followed through the video; where the picture shows them gives the
 object's motion, rigid in space, from their depth in the first picture alone.  A hand that holds or
 pushes the object must go there, too.
 
-differs: as the authors' code, not the paper: seven future frames (eight), the simulator's mask and
-depth (a segmenter's), the most central point as grasp (a random one), motion from each picture to
-the next (from the first), steps of standing still counted in all until a new video (consecutive).
+differs: as the authors' code, not the paper: seven future frames (eight), the simulator's mask (a
+segmenter's), the most central point as grasp (a random one), motion from each picture to the next
+(from the first), steps of standing still counted in all until a new video (consecutive).  ours: the
+fingers close within 15 mm of the grasp (the code: on the way, from 80 mm), SQUEEZE, SINK.
 
 Sizes: P points, K future pictures, H W pixels.
 """
@@ -38,7 +39,7 @@ from video_planner import FRAMES, VideoPlanner, clip_times
 TRUE = "oracle", "true"     # futures of the package's own policy, not imagined
 POINTS = 300        # of the object that are followed; differs: the authors take 500
 NOISE = {"oracle": 0.1, "true": 0.7, "generated": 1.0}      # of a target, pixels
-LIFTS = 0.1         # metres: an object that rises this far is held, any other pushed
+LIFTS = 0.1         # metres: an object that rises or falls this far is held, any other pushed
 HOVER, BACK, LOWER = 0.2, 0.08, 0.03    # metres: above a point; behind it and below it, to push
 SINK = 0.01         # metres below the points seen, which are of the upper side, to hold
 REACHED = {"grasp": 0.04, "push": 0.12}     # metres from a subgoal
@@ -167,7 +168,8 @@ class Actor:
     def __call__(self, sim):
         """The action for the current state, (4,) float32 in [-1, 1]."""
         hand = sim.env.tcp_center.copy()        # the middle between the fingertips (3,), metres
-        self.still -= np.linalg.norm(hand - self.before) < STILL
+        # ours: but not while the fingers close
+        self.still -= self.stage != "hold" and np.linalg.norm(hand - self.before) < STILL
         self.before, self.steps = hand, self.steps + 1
         if self.still <= 0 and self.plans_left:
             self.plan()
@@ -254,7 +256,7 @@ def main(argv=None):
     """Command line: episodes of every task from every camera, a JSON for each camera."""
     config = parse(Config, "Act from the flow of a video, without action labels.", argv)
     if not config.checkpoints:
-        fail("give oracle, true, or a checkpoint of video_planner.py such as runs/avdc/video.pt")
+        fail("give oracle, true, or a checkpoint of video_planner.py --suite avdc --goal language")
     jobs = []
     for future in config.checkpoints:
         about, known, size = about_future(future)

@@ -55,8 +55,8 @@ class FlowNet(nn.Module):
         return [x / side for x in self.net(*pair.chunk(2), num_flow_updates=self.config.updates)]
 
     def loss(self, batch):
-        """batch: as `make_pairs` -> mean distance in pixels, parts.  Half of the pairs are blurred
-        and noisy, as imagined pictures are."""
+        """batch: as `make_pairs` -> mean distance in pixels, parts.  Half of the pictures are
+        blurred and noisy, as imagined ones are."""
         a, b = (degrade(batch[k], 0.5) if self.training else batch[k] for k in "ab")
         # ours: what moves counts ten times, the object as much again; most of a picture is neither
         moves = batch["flow"].norm(dim=-1) > 0.005                          # (B, P)
@@ -125,7 +125,7 @@ def estimator(name, out):
 def make_pairs(episodes, step, batch, seed):
     """Pairs of pictures that follow each other in AVDC's clips, with the exact tracks -> dict a, b
     (B, H, W, 3) uint8, places (B, P, 2) in [0, 1] of points in a, flow (B, P, 2) to where they are
-    in b, known (B, P) bool: visible in a; object (B, P) bool: on the task's object."""
+    in b, known (B, P) bool: visible in a and in reach; object (B, P) bool: on the task's object."""
     episode, t, rng = episodes.sample_frames(step, batch, seed)
     times = clip_times(t, episodes.length[episode])                         # (B, 1 + F)
     k = rng.integers(FRAMES, size=(batch, 1)) + [0, 1]

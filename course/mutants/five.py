@@ -11,12 +11,13 @@ MUTANTS = {
     ],
     "executor.py:Executor.look": [
         ("moved.repeat_interleave(T, 0)", "moved.repeat(T, 1, 1)"),     # another sample's shift
-        ("embed(sets[k], moved)", "embed(sets[k], -moved)"),    # wrong sign of a shift
-        ("embed(sets[k], moved)", "embed(sets[k], 0 * moved)"),
+        ("embed(sets[k], moved", "embed(sets[k], -moved"),      # wrong sign of a shift
+        ("embed(sets[k], moved", "embed(sets[k], 0 * moved"),
+        ("moved * (k not in self.encoders)", "moved"),      # what is shifted already, once more
         ('self.scale["state"](batch["state"])', 'batch["state"]'),      # not standardised
-        ("[torch.zeros_like(state), state,", "[state, torch.zeros_like(state),"),   # wrong types
+        ("self.cls.expand_as(state), state,", "state, self.cls.expand_as(state),"),
         ("first=1)[:, 0]", "first=2)[:, 1]"),               # the state's token for CLS
-        ("+ self.types", "* self.types"),
+        ("*(m(sets[k]) for", "*(m(sets[k]).roll(1, 0) for"),    # another look's sets
         ("torch.cat(late, -1)", "torch.cat(late, -1).roll(1, 0)"),      # another look's plan
     ],
     "executor.py:Executor.act": [

@@ -51,7 +51,7 @@ def small(read="both", fusion="both"):
     model, rng = executor.Executor(c, Plan()), np.random.default_rng(0)
     model.scale["state"].fit(rng.normal(2, 3, (50, c.S)))
     model.scale["plan"].fit(rng.normal(-1, 2, (50, 5)))
-    for p in (*model.waypoint.parameters(), *model.action.parameters(), model.types, model.when):
+    for p in (*model.waypoint.parameters(), *model.action.parameters(), model.cls, model.when):
         torch.nn.init.normal_(p, std=0.5)       # far from 0, so that each part shows
     batch = {k: torch.randint(256, (3, 2, 32, 32, 3), dtype=torch.uint8)
              for k in ("picture", "wrist")}
@@ -63,12 +63,11 @@ def small(read="both", fusion="both"):
 def one_look(model, batch, b, t, moved):
     """The tokens of one look, one by one -> CLS (D,), late plans (.,)."""
     sets = model.sets_of({k: v[b:b + 1, t:t + 1] for k, v in batch.items()})    # (1, n, .) each
-    tokens = [model.types[0], model.state(model.scale["state"](batch["state"][b, t]))]
-    tokens[1] = tokens[1] + model.types[1]
-    for k, (name, pool) in enumerate(model.pool.items()):
-        tokens.append(pool(sets[name])[0] + model.types[2 + k])
-    for name, embed in model.embed.items():
-        tokens += embed(sets[name], moved[b:b + 1])[0]
+    tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t]))]
+    for name, pool in model.pool.items():
+        tokens.append(pool(sets[name])[0])
+    for name, embed in model.embed.items():     # the encoders' pictures are shifted themselves
+        tokens += embed(sets[name], moved[b:b + 1] * (name == "plan"))[0]
     late = [pool(sets[name])[0] for name, pool in model.late.items()]
     return model.space(torch.stack(tokens)[None])[0, 0], torch.cat([torch.zeros(0), *late])
 
@@ -80,8 +79,8 @@ def one_look(model, batch, b, t, moved):
 @torch.no_grad()
 def test_tokens_of_a_look(read, fusion, training):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
-    tokens: CLS and state (standardised) with their types, pooled sets with theirs, embedded sets
-    at their places, which move with the shift of the sample's pictures; late plans go round it."""
+    tokens: CLS, state (standardised), pooled sets, embedded sets at their places, of which the
+    planner's move with the shift of the sample's pictures; late plans go round it."""
     model, batch = small(read, fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
     model.train(training).shifted = lambda batch: (batch, moved)
