@@ -34,7 +34,6 @@ from core.episodes import HELD_OUT, Episodes
 from core.files import fail, one_line
 from core.flags import flag, parse
 from demos import annotated, official, record
-from demos.language import TEXTS
 from sims.camera import TRIES, around_what_moves
 
 # differs: Mask2Act does not say which sizes it took; of Segment Anything the largest that is there
@@ -313,8 +312,6 @@ class Config:
     video: str = flag("", "a film, or a folder of films: no simulator")
     weights: str = flag("", "folder of the networks' weights, before the usual caches")
     download: bool = flag(False, "fetch what is missing: weights, the official files")
-    text: str = flag("minilm", "what puts the instruction into numbers; bert and clip must be in "
-                     "Hugging Face's cache", choices=list(TEXTS))
     workers: int = flag(2, "processes, each with networks of its own", minimum=1)
     data: str = flag("data", "folder of the data files")
     show: bool = flag(False, "write <data>/<suite>.png, a picture of the data, one row per task")
@@ -344,7 +341,7 @@ def make_data(config):
         official.import_official(config, tasks)
     else:
         record.ensure(config.suite, tasks, config.demos, config.data, config.size,
-                      render=config.render, workers=config.workers, text=config.text)
+                      render=config.render, workers=config.workers)
     annotated.annotate_suite(config, names, Annotator)
     return suite, tasks
 

@@ -40,22 +40,26 @@ def annotate_suite(config, names, annotator):
             wanted = min(len(demos), HELD_OUT + config.demos)
             if path.exists():
                 with open_data(path) as old:
-                    check_same(path, old["data/demo_0"], demos["demo_0"])
+                    check_same(path, old["data/demo_0"], demos["demo_0"], names[task])
                     if len(old["data"]) >= wanted:
                         continue
             for part in path.with_suffix("").glob("demo_*.hdf5"):
                 with h5py.File(part) as old:
-                    check_same(part, old, demos[part.stem])
+                    check_same(part, old, demos[part.stem], names[task])
         about |= {"mask_source": config.masks, "track_source": config.tracks}
         files[path] = (annotator, config, source, names[task]), wanted, about.copy
     make_files("annotated", annotate_episodes, files, config.workers, opengl=False)
 
 
-def check_same(path, old, new):
-    """Fails if two recordings of an episode differ: then the suite was recorded anew meanwhile."""
+def check_same(path, old, new, names):
+    """Fails if an episode was annotated by other names, or is of another recording: then the suite
+    was recorded anew meanwhile."""
     a, b = (demo["obs/agentview_rgb"] for demo in (old, new))
     if a.shape != b.shape or (a[-1] != b[-1]).any():
         fail(f"{path} was made from other pictures: delete it or choose another --data folder")
+    if (there := list(old.attrs["prompts"])) != names:
+        fail(f"{path} was made with --objects '{'. '.join(there)}.': give the same, choose another "
+             "--data folder or delete it")
 
 
 def annotate_episodes(job):
@@ -72,7 +76,7 @@ def annotate_episodes(job):
             made = annotate(views, names, i, f"{source.stem}, demo_{i}")
             about = {key: value for key, value in demo.attrs.items() if key != "num_samples"}
             about["seconds"] = about.get("seconds", 0) + time.time() - begin
-            write_episode(parts / f"demo_{i}.hdf5", kept | made, **about)
+            write_episode(parts / f"demo_{i}.hdf5", kept | made, **about | {"prompts": names})
             yield i
 
 
@@ -141,7 +145,7 @@ def annotate_films(config, path, names, annotator):
         "env": config.suite, "goal_varies": False, "task": path.stem, "source": "video",
         "render": "video", "language_instruction": language,
         "problem_info": json.dumps({"language_instruction": language}),
-        "text_embedding": embed(language, config.text), "text": config.text,
+        "text_embedding": embed(language),
         "cameras": CAMERAS[:1]})
 
 

@@ -15,7 +15,7 @@ FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
 def episodes_of(path):
-    """A folder of films -> those, an episode each, by their names; a film -> itself, to be cut."""
+    """A folder of films -> those, by their names; a film -> itself, to be cut."""
     if not os.path.isdir(path):
         return [path]
     # without hidden files, which macOS puts beside each

@@ -206,5 +206,5 @@ def import_official(config, tasks):
             source = locate(config.data, suite, task, config.download)
             names, size = check(source)
             files[path] = ((suite, task, source, names, size), wanted, partial(
-                record.attributes, suite, task, size, "faithful", config.text, "official"))
+                record.attributes, suite, task, size, "faithful", "official"))
     record.make_files("official", import_episodes, files, config.workers, split=False)

@@ -73,7 +73,7 @@ class Demonstrator:
         return draw.row([("now", frame["agentview_rgb"]), ("wrist", frame["eye_in_hand_rgb"])])
 
     def limit(self, sim):
-        """Steps at most: as when recorded, enough for a second attempt."""
+        """Steps at most: as when recorded."""
         return sim.max_demo_steps
 
 
@@ -151,14 +151,13 @@ def shares(episodes, tasks, workers):
 # --- data files -----------------------------------------------------------------------------------
 
 
-def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="minilm"):
+def ensure(suite, tasks, demos, data, size=128, render=None, workers=2):
     """Makes whatever episodes are missing so that each task has `demos` videos and HELD_OUT more.
     Episode i depends on (task, i) alone: neither interruptions nor the number of processes change
     the data.
 
     size    height and width of the pictures, pixels
     render  as of sims.make; None: that of the episodes that are there, else fast
-    text    what embeds the instruction, one of `language.TEXTS`
     """
     with alone(Path(data) / suite), one_line(data):     # another program may be making them
         files = {}
@@ -180,7 +179,7 @@ def ensure(suite, tasks, demos, data, size=128, render=None, workers=2, text="mi
                 continue
             look = {"size": size, "render": about.get("render", render or "fast")}
             files[path] = ((suite, task, look), demos + HELD_OUT,
-                           partial(attributes, suite, task, **look, text=text))
+                           partial(attributes, suite, task, **look))
         make_files("scripted", record_episodes, files, workers)
 
 
@@ -246,13 +245,13 @@ def record_episodes(job):
     sim.close()
 
 
-def attributes(suite, task, size, render, text, source="scripted"):
+def attributes(suite, task, size, render, source="scripted"):
     """The attributes of a simulator's data file, a dict, see core/episodes.py."""
     language, objects, _ = sims.describe(suite, task)
     arguments = {"env_name": suite, "type": 1, "env_kwargs": {"suite": suite, "task": task}}
     return {"env": suite, "env_args": json.dumps(arguments), "task": task, "size": size,
-            "render": render, "source": source, "objects": objects, "text": text,
-            "language_instruction": language, "text_embedding": embed(language, text),
+            "render": render, "source": source, "objects": objects,
+            "language_instruction": language, "text_embedding": embed(language),
             "problem_info": json.dumps({"language_instruction": language}),
             "cameras": list(CAMERAS), "goal_varies": sims.goal_varies(suite), "mask_source": "sim",
             "track_source": "sim", "versions": json.dumps(sims.versions())}

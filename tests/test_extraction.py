@@ -351,8 +351,9 @@ def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path, refused):
     assert len(go.calls) == 4, "nothing is made twice"
     split_assembled(path, path.with_suffix(""))     # as an interrupted run leaves it
     os.remove(path.with_suffix("") / "demo_2.hdf5")
-    go("--objects", "arm. bowl. dish.", "--show")
-    assert go.calls[4:] == [(2, ["arm", "bowl", "dish"])]
+    refused(lambda: go("--objects", "arm. bowl. dish."), "'robot arm. akita black bowl. plate.'")
+    go("--show")
+    assert go.calls[4:] == [(2, names)]
     assert all(np.array_equal(new[key], value) for key, value in content(path).items())
     assert path.parent.with_suffix(".png").exists()
     empty = ["--data", str(tmp_path / "none")]

@@ -86,7 +86,7 @@ def publish(path, episodes):
 
 def make_from(folder, task, demos=20):
     official.import_official(SimpleNamespace(data=str(folder), suite=SUITE, demos=demos, workers=1,
-                                             download=False, text="minilm"), [task])
+                                             download=False), [task])
 
 
 @pytest.fixture(scope="module")
