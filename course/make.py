@@ -122,8 +122,8 @@ def make(assignment, folder, emptied=None):
         source = (folder / file).read_text()
         why = f"{file}, {name}: {about(assignment, source, name)}"
         (folder / file).write_text(empty(source, name, why))
-    (folder / "PROJECT.md").write_text("*The project's own page; its tests and its course are not in "
-                                       "this handout.*\n\n" + (folder / "README.md").read_text())
+    (folder / "PROJECT.md").write_text("*The project's own page; its tests and its course are not "
+                                       "in a handout.*\n\n" + (folder / "README.md").read_text())
     (folder / "README.md").write_text(readme(assignment))
     ini = (ROOT / "pytest.ini").read_text()
     (folder / "pytest.ini").write_text(re.sub("--durations=\\d+ ?", "", ini.replace(

@@ -9,6 +9,7 @@ a run of all assignments writes the table of course/README.md.
 """
 
 import contextlib
+import functools
 import importlib
 import io
 import json
@@ -19,6 +20,7 @@ import sys
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 
 import pytest
@@ -35,24 +37,30 @@ class Config:
     assignment: int = flag(0, "its number; 0: all", maximum=len(ASSIGNMENTS))
 
 
+@functools.cache
+def forks():
+    """Makes processes forked from one without threads, which has imported what is graded."""
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["torch", "pytest", *(
+        file.removesuffix(".py").replace("/", ".") for a in ASSIGNMENTS for file in a.functions)])
+    return context
+
+
+def run(impl, tests, select):
+    """Worker: what pytest --points prints."""
+    sys.dont_write_bytecode = True  # a stale file of it would hide the next mistake
+    torch.set_num_threads(1)
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        pytest.main([str(ROOT / "course/tests" / tests), "-k", select, "--points",
+                     "--impl", str(impl), "-p", "no:cacheprovider"])
+    return out.getvalue()
+
+
 def grade(impl, tests, select=""):
-    """The public tests of an implementation, those that match `select` (pytest's -k), in a fork,
-    which need not import torch again -> what --points writes."""
-    read, send = os.pipe()
-    if not (child := os.fork()):
-        try:
-            sys.dont_write_bytecode = True  # a stale file of it would hide the next mistake
-            torch.set_num_threads(1)  # threads do not survive a fork
-            with contextlib.redirect_stdout(io.StringIO()) as out:
-                pytest.main([str(ROOT / "course/tests" / tests), "-k", select, "--points",
-                             "--impl", str(impl), "-p", "no:cacheprovider"])
-            os.write(send, out.getvalue().encode())
-        finally:
-            os._exit(0)
-    os.close(send)
-    with os.fdopen(read) as answer:
-        text = answer.read()
-    os.waitpid(child, 0)
+    """The public tests of an implementation, those that match `select` (pytest's -k), in a process
+    of their own, which need not import torch again -> what --points writes."""
+    with forks().Pool(1) as pool:
+        text = pool.apply(run, (str(impl), tests, select))
     found = re.search(r"^\{.*\}$", text, re.M) or fail(f"{tests} cannot be run: {text}")
     return json.loads(found[0])
 
@@ -94,8 +102,6 @@ def main(argv=None):
         for a in ASSIGNMENTS:
             if config.assignment not in (0, a.number):
                 continue
-            for file in a.functions:  # once, and with it all packages: forks then have them
-                importlib.import_module(file.removesuffix(".py").replace("/", "."))
             for key, changes in mutants(a).items():
                 caught = []
                 for change, tests in zip(changes, catch(a, key, changes, Path(folder))):
