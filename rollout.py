@@ -5,7 +5,7 @@
     python rollout.py runs/libero_spatial/mask_executor.pt --scenes development     # to choose by
 
 An actor's episode succeeds when the goal holds at any step within the horizon, as LIBERO and
-Meta-World count; of a demonstrator, which lets go and retreats, it must still hold at the end.
+Meta-World count; of a demonstrator, which lets go and retreats, LIBERO's must hold at the end.
 Test scenes are never trained on and nothing is chosen on them. A crash ends the evaluation: it is
 an error, not a failed episode.
 """
@@ -151,9 +151,10 @@ def result_name(config, about):
 def result_path(config, about):
     """Where a result is written; fails if the file is there, of another configuration."""
     path = result_name(config, about)
+    plain = lambda c: {k: v for k, v in (c or {}).items() if k not in FREE}
     if path.exists():
         there = json.loads(path.read_text()).get("config")
-        if there != json.loads(json.dumps(about["config"])):
+        if plain(there) != plain(json.loads(json.dumps(about["config"]))):
             fail(f"{path} is of another configuration: choose another --results, or delete it")
     return path
 
@@ -213,7 +214,7 @@ def run(config, jobs):
 def about_executor(checkpoint, content):
     """What an executor's checkpoint holds of itself, for its result."""
     c = content["config"]
-    return {"suite": c["env"], "plan": Path(c["planner"]).stem, "preset": c["preset"],
+    return {"suite": c["env"], "plan": c["plan"], "preset": c["preset"],
             "videos": c["demos"], "action_demos": c["action_demos"], "seed": c["seed"],
             "steps": content["step"], "differs": c["differs"], "config": c,
             "code": content.get("code", ()),
@@ -228,6 +229,7 @@ def executor_jobs(config, kind, made_by, make_actor):
         fail("--suite and --noise are the demonstrator's: python rollout.py demonstrator")
     for path in config.checkpoints:
         content = training.load(path, kind, made_by)
+        training.check_whole(path, content)
         c = content["config"]
         tasks = sims.choose_tasks(c["env"], config.tasks or ",".join(c["task_names"]))
         if unknown := [task for task in tasks if task not in c["task_names"]]:
@@ -241,8 +243,8 @@ def demonstrator_jobs(config):
     """The one job for `run` of the scripted policy."""
     suite = config.suite or "libero_spatial"
     about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
-    about |= {"suite": suite, "plan": "demonstrator", "differs": "", "seconds": {},
-              "counts": "success at the end"}
+    about |= {"suite": suite, "plan": "demonstrator", "differs": "", "seconds": {}}
+    about |= {} if sims.goal_varies(suite) else {"counts": "success at the end"}
     return [(partial(Demonstrator, noise=config.noise), about,
              sims.choose_tasks(suite, config.tasks), 128, "fast",
              Path("runs") / suite / "demonstrator_films")]

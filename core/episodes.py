@@ -10,7 +10,8 @@ data/<suite>/<task>.hdf5 (T steps, A action numbers, S state numbers, K points):
                  objects (robot first), cameras, size, render, goal_varies: each scene has a goal of
                  its own; source: scripted, official or video; mask_source, track_source; versions
     data/demo_i  actions (T, A) f4 . states (T, S) f8 . rewards, dones (T,)
-                 attrs: num_samples, seconds; seed, noise or, of official ones, original
+                 attrs: num_samples, seconds, code: see files.code; seed, noise or, of official
+                 ones, original
       obs/       agentview_rgb, eye_in_hand_rgb (T, H, W, 3) u1 upright
                  ee_states, joint_states, gripper_states
       masks      (T, H, W) u1 of agentview: 0 background, 1 robot, 2.. the task's objects
@@ -33,7 +34,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from core.files import fail, one_line
+from core.files import code, fail, one_line
 
 CAMERAS = ("agentview", "eye_in_hand")  # third person and hand
 HELD_OUT = 2  # validation episodes per task
@@ -43,8 +44,9 @@ ABOUT = ("source", "size", "render", "objects", "text_embedding", "env", "goal_v
 def write_episode(path, episode, **attrs):
     """Writes one episode to a file of its own: a `.part` is renamed when it is whole."""
     part = path.with_suffix(".part")
+    made_by = "+".join(sorted({code(), *attrs.get("code", code()).split("+")}))
     with h5py.File(part, "w") as f:
-        f.attrs.update(num_samples=len(episode["masks"]), **attrs)
+        f.attrs.update(attrs | {"num_samples": len(episode["masks"]), "code": made_by})
         for key, value in episode.items():
             where = f"obs/{key}" if key.endswith(("_rgb", "_states")) and "/" not in key else key
             f.create_dataset(where, data=value.astype(np.float32) if key == "actions" else value)
@@ -132,7 +134,9 @@ class Episodes:
 
     length (episodes,) steps, task (episodes,) index into `tasks`, start (episodes + 1,) rows before
     each, text (tasks, E) embeddings of the instructions, objects: names, of the task with the most,
-    views: the cameras that all have, seconds of one core that the episodes took to make."""
+    views: the cameras that all have, seconds of one core that the episodes took to make; codes: by
+    which sources all were made that this process has read."""
+    codes = set()
     KEYS = ("obs/agentview_rgb", "obs/eye_in_hand_rgb", "masks", "actions",
             "obs/ee_states", "obs/joint_states", "obs/gripper_states",
             *(f"{what}/{camera}" for what in ("tracks", "visible") for camera in CAMERAS), "hand")
@@ -155,6 +159,7 @@ class Episodes:
                              f"extract.py --suite {suite}")
                     for key in keys:
                         self.arrays[key].append(mapped(demo[key], whole))
+                    self.codes.update(demo.attrs.get("code", "unknown").split("+"))
                     length.append(int(demo.attrs["num_samples"]))
                     self.seconds += float(demo.attrs.get("seconds", 0))
                     task.append(k)
@@ -221,7 +226,6 @@ def join(parts):
     """Episodes of several suites, such as of two bodies, as one: a task of each suite stays a task
     of its own, and what one of them lacks (a camera) the whole lacks."""
     alike = (("pictures of", lambda p: f"{p.size} px"),
-             ("sentences of", lambda p: f"{p.text.shape[1]} numbers (--text)"),
              ("tracks of", lambda p: f"{p.arrays['tracks/agentview'][0].shape[1]} points"))
     whole = copy.copy(parts[0])
     for other in parts[1:]:

@@ -66,7 +66,8 @@ def check_folder(flag, folder):
 
 @contextlib.contextmanager
 def alone(folder):
-    """One program at a time: another one that comes here waits until the first has left."""
+    """One program at a time: another one that comes here waits until the first has left, and what
+    it lent the yielded file descriptor, the lock."""
     with one_line(folder):
         os.makedirs(folder, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -76,7 +77,7 @@ def alone(folder):
         print(f"another program is making {folder}: waiting for it", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     try:
-        yield
+        yield lock
     finally:
         os.close(lock)
 

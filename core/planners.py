@@ -36,6 +36,7 @@ def load_planner(path, device="cpu"):
     """A trained planner from its checkpoint, in eval() and frozen, with averaged weights if any."""
     content = training.load(path, [*PLANNERS], "python mask_planner.py, track_planner.py or "
                             "video_planner.py --suite <suite>")
+    training.check_whole(path, content)
     planner = build(content["kind"], content["config"])
     planner.load_state_dict(content["ema"] or content["model"])
     planner.codes = content.get("code", ())

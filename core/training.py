@@ -25,6 +25,7 @@ import torch.nn as nn
 from tqdm import tqdm
 
 from core.draw import save_picture
+from core.episodes import Episodes
 from core.files import code, fail, one_line, write
 from core.flags import FREE, SAMPLING, as_dict, differences, flags_of, suites
 
@@ -60,6 +61,14 @@ def load(path, kind=None, made_by=None):
     if content.get("version", VERSION) != VERSION:
         fail(f"{path} has layout {content['version']}, this code reads {VERSION}; train it again")
     return content
+
+
+def check_whole(path, content):
+    """Refuses a checkpoint whose training has not ended."""
+    steps = content["config"].get("steps", 0)
+    if content.get("step", 0) < steps:
+        fail(f"{path} is at step {content.get('step', 0)} of {steps}: run again what makes it, "
+             "which continues")
 
 
 def run_path(config, base):
@@ -240,8 +249,8 @@ def take_step(compute_loss, batch, optimizer, parameters, config, done):
 
 
 def codes(model, content):
-    """By which code a model was made: this one, its planner's, that of an interrupted run."""
-    parts = [code(), *content.get("code", ())]
+    """By which code a model was made: this, its data's, its planner's, an interrupted run's."""
+    parts = [code(), *Episodes.codes, *content.get("code", ())]
     return sorted({*parts}.union(*(getattr(part, "codes", ()) for part in model.modules())))
 
 

@@ -6,17 +6,15 @@
                                                         # then --list executors, then rollouts
 Each stage is a command that a person could type, and a file that it makes; what is there is not
 made again.  A planner that executors share is trained once per seed, and what is made on it runs in
-order, so that an interruption loses at most one checkpoint.
+order; an interruption loses at most what each worker did since its last checkpoint.
 """
 
 import contextlib
-import ctypes
 import importlib
 import io
 import json
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import time
@@ -28,7 +26,8 @@ import executor
 import rollout
 import sims
 from core import training
-from core.files import check_folder, code, fail
+from core.episodes import open_data
+from core.files import alone, code, fail
 from core.flags import differences, flag, flags_of, parse
 from core.planners import PLANNERS
 from results import tables
@@ -68,7 +67,7 @@ CELLS = {
           [""]),
     "B": ([*ROWS][:11], [*SPATIAL, "libero_object", "libero_goal", "libero_10", "mt10"], [10], 1,
           10, [""]),
-    "C": (FEW, SPATIAL, [2], 2, 5, ["", *sims.UNSEEN]),
+    "C": (FEW, SPATIAL, [2], 3, 5, ["", *sims.UNSEEN]),
     "D": (FEW, SPATIAL, [1, 2, 5, 10, 20], 3, 10, [""]),
     "E": ([*ROWS][11:], SPATIAL, [2], 1, 10, [""]),
     "G": (["none", "track-latent", "video", "mask"], ["ml10_test", "libero_10"], [10], 1, 10, [""]),
@@ -96,10 +95,10 @@ class Config:
 def stage(program, config, words=(), **given):
     """A program's flags -> the command, its configuration.  config: compare's."""
     module = importlib.import_module(program)
-    names = {f.name for f in flags_of(module.Config)}
-    given |= {k: getattr(config, k) for k in ("preset", "data", "out", "results") if k in names}
     usual = {f.name: f.default for f in flags_of(module.Config)}
-    flags = [part for k, v in given.items() if v != usual[k] or k == "preset"
+    given |= {k: getattr(config, k) for k in ("preset", "data", "out", "results")}
+    given |= {"bf16": config.preset == "paper"}     # on all machines alike
+    flags = [part for k, v in given.items() if k in usual and (v != usual[k] or k == "preset")
              for part in (f"--{'no-' * (v is False)}{k.replace('_', '-')}",
                           *([] if isinstance(v, bool) else [str(v)]))]
     start = f"-m {program}" if "." in program else f"{program}.py"
@@ -113,7 +112,9 @@ def chain(config, row, suite, demos, seed, episodes, unseen, videos):
     kind, first, second = ROWS[row]
     program, stages, planner, seeds = PLANNERS[kind].split(":")[0], [], kind, {"seed": seed}
     if kind != "none":
-        command, of = stage(program, config, **{"suite": suite} | videos | first | seeds)
+        # PLEX's stage 1 sees no more actions than its executor
+        command, of = stage(program, config, **{"suite": suite, "action_demos": demos} | videos
+                            | first | seeds)
         planner = training.run_path(of, kind)
         stages.append(("planners", command, planner))
     command, of = stage("executor", config, planner=str(planner), suite=suite, action_demos=demos,
@@ -121,8 +122,9 @@ def chain(config, row, suite, demos, seed, episodes, unseen, videos):
     away = f"_of-{videos['suite']}" if videos and kind != "none" else ""
     path = training.run_path(of, f"{Path(planner).stem}{away}_executor")
     stages.append(("executors", command, path))
-    about = {"suite": suite, "plan": Path(planner).stem, "preset": config.preset, "seed": seed,
-             "action_demos": demos, "differs": differences(of, {"action_demos", "seed"})}
+    about = {"suite": suite, "plan": Path(planner).stem + away, "preset": config.preset,
+             "seed": seed, "action_demos": demos,
+             "differs": differences(of, {"action_demos", "seed"})}
     command, of = stage("rollout", config, [str(path)], episodes=episodes, scenes=config.scenes,
                         unseen=unseen, films=False, workers=1)
     return [*stages, ("rollouts", command, rollout.result_name(of, about))]
@@ -151,6 +153,18 @@ def chains_of(config):
     return [*groups.values()]
 
 
+def check_data(config, mine):
+    """Refuses data files that other code made."""
+    suites = {suite for letter in config.cells for suite in CELLS[letter][1]}
+    suites |= {VIDEOS[suite]["suite"] for suite in suites & {*VIDEOS}}
+    for path in (p for suite in suites for p in Path(config.data, suite).glob("*.hdf5")):
+        with open_data(path) as f:
+            of = {demo.attrs.get("code", "unknown") for demo in f["data"].values()}
+        if of != {mine}:
+            fail(f"{path} is of code {'+'.join(sorted(of))}, and this is {mine}: choose another "
+                 "--data, or look with --any-code")
+
+
 def state(path):
     """A stage's file -> whether it is whole, and the code that made it; None if it is not there."""
     if not path.exists():
@@ -161,26 +175,28 @@ def state(path):
     return content["step"] >= content["config"]["steps"], "+".join(content.get("code", ()))
 
 
-def run(config, stages, note):
-    """Runs the stages of one planner, one after the other; note(stage, seconds) after each."""
+def run(stages, lock, note, stopped):
+    """Runs the stages of one planner, one after the other, until stopped (a list) holds something;
+    note(stage, command, seconds) after each; lock: see files.alone."""
     for what, command, path in stages:
+        if stopped:
+            return
         begin, (_, *words) = time.time(), shlex.split(command)
         log = path.with_suffix(".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        with open(log, "w") as file:    # ends when this process is killed
+        with open(log, "w") as file:    # goes on with the lock if this process is killed
             child = subprocess.run(
-                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT,
-                env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parent.parent,
-                preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL))
+                [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock],
+                env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parent.parent)
         if child.returncode or not path.exists():
             fail(f"{command}: exit code {child.returncode}, see {log}")
         log.unlink()
         note(what, command, time.time() - begin)
 
 
-def run_all(config, groups):
+def run_all(config, groups, lock):
     """Runs all missing stages and prints the time left, by what the stages so far took."""
-    begin, done = time.time(), {what: [] for what in STAGES}
+    begin, done, stopped = time.time(), {what: [] for what in STAGES}, []
     left = [what for stages in groups for what, *_ in stages]
     print(", ".join(f"{left.count(what)} {what}" for what in STAGES) + " to run", flush=True)
 
@@ -194,17 +210,20 @@ def run_all(config, groups):
               f"{len(left)} left, {'about' if known else 'more than'} {rest / 60:.0f} min",
               flush=True)
     with ThreadPoolExecutor(config.workers) as pool:
-        for future in as_completed(pool.submit(run, config, stages, note) for stages in groups):
-            if future.exception():
-                pool.shutdown(wait=False, cancel_futures=True)
-            future.result()
+        try:
+            for future in as_completed([pool.submit(run, stages, lock, note, stopped)
+                                        for stages in groups]):
+                future.result()
+        finally:        # an error or an interruption: what has not begun never will
+            stopped.append(True)
 
 
 def main(argv=None):
     """Command line: see the top of this file."""
     config = parse(Config, "The comparison's cells: what is missing is run, then the table.", argv)
-    check_folder("--out", config.out)
     groups, mine, missing = chains_of(config), code(), []
+    if not config.any_code:
+        check_data(config, mine)
     for stages in () if config.any_code else groups:
         there = {path: state(path) for _, _, path in stages}
         for path, (_, of) in there.items():
@@ -217,7 +236,8 @@ def main(argv=None):
         print("\n".join(s[1] for stages in missing for s in stages if s[0] == config.list))
         return
     if missing:
-        run_all(config, missing)
+        with alone(config.out) as lock:
+            run_all(config, missing, lock)
     print("\n".join(tables.comparison(config.results, config.scenes)))
 
 

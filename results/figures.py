@@ -33,9 +33,8 @@ class Config(tables.Config):
 
 
 def of_curve(folder):
-    """The rows of `tables.cells` that are of executors, on test scenes as in training."""
-    return [r for r in tables.cells(folder)
-            if r["action_demos"] and r["scenes"] == "test" and not r["unseen"]]
+    """The rows of `tables.main_rows` that are of executors."""
+    return [r for r in tables.main_rows(folder) if r["action_demos"]]
 
 
 def curve(config, _):

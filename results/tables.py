@@ -80,15 +80,22 @@ def table(head, rows):
     return [f"| {head} |", "|---" * (1 + head.count(" | ")) + "|", *map(line, rows)] * bool(rows)
 
 
+def main_rows(folder):
+    """The rows of `cells` of whole evaluations: of policies on the usual test scenes, of scripted
+    ones on any that are not for development."""
+    return [r for r in cells(folder) if not r["unseen"] and "_tasks" not in r["file"] and (
+        r["scenes"] == "test" and "_episodes" not in r["file"] if r["action_demos"] else
+        r["scenes"] != "development")]
+
+
 def overview(folder):
     """A row per plan, preset and number of demonstrations, a column per suite, all of its tasks."""
     found, suites = {}, []
-    for r in cells(folder):
-        if not r["unseen"] and r["scenes"] != "development" and "_tasks" not in r["file"]:
-            suites += [r["suite"]] * (r["suite"] not in suites)
-            seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
-            row = found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})
-            row.setdefault(r["suite"], f"{100 * r['rate']:.1f} ({seeds}{r['between']})")
+    for r in main_rows(folder):
+        suites += [r["suite"]] * (r["suite"] not in suites)
+        seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
+        row = found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})
+        row.setdefault(r["suite"], f"{100 * r['rate']:.1f} ({seeds}{r['between']})")
     return table(" | ".join(["plan", "preset", "action demos", *suites]), [
         (*key, *(row.get(suite, "") for suite in suites)) for key, row in found.items()])
 
@@ -104,9 +111,9 @@ def evaluations(folder):
 
 def compared(a, b):
     """Rows of two plans -> the mean difference in points with its interval, over the seeds that
-    both have, in words; "" without two."""
+    both have, in words; "" without three: of two the interval means nothing."""
     both = sorted({*a["by_seed"]} & {*b["by_seed"]})
-    if len(both) < 2:
+    if len(both) < 3:
         return ""
     x, y = ([r["by_seed"][seed] for seed in both] for r in (a, b))
     low, high = difference_interval(x, y)
@@ -114,23 +121,29 @@ def compared(a, b):
 
 
 def comparison(folder, scenes="test"):
-    """Plans of one suite, preset and number of demonstrations beside each other, best first, and
-    beside cloning seed by seed; one code per suite, or the word mixed."""
-    lines, groups = [], {}
+    """Plans of one suite, preset and number of demonstrations beside each other, and beside cloning
+    seed by seed; then the contrasts that results/contrasts.md names ("* mask minus none: ..."); one
+    code per suite, or the word mixed."""
+    lines, groups, page = [], {}, Path(folder, "contrasts.md")
+    named = re.findall(r"^\* (\S+) minus (\S+):", page.read_text(), re.M) if page.exists() else []
     for r in cells(folder):
         if r["preset"] and r["scenes"] == scenes:
-            key = r["suite"], r["preset"], r["action_demos"], r["unseen"] or "", r["episodes"]
-            groups.setdefault(key, []).append(r)
-    for (suite, preset, demos, unseen, _), rows in groups.items():
-        code, *more = {r["code"] for r in rows}
-        none = next((r for r in rows if r["plan"] == "none"), None)
+            key = (r["suite"], r["preset"], r["action_demos"], r["unseen"] or "", r["episodes"],
+                   len(r["tasks"]))
+            groups.setdefault(key, {})[r["plan"].partition(", unseen")[0]] = r
+    for (suite, preset, demos, unseen, *_), rows in groups.items():
+        code, *more = {r["code"] for r in rows.values()}
+        none = rows.get("none")
         lines += [""] * bool(lines) + table(
             f"{suite} {unseen}".strip() + f", {preset}, {demos} demonstrations, code "
             f"{'mixed' if more or '+' in code else code} | success | 95 % interval | seeds | "
             "points above cloning | minutes",
-            [(r["plan"], f"{100 * r['rate']:.1f} %", r["between"], r["seeds"],
+            [(plan, f"{100 * r['rate']:.1f} %", r["between"],
+              r["seeds"] if r["seeds"] > 1 else "one seed",
               none and compared(r, none) if r is not none else "", f"{r['minutes']:.0f}")
-             for r in sorted(rows, key=lambda r: -r["rate"])])
+             for plan, r in rows.items()]
+            + [(f"{a} minus {b}", "", "", "", compared(rows[a], rows[b]), "")
+               for a, b in named if {a, b} <= {*rows}])
     return lines
 
 

@@ -72,7 +72,8 @@ def test_every_stage_once_and_in_order(commands, refused, capfd):
 def test_the_list_is_for_xargs(commands, capfd, refused):
     compare.main(["T", "--list", "planners"])
     lines = capfd.readouterr().out.splitlines()
-    assert lines == [f"python mask_planner.py{seed} --preset laptop" for seed in ("", " --seed 1")]
+    assert lines == [f"python mask_planner.py{seed} --preset laptop --no-bf16"
+                     for seed in ("", " --seed 1")]
     compare.main(["T", "--seeds", "1", "--rows", "none", "--list", "rollouts"])
     assert capfd.readouterr().out.split()[:2] == ["python", "rollout.py"]
     for argv, *words in (([], "no cell"), (["Z"], "no cell Z", "give T"),

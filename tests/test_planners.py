@@ -5,7 +5,9 @@ import importlib
 import pytest
 import torch
 
-from conftest import TRAIN, equal, overfit, without_gradient
+from conftest import EXECUTOR, TRAIN, equal, overfit, without_gradient
+import executor
+import rollout
 from core import training
 from core.episodes import Episodes
 from core.planners import load_planner
@@ -96,8 +98,10 @@ def test_bad_flags(data, tmp_path, refused):
 @pytest.mark.parametrize("program, of", [
     ("mask_planner", ""), ("track_planner", ""), ("video_planner", ""), ("baselines.plex", ""),
     ("executor", "none"), ("executor", "mask"), ("video_control.unipi", "video")])
-def test_interrupted_training_continues_exactly(data, tmp_path, request, monkeypatch, program, of):
-    """Of planners, and of executors on plans; saved after two steps, interrupted in the fourth."""
+def test_interrupted_training_continues_exactly(data, tmp_path, request, monkeypatch, program, of,
+                                                refused):
+    """Of planners, and of executors on plans; saved after two steps, interrupted in the fourth:
+    nothing can be made on that."""
     path = request.getfixturevalue(f"{of}_path") if of not in ("", "none") else of
     argv = [*TRAIN, "--data", str(data), *["--planner", str(path)] * bool(of), "--out"]
     module, sample = importlib.import_module(program), Episodes.sample_frames
@@ -114,6 +118,10 @@ def test_interrupted_training_continues_exactly(data, tmp_path, request, monkeyp
         module.main([*argv, str(tmp_path / "broken")])
     load = lambda folder: training.load(next(tmp_path.glob(f"{folder}/*/*.pt")))
     assert load("broken")["step"] == 2
+    half = str(next(tmp_path.glob("broken/*/*.pt")))
+    of_it = {"executor": rollout.main, "video_control.unipi": module.main}.get(
+        program, lambda argv: executor.main([*EXECUTOR, "--planner", *argv]))
+    refused(lambda: of_it([half]), "at step 2 of 5", "continues")
     torch.rand(7)       # --seed alone decides
     module.main([*argv, str(tmp_path / "broken")])
     one, other = load("whole"), load("broken")

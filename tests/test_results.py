@@ -44,22 +44,31 @@ def test_seeds_are_the_unit(tmp_path):
 
 def test_differences_are_paired_by_seed(tmp_path):
     """The interval of a mean difference, from a table of t and sums written out; seeds that one of
-    the two lacks do not count, a single one gives no interval."""
+    the two lacks do not count, fewer than three give no interval; contrasts are those named."""
+    of = {"config": {"planner_config": {}}}
     for seed, (a, b) in enumerate([(3, 1), (5, 4), (4, 1), (6, None)]):
         made_up(tmp_path, seed, a, planner_seed=seed)
+        made_up(tmp_path, seed, a, plan="ee", unseen="layout", suite="libero_spatial", **of)
         if b:
-            made_up(tmp_path, seed, b, plan="none", config={"planner_config": {}})
+            made_up(tmp_path, seed, b, plan="none", **of)
+            made_up(tmp_path, seed, b, plan="none", unseen="layout", suite="libero_spatial", **of)
+    (tmp_path / "contrasts.md").write_text("* mask minus none: more.\n* mask minus ee: more.\n")
     d = [0.2, 0.1, 0.3]
     mean = sum(d) / 3
     half = 4.302653 * (sum((x - mean) ** 2 for x in d) / 2) ** 0.5 / 3 ** 0.5
     assert tables.difference_interval([0.3, 0.5, 0.4], [0.1, 0.4, 0.1]) == pytest.approx(
         (mean - half, mean + half), abs=1e-6)
     lines = tables.comparison(tmp_path)
-    assert "mt10, laptop, 2 demonstrations, code abc" in lines[0]
-    assert lines[2].startswith("| mask | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[2]
-    assert lines[3].startswith("| none | 20.0 % |") and lines[3].count("|  |") == 1
+    assert "libero_spatial layout, laptop, 2 demonstrations, code abc" in lines[0]
+    assert lines[2].startswith("| ee | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[2]
+    assert "mt10, laptop, 2 demonstrations, code abc" in lines[5] and len(lines) == 10
+    assert lines[7].startswith("| mask | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[7]
+    assert lines[8].startswith("| none | 20.0 % |") and lines[8].count("|  |") == 1
+    assert lines[9] == "| mask minus none |  |  |  | +20.0 (-4.8 to +44.8) |  |"
     made_up(tmp_path, 9, 2, planner_seed=9, code="other")
-    assert "code mixed" in tables.comparison(tmp_path)[0]
+    assert "code mixed" in tables.comparison(tmp_path)[5]
+    (tmp_path / "mt10_none_laptop_d2_s0.json").unlink()
+    assert tables.comparison(tmp_path)[9] == "| mask minus none |  |  |  |  |  |", "of two seeds"
 
 
 def test_pages(tmp_path, refused):

@@ -166,7 +166,7 @@ def test_no_result_overwrites_another(about, tmp_path, refused):
              path({}, "--episodes", "1"), path({}, "--scenes", "development"),
              path({}, "--unseen", "layout"), path({}, "--tasks", "0")}
     assert len(paths) == 8
-    path().write_text(json.dumps({"config": about["config"]}))
+    path().write_text(json.dumps({"config": about["config"] | {"seconds": {}, "device": "cuda"}}))
     path().write_text(json.dumps({"config": about["config"] | {"lr": 0.5}}))    # measured again
     refused(path, "another configuration")
 
