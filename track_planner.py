@@ -90,7 +90,8 @@ def track_from_patches(patches):
 
 
 def features_at(features, points):
-    """Map (B, D, h, w), places (B, N, 2) in [0, 1] -> its bilinear values there (B, N, D)."""
+    """Map (B, D, h, w), places (B, N, 2) in [0, 1] -> its bilinear values there, towards the edge
+    those of the last cells (B, N, D)."""
     where = 2 * points.float()[:, :, None] - 1  # (B, N, 1, 2) in [-1, 1]
     x = F.grid_sample(features.float(), where, padding_mode="border", align_corners=False)
     return x[..., 0].transpose(1, 2)

@@ -20,7 +20,8 @@ MUTANTS = {
         ("points.float()", "points.float().flip(-1)"),      # y, x
         ("2 * points", "points"),                           # the lower right quarter
         (" - 1  #", " - 0.5  #"),
-        ("where, align", "where, 'nearest', align"),
+        ("where, padding", "where, 'nearest', padding"),
+        ('"border"', '"zeros"'),                            # features fade at the edge
         ("(features.float(),", "(features.float().mT,"),    # transposed picture
     ],
     "track_planner.py:mask_patches": [

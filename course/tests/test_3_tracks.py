@@ -69,6 +69,14 @@ def test_features_at_the_middle_of_a_cell_are_the_cells():
         assert found == pytest.approx(5 * y + x + 1, abs=1e-3)
 
 
+@pytest.mark.grades("features_at")
+def test_features_do_not_fade_towards_the_edge():
+    """ATM IV-A, Fig. 2a: between the last cells' middles and the edge stand the last cells'."""
+    points = torch.tensor([[[0.0, 0.0], [0.02, 0.5], [0.9, 0.98], [1.0, 1.0]]])
+    found = track_planner.features_at(torch.ones(1, 2, 3, 5), points)
+    torch.testing.assert_close(found, torch.ones(1, 4, 2))
+
+
 @pytest.mark.grades("mask_patches")
 @pytest.mark.parametrize("h, w", [(2, 2), (2, 3)])
 def test_masked_patches_are_grey_and_others_untouched(h, w):
