@@ -35,7 +35,7 @@ STATE = ("obs/ee_states", "obs/gripper_states")     # position 3, axis-angle 3, 
 WAYPOINT_NOISE = 0.005  # metres, on the waypoint that the action head is conditioned on in training
 OFFSET_SCALE = 0.1      # metres, the unit of offsets between hand and waypoint
 FOLLOW = 8              # steps in which the fingers follow a changed command
-DRAWS = 3               # goals per training frame for which a frozen planner's plan is kept
+DRAWS = 6               # goals and shifts of each frame for which a frozen planner's plan is kept
 CAMERA_OF = {"picture": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}    # views 0 and 1
 
 
@@ -86,6 +86,22 @@ class Config(TrainingConfig):
 
 # --- network --------------------------------------------------------------------------------------
 
+def shifted(batch, training=True):
+    """In training, random shifts of all pictures (B, ..., H, W, 3): one draw per view for all looks
+    of a window, and for the goal with the third-person picture -> batch; how far each view has
+    moved (B, 3, 2), in widths."""
+    moved = torch.zeros(len(next(iter(batch.values()))), 3, 2)
+    for view, names in enumerate((("picture", "frames", "goal"), ("wrist",))):
+        seen = {k: batch[k].flatten(1, -4) if batch[k].ndim > 4 else batch[k][:, None]
+                for k in names if k in batch and training}
+        if seen:
+            images, pixels = networks.shift_together(torch.cat([*seen.values()], 1))
+            parts = images.split([x.shape[1] for x in seen.values()], 1)
+            batch = batch | {k: x.reshape(batch[k].shape) for k, x in zip(seen, parts)}
+            moved[:, view] = pixels.cpu() / images.shape[3]
+    return batch, moved.to(next(iter(batch.values())).device)
+
+
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
     differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, and a
@@ -131,21 +147,6 @@ class Executor(nn.Module):
             self.planner.eval()     # frozen is more than no gradient
         return self
 
-    def shifted(self, batch):
-        """In training, random shifts of all pictures that a trained encoder sees: one draw per view
-        for all looks of a window, and for the goal with the third-person picture -> batch; how far
-        what a frozen planner has seen there lies from its place (B, 3, 2), in widths."""
-        moved = torch.zeros(len(batch["state"]), 3, 2, device=batch["state"].device)
-        for view, names in enumerate((("picture", "frames", "goal"), ("wrist",))):
-            seen = {k: batch[k].flatten(1, -4) for k in names if k in batch and self.training}
-            if seen:
-                together = torch.cat([*seen.values()], 1)               # (B, M, H, W, 3)
-                images, pixels = networks.shift_together(together)
-                parts = images.split([x.shape[1] for x in seen.values()], 1)
-                batch = batch | {k: x.reshape(batch[k].shape) for k, x in zip(seen, parts)}
-                moved[:, view] = pixels / images.shape[3] * self.planner.frozen
-        return batch, moved
-
     def sets_of(self, batch):
         """The planner's token sets, kept or computed, and the encoders' {name: (B T, n, width)}."""
         flat = {k: v.flatten(0, 1) for k, v in batch.items()}
@@ -158,17 +159,18 @@ class Executor(nn.Module):
     def look(self, batch):
         """What is seen in each look, on its own.
         batch: state (B, T, S), wrist and, for encoders of its own, picture (B, T, H, W, 3) uint8,
-        and the planner's sets, kept (set/<name> (B, T, n, width)) or obs to compute them from
+        and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3, 2): how far the
+        pictures were shifted, in widths) or obs to compute them from
         -> CLS token (B, T, D), pooled plans for late fusion (B, T, 0 or D per plan)."""
         B, T = batch["state"].shape[:2]
-        batch, moved = self.shifted(batch)
+        batch, moved = shifted(batch, self.training)
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)
+        kept = batch["moved"].flatten(0, 1) if "moved" in batch else moved
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
         single = [self.cls.expand_as(state), state, *(m(sets[k]) for k, m in self.pool.items())]
         tokens = [torch.stack(single, 1)]                               # (B T, 2 + pooled, D)
-        # the planner's tokens move with the pictures that the encoders see
-        tokens += [embed(sets[k], moved * (k not in self.encoders))
+        tokens += [embed(sets[k], moved if k in self.encoders else kept)
                    for k, embed in self.embed.items()]
         cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)
         late = [cls[:, :0], *(pool(sets[k]) for k, pool in self.late.items())]
@@ -230,9 +232,8 @@ class ActionData:
         position, gripper = gather("obs/ee_states")[:, :3], gather("actions")[:, -1]
         self.waypoint = np.concatenate([waypoints(position[a:b], gripper[a:b])
                                         for a, b in zip(demos.start, demos.start[1:])])
-        self.draws = 1 if demos.goal_varies else DRAWS
         begin = time.time()
-        self.kept = self.compute() if self.planner.frozen else {}
+        self.kept, self.moved = self.compute() if self.planner.frozen else ({}, None)
         config.seconds["plans"] = round(time.time() - begin)
         for name, x in self.kept.items():
             executor.scale[name].fit(x.reshape(-1, x.shape[-1]))
@@ -261,38 +262,40 @@ class ActionData:
 
     @torch.no_grad()
     def compute(self):
-        """The frozen planner's sets of all frames -> {name: (draws, frames, n, width) float16};
-        `picture` and `wrist`, which do not depend on the goal, for one draw."""
+        """The frozen planner's sets of all frames, for each of DRAWS goals, the pictures shifted as
+        an encoder's are, but for the first -> {name: (DRAWS, frames, n, width) float16}, how far
+        they have moved (DRAWS, frames, 3, 2)."""
         device, kept, N = next(self.executor.parameters()).device, {}, len(self.demos)
-        parts = np.array_split(np.arange(N), -(-N // 64))
+        parts, moved = np.array_split(np.arange(N), -(-N // 64)), np.zeros((DRAWS, N, 3, 2), "f4")
+        torch.manual_seed(self.c.seed)
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
-            for part in tqdm(parts, desc=f"plans, {self.draws} goals per frame", mininterval=5):
-                for draw in range(self.draws):
+            for part in tqdm(parts, desc=f"plans, {DRAWS} per frame", mininterval=5):
+                for draw in range(DRAWS):
                     obs = training.tensors(self.obs(part, np.full_like(part, draw)), self.executor)
+                    obs, far = shifted(obs, draw > 0)
+                    moved[draw, part] = far.cpu()
                     for name, x in self.planner.plan(obs, self.executor.form).items():
                         if name not in self.executor.scale:
                             continue
-                        draws = 1 if name in CAMERA_OF else self.draws
                         if name not in kept:
                             kept[name] = np.memmap(TemporaryFile(), np.float16,
-                                                   shape=(draws, N, *x.shape[1:]))
-                        if draw < draws:
-                            kept[name][draw, part] = x.half().cpu().numpy()
-        return kept
+                                                   shape=(DRAWS, N, *x.shape[1:]))
+                        kept[name][draw, part] = x.half().cpu().numpy()
+        return kept, moved
 
     def __call__(self, step):
         """The batch of one training step, a function of (seed, step); see Executor.look, loss."""
         c, demos = self.c, self.demos
         episode, t, rng = demos.sample_frames(step, c.batch, c.seed)
-        draw = rng.integers(self.draws, size=len(t))[:, None]           # (B, 1)
+        draw = rng.integers(DRAWS, size=len(t))[:, None]                # (B, 1)
         times, e = look_times(t, c.history, self.execute), episode[:, None]     # (B, T)
         row, ahead = demos.start[e] + times, times[..., None] + np.arange(c.chunk)  # (B, T, C)
         batch = {"state": np.concatenate([demos.gather(k, e, times) for k in STATE], -1),
                  "action": demos.gather("actions", e[..., None], ahead),
                  "waypoint": self.waypoint[row]}
-        batch |= {f"set/{k}": v[draw % len(v), row] for k, v in self.kept.items()}
+        batch |= {f"set/{k}": v[draw, row] for k, v in self.kept.items()}
         draw = np.broadcast_to(draw, row.shape)
-        batch |= {} if self.kept else self.obs(row, draw)
+        batch |= {"moved": self.moved[draw, row]} if self.kept else self.obs(row, draw)
         return batch | {view: self.videos.last_frames(self.goal_of(row, draw)) if view == "goal"
                         else demos.gather(CAMERA_OF[view], e, times)
                         for view in self.executor.encoders}

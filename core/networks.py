@@ -220,10 +220,10 @@ class Embed(nn.Module):
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, x, moved):
-        """x (B, n, width); moved (B, 3, 2): how far the places of each view have moved, in widths
-        of the picture -> (B, n, D)."""
+        """x (B, n, width); moved (B, 3, 2): how far the picture of each view was shifted, in
+        widths; a token's place is that in the picture as it was -> (B, n, D)."""
         view = self.places[:, 0].long()
-        xy = self.places[:, 1:] + moved[:, view]                        # (B, n, 2)
+        xy = self.places[:, 1:] - moved[:, view]                        # (B, n, 2)
         place = sincos(16 * xy, self.view.shape[1])                     # (B, n, D)
         return self.linear(x) + place + self.view[view]
 

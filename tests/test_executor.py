@@ -3,6 +3,7 @@
 import itertools
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -93,31 +94,34 @@ def test_fusion_is_where_the_plan_joins(build, name, fusion):
 @pytest.mark.parametrize("name, views", [("track", (["picture"], ["wrist"])),
                                          ("none", (["frames", "goal"], ["wrist"]))])
 def test_pictures_are_shifted_in_training_alone_and_alike_in_a_window(build, name, views):
-    """The goal with the third-person picture; tokens of a plan that was made from pictures which
-    are not shifted move along, those of shifted pictures lie where they are."""
+    """The goal with the third-person picture; tokens have their places in the pictures as they
+    were, those of kept plans by the shift of the pictures that these were made from."""
     model, batch, *_ = build(name)
-    same, moved = model.eval().shifted(batch)
+    same, moved = executor.shifted(batch, False)
     assert same is batch and not moved.any()
     torch.manual_seed(1)
-    after, moved = model.train().shifted(batch)
+    after, moved = executor.shifted(batch)
     assert {k for k in batch if not torch.equal(batch[k], after[k])} == {*views[0], *views[1]}
-    assert moved[:, :2].any() == (name == "track") and not moved[:, 2].any()
+    assert moved[:, :2].any() and not moved[:, 2].any()
     inner = lambda x, dx=0, dy=0: x[..., 8 - dy:56 - dy, 8 - dx:56 - dx, :]     # away from edges
     for b, (k, names) in itertools.product(range(4), enumerate(views)):
         found = [[shift for shift in itertools.product(range(-4, 5), repeat=2) if torch.equal(
             inner(after[view][b]), inner(batch[view][b], *shift))] for view in names]
         assert len(found[0]) == 1 and all(shifts == found[0] for shifts in found)
-        assert name == "none" or found[0][0] == tuple((moved[b, k] * 64).round().int().tolist())
+        assert found[0][0] == tuple((moved[b, k] * 64).round().int().tolist())
     seen = {}
     for k, embed in model.embed.items():
-        embed.register_forward_pre_hook(lambda _, inputs, k=k: seen.update({k: inputs[1].any()}))
-    model.look(batch)
-    assert seen == {k: k == "plan" for k in model.embed}
+        embed.register_forward_pre_hook(lambda _, inputs, k=k: seen.update({k: inputs[1]}))
+    torch.manual_seed(1)
+    model.train().look(batch)
+    for k, far in seen.items():
+        kept = batch["moved"].flatten(0, 1) if k == "plan" and name == "track" else None
+        assert torch.equal(far, moved.repeat_interleave(2, 0) if kept is None else kept)
 
 
 @torch.no_grad()
 def test_points_move_with_the_picture_of_their_own_view(build):
-    """Shifted by a sixteenth, a view's tokens have the code of places a sixteenth further; those of
+    """Shifted by a sixteenth, a view's tokens have the code of places a sixteenth back; those of
     the other view stay, and differ by the views' ids alone where content and places are equal."""
     model, *_ = build("track", "--read", "attention")
     embed, x = model.embed["plan"].eval(), torch.randn(1, 64, 32)
@@ -127,7 +131,7 @@ def test_points_move_with_the_picture_of_their_own_view(build):
     assert (view == 0).sum() == (view == 1).sum() == 32
     assert torch.equal(still[view == 0], there[view == 0])
     xy = embed.places[view == 1, 1:]
-    code = networks.sincos(16 * xy + torch.tensor([1.0, 0]), 32) - networks.sincos(16 * xy, 32)
+    code = networks.sincos(16 * xy - torch.tensor([1.0, 0]), 32) - networks.sincos(16 * xy, 32)
     torch.testing.assert_close((there - still)[view == 1], code, atol=1e-5, rtol=1e-4)
     embed.view.normal_()
     tokens, ids = embed(x[:, :1].expand_as(x), 0 * moved)[0], embed.view[0] - embed.view[1]
@@ -250,7 +254,8 @@ def test_policy_sees_what_training_saw(build, videos, name, chunk, t):
     """Looks, the planner's history and token sets, live, from the data, and as kept, in float16;
     also with one action per chunk, when it looks at every step."""
     model, _, actions, _ = build(name, "--chunk", chunk)
-    seen, look, drawn = [], model.look, (np.array([0]), np.array([t]), np.random.default_rng(0))
+    first = SimpleNamespace(integers=lambda *rest, size: np.zeros(size, int))
+    seen, look, drawn = [], model.look, (np.array([0]), np.array([t]), first)
     model.look = lambda batch: seen.append(batch) or look(batch)
     run(executor.Policy(model), Recorded(videos, 0), t + 1)
     actions.demos.sample_frames = lambda *rest: drawn
@@ -266,9 +271,10 @@ def test_policy_sees_what_training_saw(build, videos, name, chunk, t):
         live = torch.cat([look[f"set/{k}"] for look in looks], 1)[0]
         torch.testing.assert_close(live, v, atol=1e-4, rtol=1e-4)
     rows = np.maximum([t - actions.execute, t], 0)
-    for k, x in kept.items():       # the goal does not change the picture, so it is kept once
-        assert len(x) == (1 if k == "picture" else 3)
-        np.testing.assert_allclose(x[-1, rows], plan[k], atol=5e-3, rtol=5e-3)
+    for k, x in kept.items():       # first as it is, then shifted
+        np.testing.assert_allclose(x[0, rows], plan[k], atol=5e-3, rtol=5e-3)
+        assert len(x) == 6 and (name == "none-language" or not np.allclose(x[1, rows], plan[k]))
+    assert not kept or not actions.moved[0].any() and actions.moved[1:].any((1, 2, 3)).all()
 
 
 def test_a_planner_of_your_own(data, tmp_path, sim, monkeypatch):

@@ -13,7 +13,7 @@ MUTANTS = {
         ("moved.repeat_interleave(T, 0)", "moved.repeat(T, 1, 1)"),     # another sample's shift
         ("embed(sets[k], moved", "embed(sets[k], -moved"),      # wrong sign of a shift
         ("embed(sets[k], moved", "embed(sets[k], 0 * moved"),
-        ("moved * (k not in self.encoders)", "moved"),      # what is shifted already, once more
+        ("moved if k in self.encoders else kept", "kept"),      # another picture's shift
         ('self.scale["state"](batch["state"])', 'batch["state"]'),      # not standardised
         ("self.cls.expand_as(state), state,", "state, self.cls.expand_as(state),"),
         ("first=1)[:, 0]", "first=2)[:, 1]"),               # the state's token for CLS

@@ -55,7 +55,8 @@ def small(read="both", fusion="both"):
         torch.nn.init.normal_(p, std=0.5)       # far from 0, so that each part shows
     batch = {k: torch.randint(256, (3, 2, 32, 32, 3), dtype=torch.uint8)
              for k in ("picture", "wrist")}
-    batch |= {"set/plan": torch.randn(3, 2, 3, 5), "state": torch.randn(3, 2, c.S) + 1,
+    batch |= {"set/plan": torch.randn(3, 2, 3, 5), "moved": 0.1 * torch.randn(3, 2, 3, 2),
+              "state": torch.randn(3, 2, c.S) + 1,
               "waypoint": torch.randn(3, 2, 3), "action": torch.rand(3, 2, 4, 3) * 2 - 1}
     return model, batch
 
@@ -66,8 +67,9 @@ def one_look(model, batch, b, t, moved):
     tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t]))]
     for name, pool in model.pool.items():
         tokens.append(pool(sets[name])[0])
-    for name, embed in model.embed.items():     # the encoders' pictures are shifted themselves
-        tokens += embed(sets[name], moved[b:b + 1] * (name == "plan"))[0]
+    for name, embed in model.embed.items():
+        far = batch["moved"][b, t] if name == "plan" else moved[b]
+        tokens += embed(sets[name], far[None])[0]
     late = [pool(sets[name])[0] for name, pool in model.late.items()]
     return model.space(torch.stack(tokens)[None])[0, 0], torch.cat([torch.zeros(0), *late])
 
@@ -77,13 +79,14 @@ def one_look(model, batch, b, t, moved):
 @pytest.mark.parametrize("read, fusion", [("both", "both"), ("pooled", "late"),
                                           ("attention", "early")])
 @torch.no_grad()
-def test_tokens_of_a_look(read, fusion, training):
+def test_tokens_of_a_look(read, fusion, training, monkeypatch):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
-    tokens: CLS, state (standardised), pooled sets, embedded sets at their places, of which the
-    planner's move with the shift of the sample's pictures; late plans go round it."""
+    tokens: CLS, state (standardised), pooled sets, embedded sets at their places, by the shifts of
+    the pictures that they are of, kept or now; late plans go round it."""
     model, batch = small(read, fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
-    model.train(training).shifted = lambda batch: (batch, moved)
+    monkeypatch.setattr(executor, "shifted", lambda batch, asked: (batch, moved * asked))
+    model.train(training)
     cls, late = model.look(batch)
     assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 0 if fusion == "early" else 16)
     for b, t in np.ndindex(3, 2):
