@@ -88,8 +88,8 @@ class Config(TrainingConfig):
 
 def shifted(batch, training=True):
     """In training, random shifts of all pictures (B, ..., H, W, 3): one draw per view for all looks
-    of a window, and for the goal with the third-person picture -> batch; how far each view has
-    moved (B, 3, 2), in widths."""
+    of a window; goal and place of the hand move with the third-person picture -> batch; how far
+    each view has moved (B, 3, 2), in widths."""
     moved = torch.zeros(len(next(iter(batch.values()))), 3, 2)
     for view, names in enumerate((("picture", "frames", "goal"), ("wrist",))):
         seen = {k: batch[k].flatten(1, -4) if batch[k].ndim > 4 else batch[k][:, None]
@@ -98,7 +98,10 @@ def shifted(batch, training=True):
             images, pixels = networks.shift_together(torch.cat([*seen.values()], 1))
             parts = images.split([x.shape[1] for x in seen.values()], 1)
             batch = batch | {k: x.reshape(batch[k].shape) for k, x in zip(seen, parts)}
-            moved[:, view] = pixels.cpu() / images.shape[3]
+            far = pixels / images.shape[3]                              # (B, 2)
+            if view == 0 and "hand" in batch:
+                batch["hand"] = (batch["hand"].movedim(0, -2) + far).movedim(-2, 0)
+            moved[:, view] = far.cpu()
     return batch, moved.to(next(iter(batch.values())).device)
 
 

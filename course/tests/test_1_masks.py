@@ -37,6 +37,7 @@ def test_binary_masks_are_numbers_that_losses_can_use():
 
 @grades("binary_masks")
 def test_binary_masks_keep_the_leading_dimensions():
+    """Mask2Act 3.2: (..., H, W) -> (..., N, H, W), each picture on its own."""
     masks = torch.randint(0, 4, (2, 5, 3, 4), generator=torch.Generator().manual_seed(0))
     found = mask_planner.binary_masks(masks, 3)
     assert found.shape == (2, 5, 3, 3, 4), "Mask2Act 3.2: (..., H, W) -> (..., N, H, W)"
@@ -117,6 +118,7 @@ def test_hardest_fraction(progress, wanted):
 # --- bootstrapped_cross_entropy -------------------------------------------------------------------
 
 def one_loop(logits, target, hardest):
+    """XMem's bootstrapping written out: the mean of the largest losses of each picture."""
     means = []
     for b in range(len(logits)):
         losses = [-math.log(logits[b, :, y, x].softmax(0)[target[b, y, x]])

@@ -214,6 +214,7 @@ class Fake(torch.nn.Module):
         return torch.full((1, 1, 2), float(len(self.seen) - 1)), torch.zeros(1, 1, 0)
 
     def act(self, cls, late, state):
+        """Notes its looks and states; actions that say of which look and step they are."""
         self.acted.append((cls[0, :, 0].tolist(), state[0, :, 0].tolist()))
         actions = torch.zeros(1, cls.shape[1], 6, 3)
         actions[..., 0] = cls[:, :, :1] / 100
