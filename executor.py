@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from core import networks, training
-from core.episodes import Episodes, look_times
+from core.episodes import look_times
 from core.files import fail
 from core.flags import TrainingConfig, as_dict, differences, flag, from_dict, parse, suites
 from core.planners import build, load_planner, untrained
@@ -109,7 +109,7 @@ class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
     differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, and a
     token per look asks for actions; Mask2Act says nothing of a wrist picture."""
-    kind = "executor"
+    kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):
         super().__init__()
@@ -370,7 +370,7 @@ class Policy:
 
 def load_executor(path, device="cpu", Kind=Executor):
     """A trained executor with its planner, from its checkpoint alone."""
-    content = training.load(path, Kind.kind, "python executor.py --planner runs/<suite>/mask.pt")
+    content = training.load(path, Kind.kind, Kind.made_by)
     config = from_dict(Config, content["config"])
     executor = Kind(config, build(config.kind, config.planner_config))
     executor.load_state_dict(content["model"])
@@ -379,30 +379,10 @@ def load_executor(path, device="cpu", Kind=Executor):
 
 # --- command --------------------------------------------------------------------------------------
 
-def load_data(config, of, known):
-    """Episodes of demonstrations and videos, made first if there are none; completes the
-    configuration.  of: a trained planner's, a dict, or {}; known: the suites that it has seen."""
-    from demos.record import ensure, task_names
-    c = config
-    c.size = of.get("size", c.size)
-    names = task_names(c.suite, c.tasks or of.get("tasks", "") * (c.suite in known), c.data)
-    ensure(c.suite, names, c.demos, c.data, c.size)
-    demos, videos = (Episodes(c.data, c.suite, names, n) for n in (c.action_demos, c.demos))
-    if not demos.arrays["actions"]:
-        fail(f"the videos of {c.suite} have no actions to learn from: give the --suite to act in")
-    if c.size != videos.size:
-        fail(f"pictures of {c.size} px are asked for, {c.data}/ holds {videos.size} px: give "
-             "another --data folder")
-    c.env, c.task_names, c.render = videos.env, tuple(names), videos.render
-    c.E, c.A = videos.text.shape[1], demos.arrays["actions"][0].shape[1]
-    c.goals = 0 if videos.goal_varies else c.goals
-    c.seconds = {"data": round(videos.seconds), "planner": training.last_seconds(c.planner)}
-    return demos, videos
-
-
 def prepare(config, Kind=Executor):
     """-> a new executor, of class Kind, on its planner, Episodes of the demonstrations and of the
     videos, the path of the checkpoint."""
+    from demos.record import load_demos
     c, c.plan = config, Path(config.planner).stem
     c.differs = differences(c, {"action_demos", "seed"})
     trained = c.planner.endswith(".pt")
@@ -419,7 +399,12 @@ def prepare(config, Kind=Executor):
     if known and c.suite not in known:
         c.plan += f"_of-{of['suite']}"
     path = training.run_path(c, f"{c.plan}_{Kind.kind}")
-    demos, videos = load_data(c, of, known)
+    c.size = of.get("size", c.size)
+    demos, videos = load_demos(c, c.tasks or of.get("tasks", "") * (c.suite in known))
+    c.env, c.task_names, c.render = videos.env, tuple(videos.tasks), videos.render
+    c.E, c.A = videos.text.shape[1], demos.arrays["actions"][0].shape[1]
+    c.goals = 0 if videos.goal_varies else c.goals
+    c.seconds = {"data": round(videos.seconds), "planner": training.last_seconds(c.planner)}
     torch.manual_seed(c.seed)
     if not trained:
         planner = planner(planner.Config(size=c.size, E=c.E, width=c.width, blocks=c.blocks,

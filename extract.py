@@ -20,7 +20,6 @@ Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """
 
 import pickle
-import re
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -278,19 +277,6 @@ class Annotator:
         return made
 
 
-def prompts(objects, asked):
-    """What the objects of a suite are looked for by: --objects, or their names in words, such as
-    akita black bowl for akita_black_bowl_1.  No objects: those of a film."""
-    names = [word.strip().lower() for word in re.split("[.,;]", asked) if word.strip()]
-    if not names and not objects:
-        fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
-    if names and objects and len(names) != len(objects):
-        fail(f"--objects names {len(names)} objects, the data has {len(objects)}: say what "
-             f"{', '.join(objects)} look like, such as --objects \"robot arm. black bowl. plate.\"")
-    return names or ["robot arm"] + [" ".join(word for word in name.split("_")
-                                              if not word.isdigit()) for name in objects[1:]]
-
-
 @dataclass
 class Config:
     suite: str = flag("libero_spatial", "suite: " + ", ".join(sims.SUITES))
@@ -324,7 +310,7 @@ def make_data(config):
     """What the flags ask for and is not there -> the suite that holds it, its tasks."""
     if config.video:
         config.masks, config.tracks = config.masks or "sam", config.tracks or "cotracker"
-        names, path = prompts((), config.objects), annotated.film_path(config)
+        names, path = annotated.prompts((), config.objects), annotated.film_path(config)
         annotated.annotate_films(config, path, names, Annotator)
         return config.suite, [path.stem]
     config.masks, config.tracks = config.masks or "sim", config.tracks or "sim"
@@ -335,7 +321,8 @@ def make_data(config):
              record.task_names(config.suite, config.tasks, config.data))
     if suite != config.suite:
         sims.tasks(config.suite)    # only a simulator's suite can be annotated anew
-        names = {k: prompts(sims.describe(config.suite, k)[1], config.objects) for k in tasks}
+        names = {k: annotated.prompts(sims.describe(config.suite, k)[1], config.objects)
+                 for k in tasks}
         Annotator(config)   # what is missing ends the run here, before anything is recorded
     if config.source == "official":
         official.import_official(config, tasks)

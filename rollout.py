@@ -31,8 +31,6 @@ from core.flags import FREE, as_dict, differences, flag, parse
 from demos.record import Demonstrator, run_jobs, shares
 from executor import Executor, Policy, load_executor
 
-MADE_BY = "python executor.py --planner runs/<suite>/mask.pt"
-
 
 @dataclass
 class Config:
@@ -221,14 +219,14 @@ def about_executor(checkpoint, content):
             "seconds": c["seconds"] | {"executor": training.last_seconds(checkpoint)}}
 
 
-def executor_jobs(config, kind, made_by, make_actor):
-    """Jobs for `run` of the trained executors config.checkpoints.  kind, made_by: as of
-    training.load; make_actor(path, device, sim) -> actor."""
+def executor_jobs(config, Kind, make_actor):
+    """Jobs for `run` of the trained executors config.checkpoints, of class Kind;
+    make_actor(path, device, sim) -> actor."""
     jobs = []
     if config.suite or config.noise:
         fail("--suite and --noise are the demonstrator's: python rollout.py demonstrator")
     for path in config.checkpoints:
-        content = training.load(path, kind, made_by)
+        content = training.load(path, Kind.kind, Kind.made_by)
         training.check_whole(path, content)
         c = content["config"]
         tasks = sims.choose_tasks(c["env"], config.tasks or ",".join(c["task_names"]))
@@ -263,7 +261,7 @@ def main(argv=None):
     if scripted and len(config.checkpoints) > 1:
         fail("demonstrator beside a checkpoint: evaluate them one after the other")
     run(config, demonstrator_jobs(config) if scripted else
-        executor_jobs(config, Executor.kind, MADE_BY, make_policy))
+        executor_jobs(config, Executor, make_policy))
 
 
 if __name__ == "__main__":

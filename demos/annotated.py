@@ -5,6 +5,7 @@ what makes the arrays of one video.
 """
 
 import json
+import re
 import time
 from itertools import islice
 from pathlib import Path
@@ -25,6 +26,19 @@ WORK = 384  # pixels: films are annotated at this size or at --size, the larger
 def annotated_suite(config):
     """The suite of these masks and tracks: libero_spatial; of networks: libero_spatial_sam_flow."""
     return "_".join([config.suite, *(m for m in (config.masks, config.tracks) if m != "sim")])
+
+
+def prompts(objects, asked):
+    """What the objects of a suite are looked for by: --objects, or their names in words, such as
+    akita black bowl for akita_black_bowl_1.  No objects: those of a film."""
+    names = [word.strip().lower() for word in re.split("[.,;]", asked) if word.strip()]
+    if not names and not objects:
+        fail('--video needs --objects, such as --objects "robot arm. black bowl. plate."')
+    if names and objects and len(names) != len(objects):
+        fail(f"--objects names {len(names)} objects, the data has {len(objects)}: say what "
+             f"{', '.join(objects)} look like, such as --objects \"robot arm. black bowl. plate.\"")
+    return names or ["robot arm"] + [" ".join(word for word in name.split("_")
+                                              if not word.isdigit()) for name in objects[1:]]
 
 
 def annotate_suite(config, names, annotator):
@@ -121,25 +135,27 @@ def annotate_films(config, path, names, annotator):
     parts, language, annotate, number = path.with_suffix(""), path.stem.replace("_", " "), None, 0
     pieces = min(films.PIECES, lengths[0] // films.SHORTEST) if len(paths) == 1 else 1
     for film, length in zip(paths, lengths):
-        frames = films.frames_of(film, max(size, WORK))
+        frames, before = films.frames_of(film, max(size, WORK)), []
         of = about | {"film": Path(film).name}      # another film may have these numbers by now
         for window in films.windows_of(length, pieces):
             files = [parts / f"demo_{number + k}.hdf5" for k in range(len(window))]
             number, begin = number + len(window), time.time()
-            pictures = np.stack([*islice(frames, sum(window))])
+            # from a little before: at its start, too, objects and points have a past
+            pictures = np.stack([*before, *islice(frames, sum(window))])
+            extra, before = len(before), pictures[-films.OVERLAP:].copy()
             if all(file.exists() for file in files):
                 with h5py.File(files[0]) as one:
                     check_alike(files[0], one.attrs, of)
                 continue
             annotate = annotate or annotator(config)
             arrays = annotate({"agentview": pictures}, names, number, film)
-            episode = reduced(pictures, arrays, size)
+            episode = {k: v[extra:] for k, v in reduced(pictures, arrays, size).items()}
             parts.mkdir(parents=True, exist_ok=True)
             for file, stop, count in zip(files, np.cumsum(window), window):
                 write_episode(file, {k: v[stop - count:stop] for k, v in episode.items()},
                               seconds=(time.time() - begin) / len(window), **of)
-            print(f"{film}: {len(pictures)} frames, " + ", ".join(
-                f"{name} in {(arrays['masks'] == k).any((1, 2)).mean():.0%}"
+            print(f"{film}: {sum(window)} frames, " + ", ".join(
+                f"{name} in {(episode['masks'] == k).any((1, 2)).mean():.0%}"
                 for k, name in enumerate(names, 1)))
     assemble(path, parts, about | {
         "env": config.suite, "goal_varies": False, "task": path.stem, "source": "video",

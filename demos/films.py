@@ -10,7 +10,7 @@ from core.episodes import HELD_OUT
 from core.files import fail
 
 PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
-LONGEST = 300  # frames that the networks are given at once
+LONGEST, OVERLAP = 300, 30  # frames of a window, and those before it that the networks see, too
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 
@@ -44,10 +44,16 @@ def square(picture, size):
     return cv2.resize(picture[y:y + side, x:x + side], (size, size), interpolation=how)
 
 
+def opened(path):
+    """A film to be read; its faults are reported here, not by ffmpeg."""
+    import cv2
+    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
+    return cv2.VideoCapture(str(path))
+
+
 def frames_of(path, size):
     """Yields the frames of a film, (size, size, 3) uint8 RGB: one is in memory."""
-    import cv2
-    film = cv2.VideoCapture(str(path))
+    film = opened(path)
     while (found := film.read())[0]:
         yield square(found[1][..., ::-1], size)
 
@@ -57,8 +63,7 @@ def count_frames(path):
     import cv2
     if not os.path.exists(path):
         fail(f"no video {path}: --video wants a film or a folder of films")
-    os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")  # errors are reported here
-    film, times = cv2.VideoCapture(str(path)), []  # milliseconds
+    film, times = opened(path), []  # milliseconds
     while film.grab():
         times.append(film.get(cv2.CAP_PROP_POS_MSEC))
     if not times:

@@ -287,3 +287,18 @@ def load_videos(config):
     if not videos.arrays["actions"]:
         note += "; films have no actions: give executor.py a --suite to act in"
     return videos, held_out, note
+
+
+def load_demos(config, tasks):
+    """What an executor learns from; the episodes that are missing are made first.  tasks: numbers
+    or names, comma-separated; empty: all -> Episodes of the demonstrations, of the videos."""
+    suite, data, size = config.suite, config.data, config.size
+    names = task_names(suite, tasks, data)
+    ensure(suite, names, config.demos, data, size)
+    demos, videos = (Episodes(data, suite, names, n) for n in (config.action_demos, config.demos))
+    if not demos.arrays["actions"]:
+        fail(f"the videos of {suite} have no actions to learn from: give the --suite to act in")
+    if size != videos.size:
+        fail(f"pictures of {size} px are asked for, {data}/ holds {videos.size} px: give another "
+             "--data folder")
+    return demos, videos

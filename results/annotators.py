@@ -18,8 +18,9 @@ import sims
 from core.episodes import Episodes
 from core.files import write
 from core.flags import flag, parse
+from demos.annotated import prompts
 from demos.record import task_names
-from extract import Annotator, prompts
+from extract import Annotator
 
 
 def region(found, true):

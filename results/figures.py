@@ -1,34 +1,28 @@
-"""Figures of results, and what an executor costs.
+"""Figures of results.
 
     python -m results.figures curve         # success against action demonstrations
     python -m results.figures unseen        # scenes of libero_spatial, as in training and unseen
     python -m results.figures attention runs/libero_spatial/track_executor.pt   # ATM, Fig. 10
-    python -m results.figures cost runs/libero_spatial/track_executor.pt        # ATM, Table IV
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 import rollout
 import sims
-from core import training
 from core.draw import draw_heat, row, save_picture
-from core.files import fail, write
+from core.files import fail
 from core.flags import flag, parse
-from executor import Executor, Policy, load_executor
+from executor import Policy, load_executor
 from results import tables
-from video_control import unipi
 
 
 @dataclass
 class Config(tables.Config):
-    what: tuple[str, ...] = flag((), "curve, unseen, attention or cost; of the last two the "
-                                 "executor's checkpoint", positional=True)
+    what: tuple[str, ...] = flag((), "curve, unseen, or attention and an executor's "
+                                 "checkpoint", positional=True)
     tasks: str = flag("0,4", "numbers or names of tasks, comma-separated; empty: all")
 
 
@@ -110,37 +104,13 @@ def attention(config, path):
     return path
 
 
-def cost(config, path, steps=600):
-    """Floating point operations of planner and executor in an episode, by torch's counter, a
-    multiplication and an addition as two -> path of a JSON."""
-    from torch.utils.flop_counter import FlopCounterMode
-    kind = training.load(path, [Executor.kind, unipi.InverseDynamics.kind], rollout.MADE_BY)["kind"]
-    policy = (Policy(load_executor(path)) if kind == Executor.kind else
-              unipi.make_actor(0, path, "cpu", None))
-    c, black = policy.c, np.zeros((policy.c.size, policy.c.size, 3), np.uint8)
-    frame = {"agentview_rgb": black, "eye_in_hand_rgb": black, "hand": np.zeros(2, np.float32),
-             "ee_states": np.zeros(6, np.float32), "gripper_states": np.zeros(2, np.float32)}
-    sim = SimpleNamespace(task=c.task_names[0], goal_varies=True, frame=lambda masks: frame,
-                          goal_image=lambda **scene: black)
-    policy.reset(sim, {"init": 0})
-    with FlopCounterMode(display=False) as counter:
-        for _ in range(steps):
-            policy(sim)
-    made = {"suite": c.env, "preset": c.preset, "cost_of": Path(path).stem,
-            "parameters": sum(p.numel() for p in policy.executor.parameters()),
-            "tflops": counter.get_total_flops() / 1e12, "commit": rollout.commit()}
-    path = f"{config.results}/{c.env}_{made['cost_of']}_{c.preset}_cost.json"
-    write(path, json.dumps(made, indent=1) + "\n")
-    return path
-
-
 def main(argv=None):
     """Command line: makes one figure."""
     config = parse(Config, "Figures of results.", argv)
-    makers = {f.__name__: f for f in (curve, unseen, attention, cost)}
+    makers = {f.__name__: f for f in (curve, unseen, attention)}
     name, path = (*config.what, "", "")[:2]
     if name not in makers:
-        fail("give curve, unseen, attention <checkpoint> or cost <checkpoint>")
+        fail("give curve, unseen or attention <checkpoint>")
     print(f"{name}: {makers[name](config, path)}")
 
 

@@ -175,14 +175,7 @@ def annotators(folder):
     return table("suite | of | annotator | grades", rows)
 
 
-def costs(folder):
-    """What 600 steps of each executor cost, from `python -m results.figures cost`."""
-    return table("suite | preset | executor | parameters, with planner | TFLOPs of 600 steps", [
-        (r["suite"], r["preset"], r["cost_of"], f"{r['parameters'] / 1e6:.1f} million",
-         f"{r['tflops']:.3f}") for r in read(folder, "*_cost.json")])
-
-
-TABLES = overview, comparison, evaluations, tasks, annotators, costs
+TABLES = overview, comparison, evaluations, tasks, annotators
 
 
 def main(argv=None):

@@ -294,10 +294,11 @@ def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.append(len(frames))
-        return {"masks": np.ones_like(frames[..., 0]), "visible/agentview": frames[:, 0, :, 0] > 0,
+        return {"masks": frames[..., 0] % 2 + 1, "visible/agentview": frames[:, 0, :, 0] > 0,
                 "tracks/agentview": frames[:, 0, :, :2].astype(np.float16)}
     monkeypatch.setattr(extract, "Annotator", lambda config: annotate)
     monkeypatch.setattr(films, "LONGEST", 8)
+    monkeypatch.setattr(films, "OVERLAP", 2)
     monkeypatch.setattr(annotated, "WORK", 64)
     make = lambda path: extract.main([*argv, str(path)])
     with pytest.raises(KeyboardInterrupt):
@@ -306,10 +307,12 @@ def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
     changed = shutil.copy(film, tmp_path / "street.mkv")    # of the same name, but for its suffix
     refused(lambda: make(changed), "street.mp4", "street.mkv")
     make(film)
-    assert seen == [7, 7, 6, None, 6]
+    assert seen == [7, 2 + 7, 2 + 6, None, 2 + 6]
     found = content(tmp_path / "mine" / "street.hdf5")
     episodes = [found[f"demo_{k}/obs/agentview_rgb"] for k in range(4)]
     assert np.abs(np.concatenate(episodes) - read_video(film, 64).astype(int)).mean() < 1
+    for k, episode in enumerate(episodes):
+        assert (found[f"demo_{k}/masks"] == episode[..., 0] % 2 + 1).all(), "of other frames"
     uneven, ffmpeg = tmp_path / "uneven.mp4", imageio_ffmpeg.get_ffmpeg_exe()
     subprocess.run([ffmpeg, "-loglevel", "error", "-i", str(film), "-vf",
                     "select=not(between(n\\,5\\,9))", "-fps_mode", "vfr", str(uneven)], check=True)

@@ -1,14 +1,11 @@
-"""results/tables.py and figures.py: made-up results, intervals computed anew, attention, cost."""
+"""results/tables.py and figures.py: made-up results, intervals computed anew, attention."""
 
 import json
 
 import pytest
 import torch
 
-from baselines.cloning import Cloning
-from core import networks, training
-from core.flags import as_dict
-from executor import Config, Executor
+from core import networks
 from results import figures, tables
 
 NOBODY = {"plan": "expert", "preset": None, "action_demos": None, "seed": None, "config": None}
@@ -85,7 +82,7 @@ def test_pages(tmp_path, refused):
         page, own = (tmp_path / "README.md").read_text(), (folder / "README.md").read_text()
         assert page.startswith("a\n<!-- overview -->\n| plan |") and page.endswith("-->\nz\n")
         assert "| mask | laptop | 2 | 30.0 (one seed: 10.0 - 60.0) |" in page and "old" not in page
-        for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "costs -->\nNone yet.\n<!--",
+        for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "annotators -->\nNone yet.",
                      "| libero_spatial | demonstrator, unseen layout |\n|---|---|\n| a | 2/5 |",
                      "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 | 2 | abc |"):
             assert part in own, part
@@ -93,17 +90,8 @@ def test_pages(tmp_path, refused):
     assert (folder / "curve.png").exists()
 
 
-def test_cost_and_attention(tmp_path, refused):
-    """Operations are counted for each look; attention of the first token is a softmax by hand."""
-    of = Cloning.Config(size=64, width=32, channels=16)
-    config = Config(planner="none", kind="none", env="mt10", task_names=("reach",), form="goal",
-                    A=4, planner_config=as_dict(of), **Config.PRESETS["tiny"])
-    training.save(path := str(tmp_path / "none_executor.pt"), kind="executor",
-                  config=as_dict(config), model=Executor(config, Cloning(of)).state_dict())
-    count = lambda steps: figures.cost(figures.Config(results=str(tmp_path)), path, steps)
-    one, two = (json.loads(open(count(steps)).read())["tflops"] for steps in (1, 5))
-    assert 0 < 1.5 * one < two < 2.5 * one, "two looks in five steps"
-    refused(lambda: figures.main(["cost", "no.pt"]), "no.pt", "executor.py")
+def test_attention():
+    """Attention of the first token is a softmax by hand."""
     net, x, total = networks.Transformer(32, 2, 4), torch.randn(1, 5, 32), torch.zeros(5)
     found = figures.shares(net, x)
     for block in net.blocks:

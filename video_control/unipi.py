@@ -40,7 +40,7 @@ class Rollout(rollout.Config):
 
 class InverseDynamics(Executor):
     """pi(action, done | observation, picture to reach), beside the video planner to follow."""
-    kind = "unipi"
+    kind, made_by = "unipi", "python -m video_control.unipi --planner runs/<suite>/video.pt"
 
     def __init__(self, config, video):
         super().__init__(config, Cloning(Cloning.Config(
@@ -117,9 +117,7 @@ def make_actor(replan, path, device, sim):
 def evaluate(argv):
     """Command line: success rates of inverse dynamics models, a JSON each."""
     config = parse(Rollout, "UniPi: follow the pictures of imagined videos.", argv)
-    jobs = rollout.executor_jobs(config, InverseDynamics.kind, "python -m video_control.unipi "
-                                 "--planner runs/<suite>/video.pt",
-                                 partial(make_actor, config.replan))
+    jobs = rollout.executor_jobs(config, InverseDynamics, partial(make_actor, config.replan))
     for _, about, *_ in jobs:
         name = "unipi-replan" if config.replan else "unipi"
         about["plan"] = name + about["plan"].removeprefix("video")
