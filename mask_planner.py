@@ -233,8 +233,9 @@ class MaskPlanner(Planner):
         prob = self.decoder(networks.to_map(plan), m[:, 0])  # (B, N, K, H, W)
         logits = soft_aggregate(prob).transpose(1, 2).flatten(0, 1)  # (B K, N + 1, H, W)
         future = m[:, 1:].flatten(0, 1)  # (B K, N, H, W)
-        ce = bootstrapped_cross_entropy(logits, with_background(future).argmax(1),
-                                        hardest_fraction(float(self.progress)))
+        number = torch.arange(1, self.config.objects + 1, device=future.device)
+        label = (future * number[:, None, None]).sum(1).long()  # (B K, H, W), 0 background
+        ce = bootstrapped_cross_entropy(logits, label, hardest_fraction(float(self.progress)))
         # differs: the mean over tracked objects; XMem also counts the others, as solved
         counts = tracked[..., 0, 0].expand(-1, K, -1).flatten(0, 1)  # (B K, N)
         d = (dice(logits.softmax(1)[:, 1:], future) * counts).sum() / counts.sum().clamp(min=1)
