@@ -35,7 +35,6 @@ class Config(tables.Config):
     data: str = flag("data", "folder of the data files")
     runs: str = flag("runs", "folder of the runs")
     page: str = flag("page.html", "the file that is written")
-    device: str | None = flag(None, "cpu or cuda")
 
 
 def rows(*parts):
@@ -115,7 +114,7 @@ def main(argv=None):
     paths = config.planners or max(there, key=len, default=()) or fail(
         f"no planner in {config.runs}/: python mask_planner.py (track_planner.py, video_planner.py)"
         f" --suite {config.suite or 'libero_spatial'} makes one, and its data")
-    planners = [load_planner(path, config.device) for path in paths]
+    planners = [load_planner(path) for path in paths]
     suite = config.suite or next(iter(suites(planners[0].config)))
     tasks = sorted(path.stem for path in Path(config.data, suite).glob("*.hdf5")) or fail(
         f"no data in {config.data}/{suite}/: python extract.py --suite {suite} makes it")
@@ -127,15 +126,14 @@ def main(argv=None):
     if config.episode >= len(episodes.length):
         fail(f"--episode {config.episode}: {suite} has {len(episodes.length)} held-out ones")
     length, task = episodes.length[config.episode], tasks[episodes.task[config.episode]]
-    t, shots, html = np.arange(0, length, max(4, length // 40)), [], ""
+    t, shots, html, films = np.arange(0, length, max(4, length // 40)), [], "", ""
     inline = lambda content, kind: f"data:{kind};base64,{base64.b64encode(content).decode()}"
     for caption, pictures in cards(planners, episodes, np.full(len(t), config.episode), t):
         shots.append([inline(iio.imwrite("<bytes>", picture, extension=".webp"), "image/webp")
                       for picture in pictures])
         html += f"<figure><img alt='{caption}'><figcaption>{caption}</figcaption></figure>"
-    films, room = "", 4e6       # bytes of films, so that the page stays below 15 MB
-    found = sorted(Path(config.runs, suite).glob("*_films/*.mp4"), key=lambda p: task not in p.stem)
-    for path in found:
+    room, found = 4e6, Path(config.runs, suite).glob("*_films/*.mp4")   # bytes: below 15 MB in all
+    for path in sorted(found, key=lambda p: task not in p.stem):
         room -= path.stat().st_size
         film = (f"<video src='{inline(path.read_bytes(), 'video/mp4')}' controls></video>"
                 if room > 0 else "left out, for the page's size: ")
