@@ -109,6 +109,12 @@ def evaluations(folder):
                       r["code"]) for r in cells(folder)])
 
 
+def trials(folder):
+    """Settings that were tried on development scenes: a table per folder of <results>/trials/."""
+    parts = sorted(path for path in Path(folder, "trials").glob("*") if path.is_dir())
+    return [line for part in parts for line in ["", f"**{part.name}**", "", *evaluations(part)]]
+
+
 def compared(a, b):
     """Rows of two plans -> the mean difference in points with its interval, over the seeds that
     both have, in words; "" without three: of two the interval means nothing."""
@@ -175,7 +181,7 @@ def annotators(folder):
     return table("suite | of | annotator | grades", rows)
 
 
-TABLES = overview, comparison, evaluations, tasks, annotators
+TABLES = overview, comparison, trials, evaluations, tasks, annotators
 
 
 def main(argv=None):
