@@ -169,10 +169,11 @@ ASSIGNMENTS = [
         expect="10 of 10 episodes of each task succeed (measured: 0.7 minutes of one core)",
         minutes=2,
         questions=[
-            "Add Gaussian noise of 0, 0.5, 1 and 2 pixels to the exact correspondence. From which "
-            "noise on does the success fall, and which of the tasks fails first?",
-            "Set PRIOR to 1e6 (no prior), then fit each picture from the first in place of the "
-            "one before. How far off are the subgoals, in cm, and how does the success change?"],
+            "Add Gaussian noise of 0, 0.5, 1 and 2 pixels to the exact correspondence (avdc.py, "
+            "what `Actor.correspondence` returns), NOISE as it is. From which noise on does the "
+            "success fall, and which of the tasks fails first?",
+            "Set PRIOR to (1e6, 1e6), which is none, with targets that are a pixel of 96 off. How "
+            "far off are the subgoals, in cm, and how does the success change?"],
         where={"project": "AVDC 3.3, the pinhole of L_trans", "read": "AVDC 3.2, flow at a point",
                "fit_motion": "AVDC 3.3, L_trans", "infer_motions": "AVDC 3.3, the chain of motions",
                "grasp_point": "AVDC 3.3, the grasp", "subgoals": "AVDC 3.3, subgoals"}),

@@ -86,8 +86,8 @@ def readme(assignment):
 **Read** first, with the papers open beside the code:
 {lines(f"* {where}" for where in a.read)}
 
-**Fill in** the functions below, in this order, in which their tests pass; each docstring has shapes
-and equation. All else works and stays as it is. What the project is about: PROJECT.md.
+**Fill in** the functions below, in this order, in which their tests pass; each docstring has the
+shapes. All else works and stays as it is. What the project is about: PROJECT.md.
 
 {lines(tasks)}
 
@@ -99,7 +99,7 @@ python -m pytest course/tests
 python -m pytest course/tests --points
 ```
 
-**Run** (about {a.minutes} minutes on two cores; the first run also makes the data):
+**Run** (about {a.minutes} minutes on two cores, with the data, where it makes any):
 ```
 {a.command}
 ```
@@ -122,8 +122,9 @@ def make(assignment, folder, emptied=None):
         source = (folder / file).read_text()
         why = f"{file}, {name}: {about(assignment, source, name)}"
         (folder / file).write_text(empty(source, name, why))
-    (folder / "PROJECT.md").write_text("*The project's own page; its tests and its course are not "
-                                       "in a handout.*\n\n" + (folder / "README.md").read_text())
+    (folder / "PROJECT.md").write_text("*The project's own page; its tests, its history and the "
+                                       "course's page are not in a handout.*\n\n"
+                                       + (folder / "README.md").read_text())
     (folder / "README.md").write_text(readme(assignment))
     ini = (ROOT / "pytest.ini").read_text()
     (folder / "pytest.ini").write_text(re.sub("--durations=\\d+ ?", "", ini.replace(

@@ -140,8 +140,9 @@ TRIES, K, GRID = 1000, 256, 7
 
 
 def project(points, eye, axes, focal):
-    """points (..., 3) metres -> (..., 2) in [0, 1] of the picture if it shows them, x right, y
-    down; depth (...) metres."""
+    """A pinhole: points (..., 3) metres; eye (..., 3), axes (..., 3, 3), rows right, down, ahead,
+    and focal () or (..., 1), in heights of the picture, broadcast -> places (..., 2) x right, y
+    down, in [0, 1] if the picture shows them, nan behind the eye; depth (...) ahead, metres."""
     local = np.einsum("...ij,...j->...i", axes, points - eye)
     depth = np.where(local[..., 2:] > 1e-3, local[..., 2:], np.nan)
     return 0.5 + focal * local[..., :2] / depth, local[..., 2]

@@ -80,7 +80,8 @@ class FlowNet(nn.Module):
 
 
 def read(flow, places):
-    """flow (B, 2, h, w) read between its cells at places (B, P, 2) in [0, 1] -> (B, P, 2)."""
+    """flow (B, 2, h, w) read at places (B, P, 2) in [0, 1], x right, y down: bilinear between its
+    cells' middles, beyond the last ones as there -> (B, P, 2)."""
     grid = 2 * places[:, None] - 1                                          # (B, 1, P, 2)
     x = F.grid_sample(flow, grid, padding_mode="border", align_corners=False)
     return x[:, :, 0].transpose(1, 2)

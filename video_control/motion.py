@@ -15,15 +15,18 @@ PRIOR = 1.0, 0.3    # how far an object is expected to turn and move, radians an
 
 def fit_motion(points, targets, view, noise):
     """The minimum of the paper's L_trans: the rigid motion that brings points to where the picture
-    shows them.
+    shows them, by sum_p w_p |project(x_p) - target_p|^2 + |turn / PRIOR[0]|^2 + |way / PRIOR[1]|^2;
+    the turn is about the points' mean, the way is that of this mean.
 
     points (P, 3) metres; targets (P, 2) in [0, 1] of the picture; view: eye, axes, focal length as
     for `camera.project`; noise: of a good target, in pictures
-    -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good (P,) bool.
+    -> R (3, 3), t (3,): the points go to points @ R.T + t; and which targets were good, in the end
+    off by less than 4 noise, (P,) bool.  A point behind the camera: no motion, all good.
 
     differs: Gauss-Newton from standing still, for the authors' RANSAC and 50 starts of BFGS:
-    weights that fall with the error (first as 1 / error, then as Cauchy's) leave bad targets out,
-    and the prior keeps depth, which a small object's picture hardly shows, from flying off.
+    weights w that fall with the error leave bad targets out, for half of the ROUNDS 1 / (noise
+    error), error at least noise, then Cauchy's, 1 / (1 + (error / (2 noise))^2) / noise^2.  The
+    prior keeps depth, which a small object's picture hardly shows, from flying off.
     """
     from scipy.spatial.transform import Rotation
     eye, axes, focal = view
@@ -60,8 +63,9 @@ def infer_motions(places, points, correspond, view, K, noise):
     -> [(R, t)] * K.
 
     differs: from each picture to the next, as the authors' code, and not from the first to each:
-    the points that the motion has moved are where the next flow is read.  A point that went another
-    way, as one that a hand has covered, is lost for good, as long as a fifth of all are left.
+    the next flow is read where the picture shows the points as the motion has moved them.  Those
+    that went another way (kept are numbers of the others), such as one that a hand has covered, are
+    lost for good, unless no more than a fifth of all would be left: then none is.
     """
     motions, kept, whole = [], np.arange(len(points)), len(points)
     for k in range(K):
@@ -75,13 +79,13 @@ def infer_motions(places, points, correspond, view, K, noise):
 
 
 def grasp_point(points):
-    """The medoid of points (P, 3), nearest to all others -> (3,).  differs: as the authors' code;
-    the paper samples a grasp at random."""
+    """The medoid of points (P, 3), that with the least sum of distances to all others -> (3,).
+    differs: as the authors' code; the paper samples a grasp at random."""
     return points[np.linalg.norm(points[:, None] - points, axis=-1).sum(1).argmin()]
 
 
 def subgoals(grasp, motions):
-    """The grasp point and where each motion takes it -> (1 + K, 3)."""
+    """The grasp point, and where each motion takes the one before -> (1 + K, 3)."""
     path = [grasp]
     for R, t in motions:
         path.append(R @ path[-1] + t)
