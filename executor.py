@@ -33,7 +33,7 @@ from core.planners import build, load_planner, untrained
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
 STATE = ("obs/ee_states", "obs/gripper_states")     # position 3, axis-angle 3, fingers 2
 WAYPOINT_NOISE = 0.005  # metres, on the waypoint that the action head is conditioned on in training
-OFFSET_SCALE = 0.1      # metres, the unit of offsets between hand and waypoint
+OFFSET_SCALE = 0.1      # metres, the unit of what waypoint head and action head compute with
 FOLLOW = 8              # steps in which the fingers follow a changed command
 DRAWS = 6               # goals and shifts of each frame for which a frozen planner's plan is kept
 CAMERA_OF = {"picture": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}    # views 0 and 1
@@ -107,8 +107,8 @@ def shifted(batch, training=True):
 
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
-    differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, and a
-    token per look asks for actions; Mask2Act says nothing of a wrist picture."""
+    differs: in ATM the state enters after the tokens of a look, the plan is fused late as it is,
+    and a token per look asks for actions; Mask2Act says nothing of a wrist picture."""
     kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):
@@ -160,7 +160,8 @@ class Executor(nn.Module):
                        for view, encoder in self.encoders.items()}
 
     def look(self, batch):
-        """What is seen in each look, on its own.
+        """What is seen in each look, on its own, as tokens: CLS, state (standardised), the pooled
+        sets, all tokens of the sets, each set at its own picture's shift.
         batch: state (B, T, S), wrist and, for encoders of its own, picture (B, T, H, W, 3) uint8,
         and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3, 2): how far the
         pictures were shifted, in widths) or obs to compute them from
@@ -184,7 +185,8 @@ class Executor(nn.Module):
         (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
         motion and holds little of a target further off. The waypoint is where the demonstration's
-        gripper next opens or closes."""
+        gripper next opens or closes, predicted from the mean place of hands (scale["state"].mean);
+        the action head reads the features and how far the waypoint is from the hand now."""
         T = cls.shape[1]
         x = self.time(cls + self.when[:T], self.causal[:T, :T])         # (B, T, D)
         x = torch.cat([x, late], -1)                                    # late fusion (ATM)
@@ -201,7 +203,8 @@ class Executor(nn.Module):
         return self.act(*self.look(batch), batch["state"], waypoint)
 
     def loss(self, batch):
-        """batch as for forward, and action (B, T, C, A) -> MSE of actions and waypoint, parts."""
+        """batch as for forward, and action (B, T, C, A) -> MSE of actions + 0.3 of waypoints', in
+        units of OFFSET_SCALE; parts: motion, gripper (an action's last number), waypoint."""
         _, action, there = self(batch)
         error = F.mse_loss(action.float(), batch["action"], reduction="none")   # (B, T, C, A)
         waypoint = F.mse_loss(there / OFFSET_SCALE, batch["waypoint"] / OFFSET_SCALE)
@@ -213,9 +216,10 @@ class Executor(nn.Module):
 # --- data -----------------------------------------------------------------------------------------
 
 def waypoints(position, gripper):
-    """Where the hand is when its gripper's command next changes, at the end if it does not. For
-    FOLLOW steps after a change, still the place of this change: the moment of closing is ambiguous,
-    its place is not.  position (T, 3) metres, gripper (T,) commands -> (T, 3)."""
+    """Where the hand is when its gripper's command next changes its sign (the first row with the
+    new one), at the end if it does not. For FOLLOW steps from a change on, still the place of this
+    change: the moment of closing is ambiguous, its place is not.
+    position (T, 3) metres, gripper (T,) commands, > 0 to close -> (T, 3)."""
     changes = np.flatnonzero(np.diff(gripper > 0)) + 1
     passed = np.searchsorted(changes + FOLLOW, np.arange(len(gripper)), "right")    # (T,)
     return position[np.append(changes, len(gripper) - 1)[passed]]
@@ -335,7 +339,8 @@ class Policy:
 
     @torch.no_grad()
     def __call__(self, sim):
-        """The next action (A,): looks when the last chunk's actions are used up."""
+        """The next action (A,) in [-1, 1]: looks when the last chunk's actions are used up. Each
+        look is encoded once, `Executor.look`; the last `history` of them act, `Executor.act`."""
         if not self.queue:
             frame = sim.frame(masks=False)
             self.obs = obs = self.observe(frame)

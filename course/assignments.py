@@ -140,16 +140,17 @@ ASSIGNMENTS = [
         "python rollout.py runs/libero_spatial/*executor*.pt --episodes 5 --no-films\n"
         "python -m results.tables",
         expect="cloning solves 8 of 30 episodes (5, 2, 1), the mask plan 3 (1, 2, 0), so that the "
-        "difference over the three seeds is -17 points with an interval of -68 to 35, which says "
-        "nothing (measured with one planner for the three seeds: 45 minutes of one core; two more "
-        "planners are 22)", minutes=60,
+        "difference over the three seeds (results/README.md has it then) is -17 points with an "
+        "interval of -68 to 35, which says nothing (measured with one planner for the three seeds: "
+        "45 minutes of one core; two more planners are 22)", minutes=60,
         questions=[
             "Two tasks, two demonstrations, three seeds: what is the interval of the difference "
             "between the plan's and cloning's success rates? How many seeds would a difference of "
             "10 points need?",
-            "Execute 1, 2, 4 and 8 of the 8 actions of a chunk (`execute`). How do the success and "
-            "the seconds per episode change?"],
-        where={"waypoints": "ATM IV-B, differs: waypoints", "Executor.look": "Mask2Act eq. 4",
+            "Execute 1, 2, 4 and 8 of the 8 actions of a chunk (set `execute` of the policy in "
+            "`rollout.make_policy`). How do the success and the seconds per episode change?"],
+        where={"waypoints": "ours, see Executor.act: where the gripper next changes",
+               "Executor.look": "Mask2Act eq. 4",
                "Executor.act": "Mask2Act eq. 4, ATM IV-B, Table III",
                "Executor.loss": "ATM IV-B, behavioural cloning",
                "Policy.observe": "Mask2Act 3.3, what the planner sees live",

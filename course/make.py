@@ -91,8 +91,8 @@ shapes. All else works and stays as it is. What the project is about: PROJECT.md
 
 {lines(tasks)}
 
-**Test** one function, then all, then count the points; a function has its points if all of its
-tests pass. `pip install -r requirements.txt` installs all that is needed.
+**Test** one function, by its name as above, then all, then count the points; a function has its
+points if all of its tests pass. `pip install -r requirements.txt` installs all that is needed.
 ```
 python -m pytest course/tests -k {[*a.keys][0].split(":")[1]}
 python -m pytest course/tests

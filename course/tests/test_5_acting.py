@@ -85,7 +85,8 @@ def test_tokens_of_a_look(read, fusion, training, monkeypatch):
     the pictures that they are of, kept or now; late plans go round it."""
     model, batch = small(read, fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
-    monkeypatch.setattr(executor, "shifted", lambda batch, asked: (batch, moved * asked))
+    monkeypatch.setattr(executor, "shifted",
+                        lambda batch, training=True: (batch, moved * training))
     model.train(training)
     cls, late = model.look(batch)
     assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 0 if fusion == "early" else 16)
