@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import subprocess
 import sys
 from typing import ClassVar
@@ -336,3 +337,14 @@ if __name__ == "__main__":      # one of two processes, of the test above
     result = trained(sys.argv[1])
     torch.save(dict(result.state_dict()), f"{sys.argv[1]}.rank{os.environ['RANK']}")
     trained(f"{sys.argv[1]}.linear", mode="linear", ema=0.0, steps=3)
+
+
+def test_code_is_what_sources_compute(tmp_path):
+    """The hash of results: comments and docstrings change nothing, whatever else does."""
+    shutil.copytree(f"{ROOT}/core", tmp_path / "core")
+
+    def of(text):
+        (tmp_path / "a.py").write_text(text)
+        return subprocess.check_output([sys.executable, "-c", "from core import files; "
+                                        "print(files.code())"], cwd=tmp_path)
+    assert of('"""One."""\nx = 1\n') == of('"""Two."""\nx = 1  # one\n') != of("x = 2\n")
