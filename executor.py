@@ -45,8 +45,6 @@ class Config(TrainingConfig):
                         " or none-language (the sentence is)")
     form: str | None = flag(None, "which of the planner's plans, such as latent or tracks (empty: "
                             "its paper's); ours, latent+goal: and picture and goal, as cloning")
-    read: str = flag("both", "how token sets are read: pooled into one token each, by attention "
-                     "over all tokens, or both", choices=["pooled", "attention", "both"])
     fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
                        "or both (ATM, Table III)", choices=["early", "late", "both"])
     suite: str = flag("", "suite to act in; empty: the planner's (another: Mask2Act, Fig. 6)")
@@ -127,11 +125,9 @@ class Executor(nn.Module):
             sets[view] = networks.grid_places(encoder.cells(c.size), views.index(view)), D
         self.plans = [name for name in sets if name not in CAMERA_OF]
         early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
-        modules = lambda Module, of: nn.ModuleDict({k: Module(*v, D) for k, v in of.items()})
-        self.embed = modules(networks.Embed, early if c.read != "pooled" else {})
-        self.pool = modules(networks.SpatialSoftmaxPool, early if c.read != "attention" else {})
+        self.embed = nn.ModuleDict({k: networks.Embed(*v, D) for k, v in early.items()})
         late = {k: sets[k] for k in self.plans if c.fusion != "early"}
-        self.late = modules(networks.SpatialSoftmaxPool, late)
+        self.late = nn.ModuleDict({k: networks.SpatialSoftmaxPool(*v, D) for k, v in late.items()})
         self.state = nn.Linear(c.S, D)
         self.cls = nn.Parameter(0.02 * torch.randn(D))
         self.space = networks.Transformer(D, c.depth, max(4, D // 64))
@@ -160,8 +156,8 @@ class Executor(nn.Module):
                        for view, encoder in self.encoders.items()}
 
     def look(self, batch):
-        """What is seen in each look, on its own, as tokens: CLS, state (standardised), the pooled
-        sets, all tokens of the sets, each set at its own picture's shift.
+        """What is seen in each look, on its own, as tokens: CLS, state (standardised), all of the
+        sets', each set at its own picture's shift.
         batch: state (B, T, S), wrist and, for encoders of its own, picture (B, T, H, W, 3) uint8,
         and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3, 2): how far the
         pictures were shifted, in widths) or obs to compute them from
@@ -172,8 +168,7 @@ class Executor(nn.Module):
         kept = batch["moved"].flatten(0, 1) if "moved" in batch else moved
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
-        single = [self.cls.expand_as(state), state, *(m(sets[k]) for k, m in self.pool.items())]
-        tokens = [torch.stack(single, 1)]                               # (B T, 2 + pooled, D)
+        tokens = [torch.stack([self.cls.expand_as(state), state], 1)]   # (B T, 2, D)
         tokens += [embed(sets[k], moved if k in self.encoders else kept)
                    for k, embed in self.embed.items()]
         cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)

@@ -86,8 +86,6 @@ def attention(config, path):
     about the grasp, a row per task (ATM, Fig. 10: of its policy and of BC)."""
     actor, looks, rows = Policy(load_executor(path)), [], []
     c, e = actor.c, actor.executor
-    if "picture" not in e.embed:
-        fail(f"{path} attends to no cells of a picture: give an executor of --read both")
     sets = np.array([name for name, m in e.embed.items() for _ in m.places])    # of the last tokens
     e.space.register_forward_pre_hook(lambda _, inputs: looks.append(inputs[0]))
     for task in sims.choose_tasks(c.env, config.tasks):

@@ -61,7 +61,7 @@ ROWS = [
     ("executor", TINY + " --planner no", "no none-language"),
     ("executor", TINY + " --planner {mask} --form tracks", "--form tracks latent"),
     ("executor", TINY + " --planner {mask} --chunk 3", "multiple --chunk"),
-    ("executor", TINY + " --planner {mask} --read all", "--read pooled attention both"),
+    ("executor", TINY + " --planner {mask} --fusion all", "--fusion early late both"),
     ("executor", TINY + " --planner none --suite libero_space", "libero_space libero_spatial"),
     ("rollout", "", "no checkpoint demonstrator"),
     ("rollout", "demonstrator {executor}", "demonstrator checkpoint"),
@@ -111,8 +111,8 @@ ROWS = [
     ("planner", TINY + " --size 96", "--size 64 --size 96"),
     # a run that is there, of other flags: before any data are made
     ("mask_planner", RUN + " --name mask_tasks0 --lr 0.5", "lr 0.5 another configuration --name"),
-    ("executor", RUN + " --planner {mask} --name mask_tasks0_executor --read pooled",
-     "read pooled another configuration --name"),
+    ("executor", RUN + " --planner {mask} --name mask_tasks0_executor --fusion late",
+     "fusion late another configuration --name"),
     ("baselines.plex", TINY + " --action-demos 5", "--action-demos 5 --demos 5"),
     ("baselines.vpt", TINY + " --action-demos 5", "--action-demos 5 --demos 5"),
     # the programs in folders

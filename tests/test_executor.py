@@ -16,9 +16,7 @@ from rollout import play
 
 PLANNERS = {"none": [], "none-language": [], "mask": [], "track": [],
             "latent": ["--form", "latent"]}
-VARIANTS = [[name] for name in PLANNERS] + [
-    ["mask", "--read", read, "--fusion", fusion]
-    for read in ("pooled", "attention", "both") for fusion in ("early", "late")]
+VARIANTS = [[name] for name in PLANNERS] + [["mask", "--fusion", x] for x in ("early", "late")]
 
 
 @pytest.fixture
@@ -126,7 +124,7 @@ def test_pictures_are_shifted_in_training_alone_and_alike_in_a_window(build, nam
 def test_points_move_with_the_picture_of_their_own_view(build):
     """Shifted by a sixteenth, a view's tokens have the code of places a sixteenth back; those of
     the other view stay, and differ by the views' ids alone where content and places are equal."""
-    model, *_ = build("track", "--read", "attention")
+    model, *_ = build("track")
     embed, x = model.embed["plan"].eval(), torch.randn(1, 64, 32)
     moved = torch.zeros(1, 3, 2)
     moved[0, 1, 0] = 1 / 16         # the wrist's picture, in widths

@@ -17,7 +17,7 @@ MUTANTS = {
         ('self.scale["state"](batch["state"])', 'batch["state"]'),      # not standardised
         ("self.cls.expand_as(state), state,", "state, self.cls.expand_as(state),"),
         ("first=1)[:, 0]", "first=2)[:, 1]"),               # the state's token for CLS
-        ("*(m(sets[k]) for", "*(m(sets[k]).roll(1, 0) for"),    # another look's sets
+        ("embed(sets[k], moved", "embed(sets[k].roll(1, 0), moved"),    # another look's sets
         ("torch.cat(late, -1)", "torch.cat(late, -1).roll(1, 0)"),      # another look's plan
     ],
     "executor.py:Executor.act": [

@@ -43,11 +43,11 @@ class Plan(torch.nn.Module):
         return {"plan": (torch.tensor([[0, 0.2, 0.3], [0, 0.7, 0.4], [1, 0.5, 0.9]]), 5)}
 
 
-def small(read="both", fusion="both"):
+def small(fusion="both"):
     """An executor on this plan, in training, and a batch of two looks of three samples."""
     torch.manual_seed(0)
-    c = executor.Config(form="latent", read=read, fusion=fusion, history=2, width=16, depth=1,
-                        blocks=(), chunk=4, A=3, E=6, size=32, goals=1, task_names=("a",))
+    c = executor.Config(form="latent", fusion=fusion, history=2, width=16, depth=1, blocks=(),
+                        chunk=4, A=3, E=6, size=32, goals=1, task_names=("a",))
     model, rng = executor.Executor(c, Plan()), np.random.default_rng(0)
     model.scale["state"].fit(rng.normal(2, 3, (50, c.S)))
     model.scale["plan"].fit(rng.normal(-1, 2, (50, 5)))
@@ -65,8 +65,6 @@ def one_look(model, batch, b, t, moved):
     """The tokens of one look, one by one -> CLS (D,), late plans (.,)."""
     sets = model.sets_of({k: v[b:b + 1, t:t + 1] for k, v in batch.items()})    # (1, n, .) each
     tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t]))]
-    for name, pool in model.pool.items():
-        tokens.append(pool(sets[name])[0])
     for name, embed in model.embed.items():
         far = batch["moved"][b, t] if name == "plan" else moved[b]
         tokens += embed(sets[name], far[None])[0]
@@ -76,14 +74,13 @@ def one_look(model, batch, b, t, moved):
 
 @pytest.mark.grades("Executor.look")
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("read, fusion", [("both", "both"), ("pooled", "late"),
-                                          ("attention", "early")])
+@pytest.mark.parametrize("fusion", ["both", "late", "early"])
 @torch.no_grad()
-def test_tokens_of_a_look(read, fusion, training, monkeypatch):
+def test_tokens_of_a_look(fusion, training, monkeypatch):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
-    tokens: CLS, state (standardised), pooled sets, embedded sets at their places, by the shifts of
-    the pictures that they are of, kept or now; late plans go round it."""
-    model, batch = small(read, fusion)
+    tokens: CLS, state (standardised), embedded sets at their places, by the shifts of the pictures
+    that they are of, kept or now; late plans go round it."""
+    model, batch = small(fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
     monkeypatch.setattr(executor, "shifted",
                         lambda batch, training=True: (batch, moved * training))
