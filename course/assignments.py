@@ -116,8 +116,11 @@ ASSIGNMENTS = [
             "Sample one trained model with --show and --sample-steps 1, 2, 5, 10 and 20. How does "
             "the PSNR depend on the number of steps, and how do the pictures? Why is it no "
             "contradiction if one step has the best PSNR?",
-            "Train with the weights 1, SNR and min(1 + SNR, gamma). Compare the logged `plain` "
-            "error and the error at the noisiest tenth of the steps alone."],
+            "The authors' network predicts the velocity v = sqrt(alpha_bar) noise - sqrt(1 - "
+            "alpha_bar) x0. Write x0 from x_t and v, and v from x_t and x0, check both on random "
+            "clips, and find the weight that makes the error of x0 the error of v. Then train with "
+            "the weights 1, SNR and min(1 + SNR, gamma): compare the logged `plain` error and the "
+            "error at the noisiest tenth of the steps alone."],
         where={"to_bytes": "AVDC 3.1, pictures in [-1, 1]",
                "to_residual": "AVDC 3.1, x_0 as the change from the present picture",
                "from_residual": "AVDC 3.1, x_0 as the change from the present picture",
@@ -171,10 +174,13 @@ ASSIGNMENTS = [
         minutes=2,
         questions=[
             "Add Gaussian noise of 0, 0.5, 1 and 2 pixels to the exact correspondence (avdc.py, "
-            "what `Actor.correspondence` returns), NOISE as it is. From which noise on does the "
-            "success fall, and which of the tasks fails first?",
-            "Set PRIOR to (1e6, 1e6), which is none, with targets that are a pixel of 96 off. How "
-            "far off are the subgoals, in cm, and how does the success change?"],
+            "what `Actor.correspondence` returns), NOISE as it is, once with PRIOR, once with "
+            "(1e6, 1e6), which is none. From which noise on does the success fall, which task "
+            "fails first, and what does the prior change?",
+            "AVDC also infers the camera's motion, for navigation: in a still scene, a moving "
+            "camera sees points go as a still one sees a moving object's (3.3, duality). Turn "
+            "`fit_motion`'s answer into the camera's motion. For turns of 5 to 30 degrees and ways "
+            "of 5 to 30 cm, how far off is it, in degrees and cm, and what does the prior do?"],
         where={"project": "AVDC 3.3, the pinhole of L_trans", "read": "AVDC 3.2, flow at a point",
                "fit_motion": "AVDC 3.3, L_trans", "infer_motions": "AVDC 3.3, the chain of motions",
                "grasp_point": "AVDC 3.3, the grasp", "subgoals": "AVDC 3.3, subgoals"}),
