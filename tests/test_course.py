@@ -52,6 +52,13 @@ def test_functions_pass_one_by_one(a, tmp_path):
         assert [k for k in a.keys if results[k]["points"]] == [*a.keys][:done], results
 
 
+@pytest.mark.parametrize("a", ASSIGNMENTS, ids=name_of)
+def test_what_mistakes_change_stands_there_once(a):
+    for key, changes in mutate.mutants(a).items():
+        code = make.segment(Path(ROOT, key.split(":")[0]).read_text(), key.split(":")[1])
+        assert all(code.count(old) == 1 for old, _ in changes), key
+
+
 @pytest.mark.parametrize("a", SECOND, ids=name_of)
 def test_another_style_passes(a, tmp_path):
     make.make(a, tmp_path, emptied=[])

@@ -36,8 +36,8 @@ MUTANTS = {
         ("error.mean() + 0.3", "error.sum() + 0.3"),
         ("error.mean() + 0.3", "error[..., :-1].mean() + 0.3"),     # the gripper never learns
         ("error.mean() + 0.3", "error[:, :, 0].mean() + 0.3"),      # the first of a chunk alone
-        ("+ 0.3", "- 0.3"),
-        ("+ 0.3 *", "+"),
+        ("mean() + 0.3", "mean() - 0.3"),
+        ("mean() + 0.3 *", "mean() +"),
         ('batch["waypoint"] / OFFSET_SCALE', 'batch["waypoint"]'),      # metres and tenths of them
         ('error[..., -1].mean()', 'error[..., 0].mean()'),
         ('error[..., :-1].mean()', 'error.mean()'),         # logged is not what is optimised
