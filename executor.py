@@ -7,7 +7,7 @@
 The executor E predicts the next actions from the last looks: robot state, wrist picture, and the
 token sets that the planner brings (its plan, perhaps its view of the third-person picture). E is
 the same network for every plan: all tokens of one look, then one token per look through time. What
-a frozen planner brings is computed once for all demonstrations.
+a frozen planner brings is computed before training, for DRAWS goals and shifts of each frame.
 
 Sizes: B batch, T looks, n tokens of a set, D width, C actions per chunk, A numbers per action, S of
 the state, E per sentence, H W pixels.
@@ -156,8 +156,8 @@ class Executor(nn.Module):
                        for view, encoder in self.encoders.items()}
 
     def look(self, batch):
-        """What is seen in each look, on its own, as tokens: CLS, state (standardised), all of the
-        sets', each set at its own picture's shift.
+        """What is seen in each look, on its own, as tokens: CLS, state (standardised), those of the
+        sets in `embed` (no plan if it joins late alone), at the shift of their own picture.
         batch: state (B, T, S), wrist and, for encoders of its own, picture (B, T, H, W, 3) uint8,
         and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3, 2): how far the
         pictures were shifted, in widths) or obs to compute them from
@@ -180,8 +180,9 @@ class Executor(nn.Module):
         (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
         motion and holds little of a target further off. The waypoint is where the demonstration's
-        gripper next opens or closes, predicted from the mean place of hands (scale["state"].mean);
-        the action head reads the features and how far the waypoint is from the hand now."""
+        gripper next opens or closes, an offset from the mean place of hands, scale["state"].mean;
+        the action head reads the features and how far it is from the hand now; in training, how far
+        the true one is, with WAYPOINT_NOISE."""
         T = cls.shape[1]
         x = self.time(cls + self.when[:T], self.causal[:T, :T])         # (B, T, D)
         x = torch.cat([x, late], -1)                                    # late fusion (ATM)

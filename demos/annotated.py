@@ -140,7 +140,8 @@ def annotate_films(config, path, names, annotator):
         for window in films.windows_of(length, pieces):
             files = [parts / f"demo_{number + k}.hdf5" for k in range(len(window))]
             number, begin = number + len(window), time.time()
-            # from a little before: at its start, too, objects and points have a past
+            # from a little before: at its start, too, objects and points have a past (a few points
+            # are of frames that are then cut off)
             pictures = np.stack([*before, *islice(frames, sum(window))])
             extra, before = len(before), pictures[-films.OVERLAP:].copy()
             if all(file.exists() for file in files):

@@ -10,7 +10,7 @@ from core.episodes import HELD_OUT
 from core.files import fail
 
 PIECES, SHORTEST = 10, 8  # a single film is cut into so many episodes of at least so many frames
-LONGEST, OVERLAP = 300, 30  # frames of a window, and those before it that the networks see, too
+LONGEST, OVERLAP = 300, 30  # frames of a window at most; before it, that the networks also see
 FILMS = (".mp4", ".avi", ".mov", ".mkv", ".webm")
 
 

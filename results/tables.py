@@ -139,14 +139,14 @@ def comparison(folder, scenes="test"):
             groups.setdefault(key, {})[r["plan"].partition(", unseen")[0]] = r
     for (suite, preset, demos, unseen, *_), rows in groups.items():
         code, *more = {r["code"] for r in rows.values()}
-        none = rows.get("none")
+        none = lambda r: rows.get("none" + r.get("differs", "")) or rows.get("none")
         lines += [""] * bool(lines) + table(
             f"{suite} {unseen}".strip() + f", {preset}, {demos} demonstrations, code "
             f"{'mixed' if more or '+' in code else code} | success | 95 % interval | seeds | "
             "points above cloning | minutes",
             [(plan, f"{100 * r['rate']:.1f} %", r["between"],
               r["seeds"] if r["seeds"] > 1 else "one seed",
-              none and compared(r, none) if r is not none else "", f"{r['minutes']:.0f}")
+              compared(r, none(r)) if none(r) and r is not none(r) else "", f"{r['minutes']:.0f}")
              for plan, r in rows.items()]
             + [(f"{a} minus {b}", "", "", "", compared(rows[a], rows[b]), "")
                for a, b in named if {a, b} <= {*rows}])

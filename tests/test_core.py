@@ -348,3 +348,4 @@ def test_code_is_what_sources_compute(tmp_path):
         return subprocess.check_output([sys.executable, "-c", "from core import files; "
                                         "print(files.code())"], cwd=tmp_path)
     assert of('"""One."""\nx = 1\n') == of('"""Two."""\nx = 1  # one\n') != of("x = 2\n")
+    assert of("x = 1\n") == of('"""One."""\nx = 1\n') and of("x = ") != of("x = 1")

@@ -75,6 +75,8 @@ def test_pages(tmp_path, refused):
     refused(lambda: tables.main(["--results", str(folder)]), "no results", "rollout.py")
     for fields in ({}, NOBODY, NOBODY | {"unseen": "layout", "suite": "libero_spatial"}):
         made_up(folder, **fields)
+    (folder / "trials/one").mkdir(parents=True)
+    made_up(folder / "trials/one", differs="_early")
     (tmp_path / "README.md").write_text("a\n" + mark.format("overview"))
     (folder / "README.md").write_text("".join(mark.format(f.__name__) for f in tables.TABLES))
     for _ in range(2):
@@ -83,6 +85,7 @@ def test_pages(tmp_path, refused):
         assert page.startswith("a\n<!-- overview -->\n| plan |") and page.endswith("-->\nz\n")
         assert "| mask | laptop | 2 | 30.0 (one seed: 10.0 - 60.0) |" in page and "old" not in page
         for part in ("| demonstrator | - | - | 30.0 (10.0 - 60.0) |", "annotators -->\nNone yet.",
+                     "**one**\n\n| suite", "| mt10 | mask_early |",
                      "| libero_spatial | demonstrator, unseen layout |\n|---|---|\n| a | 2/5 |",
                      "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 | 2 | abc |"):
             assert part in own, part
