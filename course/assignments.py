@@ -113,7 +113,8 @@ ASSIGNMENTS = [
         "--batch 2 --steps 300",
         expect="`plain` falls from 0.55 to 0.23; of two held-out videos the last picture has a "
         "PSNR of 22.6 dB and an SSIM of 0.82 (repeating the present one: 18.8 and 0.78); in the "
-        "picture an arm that goes to the goal, blurred (measured: 9.6 minutes of one core in all)",
+        "picture an arm, blurred, that goes the way of the true one (measured: 9.6 minutes of one "
+        "core in all)",
         minutes=6,
         questions=[
             "Sample one trained model with --show and --sample-steps 1, 2, 5, 10 and 20. How does "
