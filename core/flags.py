@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import sys
 import typing
 from pathlib import Path
 
@@ -94,13 +95,14 @@ def fast_products():
 
 class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
-        fail(f"{message} (python {self.prog} --help lists the flags)")
+        fail(f"{message} ({self.prog} --help lists the flags)")
 
 
 def make_parser(Config, description, presets):
     """One --kebab-case flag per field; what is not given stays out of the parser's result."""
-    hints = typing.get_type_hints(Config)
-    parser = OneLineParser(description=description, allow_abbrev=False,
+    hints, spec = typing.get_type_hints(Config), sys.modules["__main__"].__spec__
+    started = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
+    parser = OneLineParser("python " + started, description=description, allow_abbrev=False,
                            argument_default=argparse.SUPPRESS)
     for field in flags_of(Config):
         name, about = field.name, field.metadata

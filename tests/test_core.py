@@ -339,6 +339,13 @@ if __name__ == "__main__":      # one of two processes, of the test above
     trained(f"{sys.argv[1]}.linear", mode="linear", ema=0.0, steps=3)
 
 
+@pytest.mark.parametrize("program", [["rollout.py"], ["-m", "results.tables"]])
+def test_errors_name_the_command_that_was_given(program):
+    run = subprocess.run([sys.executable, *program, "--nothing"], cwd=ROOT, capture_output=True,
+                         text=True)
+    assert f"(python {' '.join(program)} --help lists the flags)" in run.stderr
+
+
 def test_code_is_what_sources_compute(tmp_path):
     """The hash of results: comments and docstrings change nothing, whatever else does."""
     shutil.copytree(f"{ROOT}/core", tmp_path / "core")
