@@ -12,9 +12,8 @@ Tracks  CoTracker, or dense optical flow (DIS), which needs no weights, follows 
         moves, in both cameras.
 
 Missing episodes are recorded first.  Masks or tracks that are not the simulator's make a suite of
-their own: --masks sam --tracks flow makes data/libero_spatial_sam_flow, with all else as in
-data/libero_spatial.  Weights come from --weights DIR or the usual caches; only --download fetches
-any.  Tested with small random networks of the same classes, not run with trained weights.
+their own, such as data/libero_spatial_sam_flow.  Weights come from --weights DIR or the usual
+caches; only --download fetches any.  Not run with trained weights, but with random ones.
 
 Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """
@@ -22,7 +21,6 @@ Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 import pickle
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +39,7 @@ SEGMENTERS = {"vit_h": "sam_vit_h_4b8939.pth", "vit_l": "sam_vit_l_0b3195.pth",
               "vit_b": "sam_vit_b_01ec64.pth"}
 SEGMENTERS_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 # differs: ATM took CoTracker 2
-TRACKER, TRACKER_FILE = "facebookresearch/co-tracker", "scaled_offline.pth"
+TRACKER, TRACKER_FILE = "facebookresearch/co-tracker", "scaled_online.pth"
 CANDIDATES = 8  # frames in which the objects are looked for
 BOX, TEXT = 0.35, 0.25  # least scores of a box and of its words, Grounding DINO's own
 
@@ -90,11 +88,11 @@ def cotracker(config):
     import torch
     code = Path(config.weights) / "co-tracker"
     if (code / "hubconf.py").exists() and (code / TRACKER_FILE).exists():
-        tracker = torch.hub.load(str(code), "cotracker3_offline", source="local", pretrained=False)
+        tracker = torch.hub.load(str(code), "cotracker3_online", source="local", pretrained=False)
         tracker.model.load_state_dict(torch.load(code / TRACKER_FILE, map_location="cpu",
                                                  weights_only=True))
     elif config.download:
-        tracker = torch.hub.load(TRACKER, "cotracker3_offline", trust_repo=True)
+        tracker = torch.hub.load(TRACKER, "cotracker3_online", trust_repo=True)
     else:
         fail(f"no CoTracker in {code}: give --download, or put a clone of {TRACKER} and "
              f"https://huggingface.co/facebook/cotracker3/resolve/main/{TRACKER_FILE} in "
@@ -144,8 +142,7 @@ def box_masks(frame, boxes, segmenter):
     """Segment Anything: frame (H, W, 3), boxes (N, 4) pixels -> (N, H, W) bool."""
     segmenter.set_image(frame)
     boxes = segmenter.transform.apply_boxes_torch(boxes, frame.shape[:2])  # of the resized frame
-    masks, _, _ = segmenter.predict_torch(point_coords=None, point_labels=None, boxes=boxes,
-                                          multimask_output=False)  # (N, 1, H, W)
+    masks, *_ = segmenter.predict_torch(None, None, boxes=boxes, multimask_output=False)
     return masks[:, 0].cpu().numpy()
 
 
@@ -156,19 +153,22 @@ def follow_masks(frames, t, masks, follower):
     import torch
     import torch.nn.functional as F
     (model, processor), labels = follower, np.zeros(frames.shape[:3], np.uint8)
-    video = processor.init_video_session(video=frames, inference_device=model.device,
-                                         video_storage_device="cpu")
-    processor.add_inputs_to_inference_session(
-        video, frame_idx=t, obj_ids=list(range(1, len(masks) + 1)), input_masks=list(masks))
-    with torch.no_grad():
-        ahead, back = (model.propagate_in_video_iterator(video, start_frame_idx=t, reverse=reverse)
-                       for reverse in (False, True))
-        for output in chain(ahead, back):
-            score = output.pred_masks.float()  # (N, 1, H', W')
-            score = F.interpolate(score, frames.shape[1:3], mode="bilinear")[:, 0]  # (N, H, W)
-            top, which = score.max(0)
-            order = np.array(output.object_ids, np.uint8)[which.cpu().numpy()]  # (H, W)
-            labels[output.frame_idx] = np.where((top > 0).cpu().numpy(), order, 0)
+    for order in (range(t, len(frames)), range(t, -1, -1)):
+        video = processor.init_video_session(inference_device=model.device)
+        processor.add_inputs_to_inference_session(
+            video, frame_idx=t, obj_ids=list(range(1, len(masks) + 1)), input_masks=list(masks))
+        for i in order:
+            pixels = processor(images=frames[i], return_tensors="pt").pixel_values
+            with torch.no_grad():
+                output = model(video, i, pixels, reverse=order.step < 0)
+            score = F.interpolate(output.pred_masks.float(), frames.shape[1:3], mode="bilinear")
+            top, which = score[:, 0].max(0)  # of (N, H, W)
+            named = np.array(output.object_ids, np.uint8)[which.cpu().numpy()]  # (H, W)
+            labels[i] = np.where((top > 0).cpu().numpy(), named, 0)
+            video.processed_frames.clear()  # what no later frame attends to: memory stays bounded
+            old = i - order.step * model.config.max_object_pointers_in_encoder
+            for made in video.output_dict_per_obj.values():
+                made["non_cond_frame_outputs"].pop(old, None)
     return labels
 
 
@@ -216,17 +216,23 @@ def flow_tracks(frames, when, where):
 
 
 def cotracker_tracks(tracker, frames, when, where):
-    """As flow_tracks, by CoTracker."""
+    """As flow_tracks, by CoTracker, window by window; earlier frames in the reversed film."""
     import torch
-    T, H, W = frames.shape[:3]
-    device = next(tracker.parameters()).device
-    queries = np.concatenate([when[:, None], np.asarray(where) * [W, H] - 0.5], 1)  # (K, 3) t x y
-    queries = torch.as_tensor(queries, device=device)[None].float()
-    film = torch.as_tensor(frames, device=device).permute(0, 3, 1, 2)[None].float()  # 0..255
-    with torch.no_grad():  # film (1, T, 3, H, W) -> (1, T, K, 2), (1, T, K)
-        tracks, visible = tracker(film, queries=queries, backward_tracking=True)
-    seen = visible[0].cpu().numpy().astype(bool).reshape(T, -1)
-    return (tracks[0].cpu().numpy() + 0.5) / [W, H], seen
+    (T, H, W), K, step = frames.shape[:3], range(len(when)), tracker.step
+    device, pixel = next(tracker.parameters()).device, np.asarray(where) * [W, H] - 0.5
+
+    def follow(frames, when):   # -> tracks (T, K, 2), visible (T, K)
+        queries = torch.as_tensor(np.c_[when, pixel], device=device)[None].float()  # (1, K, 3)
+        tracker(queries.new_empty(1, 1, 3, H, W), is_first_step=True, queries=queries)
+        for i in range(0, max(1, T - step), step):
+            window = np.float32(frames[i:i + 2 * step]).transpose(0, 3, 1, 2)[None]  # 0..255
+            found = tracker(torch.as_tensor(window, device=device))  # in all frames so far
+        return [array[0].cpu().numpy() for array in found]
+    (tracks, seen), (back, seen_back) = follow(frames, when), follow(frames[::-1], T - 1 - when)
+    before = np.arange(T)[:, None] < when
+    tracks[before], seen[before] = back[::-1][before], seen_back[::-1][before]
+    tracks[when, K], seen[when, K] = pixel, True
+    return (tracks + 0.5) / [W, H], seen
 
 
 def video_tracks(frames, track, rng):

@@ -169,29 +169,45 @@ def test_boxes_are_those_of_the_resized_frame(weights):
     """Segment Anything's predictor wants them so; H != W shows swapped axes."""
     segmenter = extract.segment_anything(config(weights))
     predict, given = segmenter.predict_torch, []
-    segmenter.predict_torch = lambda **named: given.append(named["boxes"]) or predict(**named)
+    segmenter.predict_torch = lambda *rest, **named: (
+        given.append(named["boxes"]) or predict(*rest, **named))
     boxes = torch.tensor([[6, 3, 60, 30.]] * 2)
     masks = extract.box_masks(np.zeros((48, 96, 3), np.uint8), boxes, segmenter)
     assert masks.shape == (2, 48, 96) and masks.dtype == bool
     assert given[0].tolist() == [[8, 4, 80, 40]] * 2
 
 
-def test_an_object_that_leaves_the_picture(weights, film):
-    """SAM 2 may find nothing of an object in a frame: its pixels are background then."""
+@pytest.mark.parametrize("start", [0, 12, 25])
+def test_masks_are_followed_as_if_the_whole_film_were_kept(weights, film, start):
+    """Scores of every frame equal those with a memory, one a way, that forgets nothing.  What
+    is found nowhere in a frame has no pixels there."""
     model, processor = extract.pretrained("Sam2VideoModel", "Sam2VideoProcessor",
                                           extract.FOLLOWER, config(weights))
-    real = model.propagate_in_video_iterator
+    with torch.no_grad():   # the small network is sure to see the objects
+        model.mask_decoder.pred_obj_score_head.proj_out.bias.fill_(1)
+    frames = read_video(film, 96)[:26]
+    masks = np.stack([frames[start, ..., 0] > 99, frames[start, ..., 1] > 150])
+    real, scores, gone = model.forward, {}, []
 
-    def gone(*rest, **named):
-        for output in real(*rest, **named):
-            sign = -1 if output.frame_idx >= 4 else 1
-            output.pred_masks = sign * (output.pred_masks.abs() + 1)
-            yield output
-
-    model.propagate_in_video_iterator = gone
-    frames = read_video(film, 96)[:6]
-    labels = extract.follow_masks(frames, 0, frames[None, 0, ..., 0] > 99, (model, processor))
-    assert labels.shape == (6, 96, 96) and (labels[:4] == 1).all() and (labels[4:] == 0).all()
+    def forward(*rest, **named):
+        output = real(*rest, **named)
+        scores[output.frame_idx] = output.pred_masks.clone()
+        if output.frame_idx in gone:
+            output.pred_masks = -output.pred_masks.abs() - 1
+        return output
+    model.forward, true = forward, {}
+    for reverse in (False, True):
+        whole = processor.init_video_session(video=frames)
+        processor.add_inputs_to_inference_session(whole, start, [1, 2], input_masks=list(masks))
+        list(model.propagate_in_video_iterator(whole, start, reverse=reverse))
+        true |= scores
+        scores.clear()
+    gone += [4, 20]
+    labels = extract.follow_masks(frames, start, masks, (model, processor))
+    off = [(scores[t] - true[t]).abs().max().item() for t in range(26)]
+    spread = torch.stack([true[t] for t in range(26) if t != start]).std(0).mean().item()
+    assert max(off) < 1e-4 * spread and spread > 0, (off, spread)
+    assert (labels[gone] == 0).all() and labels[5:20].any()
 
 
 def test_flow_finds_a_known_shift_and_hides_what_leaves(film):
@@ -217,27 +233,39 @@ def test_points_are_drawn_where_something_moves():
 
 STUB = '''
 import torch
-class cotracker3_offline(torch.nn.Module):
+class cotracker3_online(torch.nn.Module):
+    step = 8
     def __init__(self, pretrained):
         super().__init__()
         self.model = torch.nn.Linear(1, 1)
-    def forward(self, video, queries=None, backward_tracking=False):
-        assert video.dtype == queries.dtype == torch.float32 and video.max() > 1
-        tracks = queries[:, None, :, 1:].repeat(1, video.shape[1], 1, 1)
-        return tracks, torch.full(tracks.shape[:3], backward_tracking)
+    def forward(self, video_chunk, is_first_step=False, queries=None):
+        if is_first_step:
+            self.queries, self.T = queries, -self.step
+            return None, None
+        assert video_chunk.dtype == torch.float32 and video_chunk.max() > 1
+        assert video_chunk.shape[1] <= 2 * self.step
+        self.T += self.step     # where the window begins
+        T = self.T + video_chunk.shape[1]
+        after = torch.arange(T)[:, None] - self.queries[0, :, 0]   # a point leaves to the right
+        x = self.queries[0, :, 1] + after.clamp(min=0)
+        return torch.stack([x, self.queries[0, :, 2].expand(T, -1)], -1)[None], after[None] > 0
 '''
 
 
-def test_cotrackers_calls(tmp_path, film):
-    """A stand-in of the same signature: its code is not ours to ship, nor on a package index."""
+@pytest.mark.parametrize("T", [6, 16, 25])
+def test_cotrackers_calls(tmp_path, film, T):
+    """A stand-in of the same signature: its code is not ours to ship, nor on a package index.  It
+    moves a point by a pixel per frame, both ways from the frame in which it is asked for."""
     (tmp_path / "co-tracker").mkdir()
     (tmp_path / "co-tracker" / "hubconf.py").write_text(STUB)
     torch.save(torch.nn.Linear(1, 1).state_dict(), tmp_path / "co-tracker" / extract.TRACKER_FILE)
     annotator = extract.Annotator(config(tmp_path, masks="sim", tracks="cotracker"))
-    frames, where = read_video(film, 96)[:6], np.random.default_rng(0).random((20, 2))
-    tracks, visible = annotator.track(frames, np.arange(20) % 6, where)
-    assert np.abs(tracks - where).max() < 1e-5
-    assert visible.shape == (6, 20) and visible.dtype == bool and visible.all()
+    frames, where = read_video(film, 96)[:T], np.random.default_rng(0).random((20, 2))
+    when = np.arange(20) % T
+    tracks, visible = annotator.track(frames, when, where)
+    true = where + np.abs(np.arange(T)[:, None] - when)[..., None] * [1 / 96, 0]
+    assert tracks.shape == (T, 20, 2) and np.abs(tracks - true).max() < 1e-5
+    assert visible.shape == (T, 20) and visible.dtype == bool and visible.all()
 
 
 def test_nothing_found_and_no_weights(tmp_path, film, weights, refused, monkeypatch):
