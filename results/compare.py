@@ -83,6 +83,8 @@ class Config:
     scenes: str = flag("test", "of rollout.py", choices=["test", "development"])
     rows: str = flag("", "plans, comma-separated; empty: the cell's")
     preset: str = flag("laptop", "of rollout.py's programs", choices=["tiny", "laptop", "paper"])
+    bf16: bool = flag(False, "train in bf16, in all seeds alike: faster where the CPU has AMX; the "
+                      "paper preset always does")
     workers: int = flag(2, "commands at a time, of one thread each", minimum=1)
     list: str = flag("", "print a stage's missing commands, one a line", choices=["", *STAGES])
     any_code: bool = flag(False, "print the table of what is there, whatever code made it")
@@ -96,7 +98,7 @@ def stage(program, config, words=(), **given):
     module = importlib.import_module(program)
     usual = {f.name: f.default for f in flags_of(module.Config)}
     given |= {k: getattr(config, k) for k in ("preset", "data", "out", "results")}
-    given |= {"bf16": config.preset == "paper"}     # on all machines alike
+    given |= {"bf16": config.bf16 or config.preset == "paper"}  # on all machines alike
     flags = [part for k, v in given.items() if k in usual and (v != usual[k] or k == "preset")
              for part in (f"--{'no-' * (v is False)}{k.replace('_', '-')}",
                           *([] if isinstance(v, bool) else [str(v)]))]
