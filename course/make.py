@@ -50,12 +50,6 @@ def paste(source, name, text):
     return "".join([*lines[:first], text, *lines[end:]])
 
 
-def about(assignment, source, name):
-    """Paper and equation of a function, or how its docstring starts."""
-    doc = ast.get_docstring(function(source, name)[0]).splitlines()[0]
-    return assignment.where.get(name) or textwrap.shorten(doc, 50, placeholder=" ...")
-
-
 def empty(source, name, why):
     """source with the body of a function replaced by its docstring and an error."""
     node, first, _ = function(source, name)
@@ -79,8 +73,7 @@ def readme(assignment):
     fill = lambda text: textwrap.fill(text, 100, break_on_hyphens=False)
     for k, (key, points) in enumerate(a.keys.items(), 1):
         file, name = key.split(":")
-        where = about(a, (ROOT / file).read_text(), name)
-        tasks.append(f"{k}. `{file}`: `{name}`, {points} points: {where}")
+        tasks.append(f"{k}. `{file}`: `{name}`, {points} points: {a.where[name]}")
     return f"""# Assignment {a.number}. {a.title}
 
 **Read** first, with the papers open beside the code:
@@ -99,11 +92,12 @@ python -m pytest course/tests
 python -m pytest course/tests --points
 ```
 
-**Run** (about {a.minutes} minutes on two cores, with the data, where it makes any):
+**Run** (about {a.minutes} minutes of one core, with the data, where it makes any):
 ```
 {a.command}
 ```
-{fill(f"You should see: {a.expect}.")}
+{fill(f"You should see: {a.expect}.")} PROJECT.md says what is measured. A run that is finished is
+not trained again: after a change of the code give `--name` a name of its own, or delete `runs`.
 
 **Answer** in writing; each answer needs a measurement of your own, with its number of samples:
 {lines(fill(f"{k}. {question}") for k, question in enumerate(a.questions, 1))}
@@ -120,7 +114,7 @@ def make(assignment, folder, emptied=None):
     for key in emptied:
         file, name = key.split(":")
         source = (folder / file).read_text()
-        why = f"{file}, {name}: {about(assignment, source, name)}"
+        why = f"{file}, {name}: {assignment.where[name]}"
         (folder / file).write_text(empty(source, name, why))
     (folder / "PROJECT.md").write_text("*The project's own page; its tests, its history and the "
                                        "course's page are not in a handout.*\n\n"

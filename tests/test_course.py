@@ -2,6 +2,7 @@
 second implementation, catch mistakes and refuse in one line what they cannot grade."""
 
 import ast
+import json
 import re
 import subprocess
 import sys
@@ -80,12 +81,31 @@ def test_mistakes_are_caught(a, tmp_path):
         assert len({*changes}) >= 5 and all(mutate.catch(a, key, changes, tmp_path)), key
 
 
+def test_points_are_lost_by_what_is_skipped_or_cannot_be_imported(tmp_path):
+    """And a handout that holds the tests of another assignment is graded as the number says."""
+    make.make(ASSIGNMENTS[0], tmp_path, emptied=[])
+    (tmp_path / "course/tests/test_1_masks.py").rename(tmp_path / "course/tests/test_4_video.py")
+    file, good = tmp_path / "mask_planner.py", Path(ROOT, "mask_planner.py").read_text()
+    skips = good.replace("    m, g = prob", "    import pytest\n    pytest.skip()\n    m, g = prob")
+    for text, wrong in ((skips, "Skipped"), (f"import nowhere\n{good}", "No module named")):
+        file.write_text(text)
+        run = subprocess.run([sys.executable, "-m", "pytest", "course/tests", "--impl", tmp_path,
+                              "--assignment", "1", "--points", "-k", "dice or iou"], cwd=ROOT,
+                             capture_output=True, text=True)
+        lost = json.loads(run.stdout[run.stdout.index('{"points"'):].splitlines()[0])
+        of = [f for key, f in lost["functions"].items() if key.endswith((":dice", ":iou"))]
+        assert {*lost["functions"]} == {*ASSIGNMENTS[0].keys}
+        assert any(wrong in why for f in of for why in f["failed"].values()), run.stdout
+        assert 0 in [f["points"] for f in of]
+
+
 def test_what_cannot_be_graded_ends_in_one_line(tmp_path, refused):
-    refused(lambda: make.main(["7", "--out", str(tmp_path / "x")]), "1, 2")
+    refused(lambda: make.main(["0", "--out", str(tmp_path / "x")]), "1, 2")
     refused(lambda: make.main(["1", "--out", ROOT]), ROOT, "empty")
     make.make(ASSIGNMENTS[0], tmp_path, emptied=[])
     file, good = tmp_path / "mask_planner.py", Path(ROOT, "mask_planner.py").read_text()
     for impl, text, words in ((tmp_path / "nowhere", good, "no such folder"),
+                              ("", good, "--impl is empty"),
                               (tmp_path, good.replace("def dice(", "def nice("), "function dice"),
                               (tmp_path, good.replace("def dice(", "def dice"), "line"),
                               (tmp_path / "core", good, "has no mask_planner.py")):

@@ -1,10 +1,10 @@
 """Public tests of any implementation.
 
-    python -m pytest course/tests --impl handout --points
+    python -m pytest course/tests --impl handout --assignment 1 --points
 
---impl: a folder with the project's files, the student's; without it, those here.  Of a handout,
-which holds the tests of one assignment, only these are run.  A test marked `grades(function)`
-decides on that function's points, and `-k function` selects it.
+--impl: a folder with the project's files, the student's; without it, those here.  --assignment: its
+number; without it, that of a handout, which holds the tests of one, or all.  A test marked
+`grades(function)` decides on that function's points, and `-k function` selects it.
 """
 
 import ast
@@ -18,24 +18,33 @@ import pytest
 from course.assignments import ASSIGNMENTS, find
 
 RESULTS = {}  # (file of tests, function) -> {test: what went wrong, or ""}
+BROKEN = {}  # file of tests that could not be imported -> why
 
 
 def pytest_addoption(parser):
     parser.addoption("--impl", help="folder of the implementation")
+    parser.addoption("--assignment", type=int, help="its number")
     parser.addoption("--points", action="store_true", help="points per function, and as JSON")
 
 
 def implementation(config):
     """The folder, and the assignments that are graded in it."""
-    impl = Path(config.getoption("impl") or config.rootpath).resolve()
+    given, number = config.getoption("impl"), config.getoption("assignment")
+    if given == "":
+        raise pytest.UsageError("--impl is empty: give the folder of the implementation")
+    impl = Path(config.rootpath if given is None else given).resolve()
     own = {path.name for path in impl.glob("course/tests/test_*.py")}
-    return impl, [a for a in ASSIGNMENTS if not own or a.tests in own]
+    asked = [a for a in ASSIGNMENTS if a.number == number or number is None and (
+        not own or a.tests in own)]
+    return impl, asked or [a for a in ASSIGNMENTS if number is None]
 
 
 def check(impl, assignments):
     """Refuses, in one line, what cannot be graded."""
     if not impl.is_dir():
         raise pytest.UsageError(f"--impl {impl}: no such folder")
+    if not assignments:
+        raise pytest.UsageError(f"--assignment: give a number from 1 to {len(ASSIGNMENTS)}")
     for file, name in (key.split(":") for a in assignments for key in a.keys):
         if not (impl / file).is_file():
             raise pytest.UsageError(f"--impl {impl}: it has no {file}")
@@ -79,9 +88,15 @@ def pytest_runtest_makereport(item, call):
     if report.failed and item.obj.__doc__:
         report.sections.insert(0, ("What it tests", item.obj.__doc__))
     for mark in item.iter_markers("grades"):
-        if report.failed or report.passed and call.when == "call":
+        if not report.passed or call.when == "call":  # a skipped test is not a passed one
             RESULTS.setdefault((item.path.name, mark.args[0]), {})[item.name] = wrong or ""
     return report
+
+
+def pytest_collectreport(report):
+    """What cannot be imported is the cause of all lost points."""
+    if report.failed:
+        BROKEN[Path(report.nodeid).name] = str(report.longrepr).splitlines()[-1]
 
 
 def pytest_terminal_summary(terminalreporter, config):
@@ -92,6 +107,7 @@ def pytest_terminal_summary(terminalreporter, config):
     for a, key in ((a, key) for a in implementation(config)[1] for key in a.keys):
         tests, points = RESULTS.get((a.tests, key.split(":")[1]), {}), a.keys[key]
         failed = {test: wrong for test, wrong in tests.items() if wrong}
+        failed |= {"import": BROKEN[a.tests]} if a.tests in BROKEN else {}
         functions[key] = {"points": points * (bool(tests) and not failed), "of": points,
                           "tests": len(tests), "failed": failed}
         terminalreporter.line(f"{functions[key]['points']:4d} of {points:3d}  {key}  "
