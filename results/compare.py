@@ -148,6 +148,8 @@ def chains_of(config):
                             stages = chain(config, row, suite, demos, seed, episodes, unseen,
                                            VIDEOS.get(suite, {}) if letter == "G" else {})
                             group = groups.setdefault(stages[0][2], [])
+                            if stages[-1][2].exists():  # finished: it needs no checkpoints
+                                stages = stages[-1:]
                             group += [s for s in stages if s[2] not in known]
                             known |= {s[2] for s in stages}
     return [*groups.values()]
@@ -166,13 +168,14 @@ def check_data(config, mine):
 
 
 def state(path):
-    """A stage's file -> whether it is whole, and the code that made it; None if it is not there."""
+    """A stage's file -> whether it is whole, the code that made it and what it computed in; None if
+    it is not there."""
     if not path.exists():
         return False, None
-    if path.suffix == ".json":
-        return True, json.loads(path.read_text()).get("code")
-    content = training.load(path)
-    return content["step"] >= content["config"]["steps"], "+".join(content.get("code", ()))
+    content = json.loads(path.read_text()) if path.suffix == ".json" else training.load(path)
+    of, about = content.get("code", ()), content["config"]
+    whole = content.get("step", about["steps"]) >= about["steps"]
+    return whole, (of if isinstance(of, str) else "+".join(of)) + ", bf16" * bool(about["bf16"])
 
 
 def run(stages, lock, note, stopped):
@@ -224,6 +227,7 @@ def main(argv=None):
     groups, mine, missing = chains_of(config), code(), []
     if not config.any_code:
         check_data(config, mine)
+    mine += ", bf16" * (config.bf16 or config.preset == "paper")
     for stages in () if config.any_code else groups:
         there = {path: state(path) for _, _, path in stages}
         for path, (_, of) in there.items():

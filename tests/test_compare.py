@@ -21,6 +21,7 @@ from results import compare
 
 CELL = {"T": (["none", "mask", "none-frozen", "mask+goal"], [SUITE], [2], 2, 1, [""])}
 config = lambda *argv: parse(compare.Config, "", ["T", *argv])
+result = lambda code: {"code": code, "config": {"steps": 1, "bf16": False}}
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def commands(monkeypatch, tmp_path):
             return SimpleNamespace(returncode=1)
         path = Path(stdout.name).with_suffix(".json")
         if "rollout.py" in words:
-            path.write_text(json.dumps({"code": code()}))
+            path.write_text(json.dumps(result(code())))
         else:
             c = parse(importlib.import_module(words[1].removesuffix(".py")).Config, "", words[2:])
             training.save(path.with_suffix(".pt"), step=c.steps, config=as_dict(c), code=[code()])
@@ -62,9 +63,13 @@ def test_every_stage_once_and_in_order(commands, refused, capfd):
         assert made == sorted(made)
     compare.main(["T"])
     assert len(commands.all) == 18, "nothing is made twice"
-    result, = Path("results").glob("*_none_*_s0_*.json")
-    result.write_text(json.dumps({"code": "old"}))
-    refused(lambda: compare.main(["T"]), result.name, "old", "--any-code")
+    shutil.rmtree("runs")
+    refused(lambda: compare.main(["T", "--bf16"]), code(), "bf16", "--any-code")
+    compare.main(["T"])
+    assert len(commands.all) == 18, "what is finished needs no checkpoints"
+    path, = Path("results").glob("*_none_*_s0_*.json")
+    path.write_text(json.dumps(result("old")))
+    refused(lambda: compare.main(["T"]), path.name, "old", "--any-code")
     compare.main(["T", "--any-code"])
     assert len(commands.all) == 18
 
