@@ -106,7 +106,7 @@ def shifted(batch, training=True):
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
     differs: in ATM the state enters after the tokens of a look, the plan is fused late as it is,
-    and a token per look asks for actions; Mask2Act says nothing of a wrist picture."""
+    a token per look asks for actions, looks are of each step; Mask2Act freezes all its encoders."""
     kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):

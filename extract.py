@@ -12,8 +12,8 @@ Tracks  CoTracker, or dense optical flow (DIS), which needs no weights, follows 
         moves, in both cameras.
 
 Missing episodes are recorded first.  Masks or tracks that are not the simulator's make a suite of
-their own, such as data/libero_spatial_sam_flow.  Weights come from --weights DIR or the usual
-caches; only --download fetches any.  Not run with trained weights, but with random ones.
+their own, such as data/libero_spatial_sam_flow.  Weights come from --weights DIR or, but for
+CoTracker's, the usual caches; only --download fetches any.  Run with random weights alone.
 
 Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """

@@ -72,8 +72,8 @@ def bootstrapped_cross_entropy(logits, target, hardest):
 
 
 def hardest_fraction(progress):
-    """XMem's schedule: progress, 0 at the training's start, 1 at its end or later -> fraction of
-    pixels: 1 until 0.2, then linearly down to 0.15 at 0.7."""
+    """XMem's schedule of 100,000 steps, as shares: progress, 0 at the training's start, 1 at its
+    end or later -> fraction of pixels: 1 until 0.2, then linearly down to 0.15 at 0.7."""
     return 1 - 0.85 * min(1.0, max(0.0, (progress - 0.2) / 0.5))
 
 

@@ -1,7 +1,7 @@
 """Episodes in the simulator: success rates with intervals, films, one JSON each.
 
     python rollout.py runs/libero_spatial/mask_executor.pt      # 10 tasks x 10 test scenes
-    python rollout.py demonstrator --suite libero_spatial       # the scripted upper bound
+    python rollout.py demonstrator --suite libero_spatial       # the scripted policy
     python rollout.py runs/libero_spatial/mask_executor.pt --scenes development     # to choose by
 
 An actor's episode succeeds when the goal holds at any step within the horizon, as LIBERO and

@@ -7,8 +7,8 @@
     python track_planner.py --suite libero_spatial --show         # predicted beside true tracks
 
 The track transformer reads one picture, the present places of some points in it and the task, and
-predicts each point's track (Fig. 2a). Some patches of the picture are masked and reconstructed. A
-point is encoded by its place and the picture there, so there may be any number in any order.
+predicts each point's track (Fig. 2a); of the paper preset half of the patches are masked. A point
+is encoded by its place and the picture there, so there may be any number in any order.
 
 Sizes: B batch, S points of a track, P patches of a track, N points, n cells of the picture, h w the
 encoder's map (n = h w), D width, E numbers per sentence.
@@ -136,7 +136,7 @@ class TrackPlanner(nn.Module):
     differs: plain pre-norm blocks; ATM's code norms the query only and shares one key and value
     head. One sentence encoder for all planners (demos/language.py); ATM uses BERT."""
     kind, Config, frozen = "track", Config, True
-    history, stride = 1, 1  # one frame, "to avoid causal confusion" (appendix C)
+    history, stride = 1, 1  # one frame, "to avoid causal confusion" (appendix B)
 
     def __init__(self, config):
         super().__init__()

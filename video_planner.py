@@ -324,8 +324,8 @@ class VideoPlanner(nn.Module):
 
     @torch.no_grad()
     def plan(self, obs, form):
-        """The U-Net's bottleneck at t = T with x_T = 0: a map per future picture, plan (B, n, F
-        width); their mean without the task, picture (B, n, width)."""
+        """ours (Mask2Act does not say which features): the U-Net's bottleneck at t = T, x_T = 0, a
+        map per future picture, plan (B, n, F width), and their mean without task (B, n, width)."""
         pictures, text = self.condition(obs)
         x = pictures.new_zeros(len(pictures), *self.small)
         t = torch.full((len(x),), self.config.noise_steps - 1, device=x.device)

@@ -77,7 +77,7 @@ ASSIGNMENTS = [
          "make_batch": "Mask2Act eq. 1 and 2, goals of 4.1"}),
     Assignment(
         number=3, name="tracks", title="Tracks: where any points of a picture will go",
-        read=["ATM IV-A with Fig. 2a, Table VI, appendix C", "MAE (He et al., 2022), 3",
+        read=["ATM IV-A with Fig. 2a, Table VI, appendix B", "MAE (He et al., 2022), 3",
               "DrQ (Kostrikov et al., 2021), random shifts"],
         functions={
             "core/networks.py": {"random_shift": 15},
@@ -97,7 +97,7 @@ ASSIGNMENTS = [
         where={"random_shift": "ATM Table VI, random shift (DrQ)",
                "track_patches": "ATM IV-A, Table VI, patches of tracks",
                "track_from_patches": "ATM IV-A, Table VI, patches of tracks",
-               "features_at": "ATM Fig. 2a, the picture at a point",
+               "features_at": "ours, in ATM Fig. 2a: the picture at a point",
                "mask_patches": "ATM IV-A, masked patches (MAE)",
                "augment": "ATM Table VI, augmentation",
                "TrackPlanner.loss": "ATM IV-A, track and reconstruction loss"}),
@@ -125,9 +125,9 @@ ASSIGNMENTS = [
             "clips of one size, and find the weight that makes the error of x0 the error of v. "
             "Then train with the weights 1, SNR and min(1 + SNR, gamma): compare the logged "
             "`plain` error and the error at the noisiest tenth of the steps alone."],
-        where={"to_bytes": "AVDC 3.1, pictures in [-1, 1]",
-               "to_residual": "AVDC 3.1, x_0 as the change from the present picture",
-               "from_residual": "AVDC 3.1, x_0 as the change from the present picture",
+        where={"to_bytes": "AVDC 3.1, pictures; in [-1, 1] as in Ho et al. (2020)",
+               "to_residual": "AVDC 3.1, x_0; ours: the change from the present picture",
+               "from_residual": "AVDC 3.1, x_0; ours: the change from the present picture",
                "cosine_schedule": "Nichol and Dhariwal (2021) eq. 17",
                "add_noise": "Ho et al. (2020) eq. 4",
                "loss_weight": "Salimans and Ho (2022) 4, limited by gamma",
@@ -188,6 +188,6 @@ ASSIGNMENTS = [
             "`fit_motion`'s answer into the camera's motion. For turns of 5 to 30 degrees and ways "
             "of 5 to 30 cm, how far off is it, in degrees and cm, and what does the prior do?"],
         where={"project": "AVDC 3.3, the pinhole of L_trans", "read": "AVDC 3.2, flow at a point",
-               "fit_motion": "AVDC 3.3, L_trans", "infer_motions": "AVDC 3.3, the chain of motions",
+               "fit_motion": "AVDC 3.3, L_trans", "infer_motions": "ours, in AVDC 3.3: a chain",
                "grasp_point": "AVDC 3.3, the grasp", "subgoals": "AVDC 3.3, subgoals"}),
 ]

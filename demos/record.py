@@ -3,7 +3,7 @@
     ensure("libero_spatial", names, demos=20, data="data")    # makes the episodes that are missing
     videos, held_out, note = load_videos(config)              # the same, then a planner's videos
 
-`Demonstrator` is the scripted policy as `rollout.py` plays it: the upper bound of every plan.
+`Demonstrator` is the scripted policy as `rollout.py` plays it: what can be reached.
 """
 
 import gc

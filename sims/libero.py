@@ -15,13 +15,15 @@ import numpy as np
 from sims.camera import Camera, choose_opengl, simplified
 from sims.scene import Simulator, scene_seed
 
-# steps at most in an episode of each suite, the values in common use (OpenVLA)
+# steps at most in an episode of each suite, the values in common use (OpenVLA).  differs: ATM has
+# 600 in all; Mask2Act does not say
 HORIZONS = {"libero_spatial": 220, "libero_object": 280, "libero_goal": 300, "libero_10": 520,
             "libero_90": 400}
 # Other bodies (ATM, section V-B): robosuite's arms with the Panda's hand on LIBERO's mounts; not
 # its Sawyer and Jaco, whose meshes mujoco 3.3.0 refuses
 ROBOTS = {"ur5e": "UR5e", "iiwa": "IIWA", "kinova3": "Kinova3"}
-# Mask2Act's generalisation, Fig. 7: what is new in a scene.  Two are suites of the package.
+# Mask2Act's generalisation, Fig. 7: what is new in a scene.  differs: one suite of ten tasks; the
+# distractor is a mug or a book, not a second bowl; instance has a new bowl, too; layout is ours
 UNSEEN = ("background", "distractor", "instance", "layout")
 COLOURS = {"tex-table": (95, 130, 90), "tex-wall": (130, 100, 140), "texplane": (90, 100, 150)}
 INSTANCES = {"akita_black_bowl": "black_bowl", "plate": "yellow_plate",

@@ -124,7 +124,7 @@ def test_noise_keeps_the_variance():
 
 @pytest.mark.grades("loss_weight")
 def test_weights_of_the_loss():
-    """Salimans and Ho (2022), "truncated" as min(1 + SNR, gamma), SNR = alpha_bar / (1 -
+    """Salimans and Ho (2022), "SNR + 1", here at most gamma, SNR = alpha_bar / (1 -
     alpha_bar): an error of x_0 costs 1 where all is noise, at most GAMMA where all is signal."""
     alpha_bar = torch.tensor([1e-6, 0.1, 0.5, 0.75, 0.79, 0.81, 0.99, 0.999999])
     wanted = [min(1 + a / (1 - a), GAMMA) for a in alpha_bar.tolist()]
