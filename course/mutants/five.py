@@ -19,6 +19,7 @@ MUTANTS = {
         ("first=1)[:, 0]", "first=2)[:, 1]"),               # the state's token for CLS
         ("embed(sets[k], moved", "embed(sets[k].roll(1, 0), moved"),    # another look's sets
         ("torch.cat(late, -1)", "torch.cat(late, -1).roll(1, 0)"),      # another look's plan
+        ("moved if k in", "moved if k not in"),
     ],
     "executor.py:Executor.act": [
         (", self.causal[:T, :T])", ")"),                    # leak of the future
@@ -79,5 +80,6 @@ MUTANTS = {
         ("/ np.sqrt(len(d))", ""),                          # of one seed, not of the mean
         ("max(-1,", "max(0,"),
         ("min(1,", "min(2,"),
+        ("len(d) - 1)", "len(d))"),
     ],
 }

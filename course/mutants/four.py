@@ -7,6 +7,7 @@ MUTANTS = {
         (".round()", ""),                                   # darker by half a step
         ("127.5", "127"),
         (".movedim(-3, -1)", ".transpose(-3, -1)"),         # transposed picture
+        ("+ 1) *", "- 1) *"),
     ],
     "video_planner.py:to_residual": [
         ("pictures - now", "pictures + now"),
@@ -14,6 +15,8 @@ MUTANTS = {
         ("/ RESIDUAL_STD", "* RESIDUAL_STD"),
         ("now[:, None]", "pictures[:, :1]"),                # the first picture to come
         ("now[:, None]", "now[None]"),                      # another sample's present
+        ("pictures - now", "pictures * now"),
+        ("/ RESIDUAL_STD", "- RESIDUAL_STD"),
     ],
     "video_planner.py:from_residual": [
         ("RESIDUAL_STD + now", "RESIDUAL_STD - now"),
@@ -31,6 +34,7 @@ MUTANTS = {
         (" / T", " / (T + 1)"),                             # off by one
         ("cumprod(1 - beta, 0)", "cumprod(beta, 0)"),
         ("torch.cumprod(1 - beta, 0)", "(1 - beta)"),       # alpha, not alpha_bar
+        ("0.008) /", "0.08) /"),
     ],
     "video_planner.py:add_noise": [
         ("alpha_bar.sqrt() * x0", "alpha_bar * x0"),
@@ -39,6 +43,8 @@ MUTANTS = {
         ("(1 - alpha_bar)", "(1 + alpha_bar)"),
         ("alpha_bar.sqrt() * x0", "alpha_bar.sqrt() * noise"),
         ("* noise", "* torch.randn_like(noise)"),           # noise of its own
+        ("* noise", "+ noise"),
+        ("* x0", "+ x0"),
     ],
     "video_planner.py:loss_weight": [
         ("(1 / (1", "(alpha_bar / (1"),                     # the SNR: near 0 at the noisiest steps
@@ -47,6 +53,8 @@ MUTANTS = {
         (".clamp(max=GAMMA)", ""),
         ("(1 - alpha_bar)", "(1 - alpha_bar).sqrt()"),
         ("(1 - alpha_bar)", "(1 + alpha_bar)"),
+        ("(1 - alpha", "(2 - alpha"),
+        ("max=GAMMA", "max=1"),
     ],
     "video_planner.py:ddim_step": [
         ("alpha_bar.sqrt() * x0", "alpha_bar * x0"),

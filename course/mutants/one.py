@@ -8,6 +8,7 @@ MUTANTS = {
         ("==", "<="),
         ("==", "!="),
         (".float()", ".bool()"),
+        ("arange(1, N + 1", "arange(2, N + 2"),
     ],
     "mask_planner.py:soft_aggregate": [
         ("(1 - prob)", "(0 + prob)"),

@@ -31,6 +31,7 @@ MUTANTS = {
         (".repeat_interleave(SIDE, 1)", ".repeat(1, SIDE, 1)"),     # stripes
         ("masked.repeat", "masked.mT.repeat"),              # transposed
         ("masked.repeat", "masked.flip(1).repeat"),         # upside down
+        (", None], 0)", ", None], 1)"),
     ],
     "core/networks.py:random_shift": [
         ("(torch.arange(H) - move", "(torch.arange(H) + move"),     # wrong sign of a shift

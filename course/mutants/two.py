@@ -19,6 +19,9 @@ MUTANTS = {
         ("self.mask[:L, :L]", "self.mask[:L, :L].T"),
         ("[:, 1:]", "[:, :-1]"),
         ("x.flatten(1, 2)", "x.transpose(1, 2).flatten(1, 2)"),
+        ("x + self.position", "x * self.position"),
+        ("+ self.time", "* self.time"),
+        ("+ self.time", "- self.time"),
     ],
     "mask_planner.py:Decoder.forward": [
         ("repeat_interleave(N, 0)", "repeat(N, 1, 1, 1)"),
