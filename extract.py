@@ -293,7 +293,7 @@ class Config:
     preset: str | None = flag(None, "sizes: for a test, for two CPU cores, for one GPU",
                               choices=["tiny", "laptop", "paper"])
     size: int | None = flag(None, "height and width of the pictures, pixels", minimum=32)
-    render: str = flag("fast", "fast, or faithful: the simulators' own look, ten times slower",
+    render: str = flag("fast", "fast, or faithful: the simulators' own look, slow without a GPU",
                        choices=["fast", "faithful"])
     masks: str = flag("", "sim: the simulator's, exact (default of a suite); sam: Grounding DINO, "
                       "Segment Anything and SAM 2 (of a film)", choices=["sim", "sam"])
