@@ -105,8 +105,8 @@ def shifted(batch, training=True):
 
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
-    differs: in ATM the state enters after the tokens of a look, the plan is fused late as it is,
-    a token per look asks for actions, looks are of each step; Mask2Act freezes all its encoders."""
+    differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, a token
+    per look asks for actions, each step has a look; Mask2Act trains no image encoder in stage 2."""
     kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):

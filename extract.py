@@ -13,7 +13,7 @@ Tracks  CoTracker, or dense optical flow (DIS), which needs no weights, follows 
 
 Missing episodes are recorded first.  Masks or tracks that are not the simulator's make a suite of
 their own, such as data/libero_spatial_sam_flow.  Weights come from --weights DIR or, but for
-CoTracker's, the usual caches; only --download fetches any.  Run with random weights alone.
+CoTracker's, the usual caches; only --download fetches any.  So far run with random weights only.
 
 Sizes: T frames, H W pixels, N objects, K points; frames are (T, H, W, 3) uint8.
 """
@@ -143,7 +143,7 @@ def box_masks(frame, boxes, segmenter):
     segmenter.set_image(frame)
     boxes = segmenter.transform.apply_boxes_torch(boxes, frame.shape[:2])  # of the resized frame
     masks, *_ = segmenter.predict_torch(None, None, boxes=boxes, multimask_output=False)
-    return masks[:, 0].cpu().numpy()
+    return masks[:, 0].cpu().numpy()  # of (N, 1, H, W)
 
 
 def follow_masks(frames, t, masks, follower):
@@ -218,20 +218,20 @@ def flow_tracks(frames, when, where):
 def cotracker_tracks(tracker, frames, when, where):
     """As flow_tracks, by CoTracker, window by window; earlier frames in the reversed film."""
     import torch
-    (T, H, W), K, step = frames.shape[:3], range(len(when)), tracker.step
+    (T, H, W), k, step = frames.shape[:3], range(len(when)), tracker.step
     device, pixel = next(tracker.parameters()).device, np.asarray(where) * [W, H] - 0.5
 
     def follow(frames, when):   # -> tracks (T, K, 2), visible (T, K)
         queries = torch.as_tensor(np.c_[when, pixel], device=device)[None].float()  # (1, K, 3)
         tracker(queries.new_empty(1, 1, 3, H, W), is_first_step=True, queries=queries)
         for i in range(0, max(1, T - step), step):
-            window = np.float32(frames[i:i + 2 * step]).transpose(0, 3, 1, 2)[None]  # 0..255
+            window = np.float32(frames[i:i + 2 * step]).transpose(0, 3, 1, 2)[None]  # 1 t 3 H W
             found = tracker(torch.as_tensor(window, device=device))  # in all frames so far
         return [array[0].cpu().numpy() for array in found]
     (tracks, seen), (back, seen_back) = follow(frames, when), follow(frames[::-1], T - 1 - when)
-    before = np.arange(T)[:, None] < when
+    before = np.arange(T)[:, None] < when  # (T, K)
     tracks[before], seen[before] = back[::-1][before], seen_back[::-1][before]
-    tracks[when, K], seen[when, K] = pixel, True
+    tracks[when, k], seen[when, k] = pixel, True
     return (tracks + 0.5) / [W, H], seen
 
 

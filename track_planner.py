@@ -7,8 +7,8 @@
     python track_planner.py --suite libero_spatial --show         # predicted beside true tracks
 
 The track transformer reads one picture, the present places of some points in it and the task, and
-predicts each point's track (Fig. 2a); of the paper preset half of the patches are masked. A point
-is encoded by its place and the picture there, so there may be any number in any order.
+predicts each point's track (Fig. 2a); by the paper preset half of the picture's patches are masked
+and reconstructed. Points, encoded by place and picture there, may be any number in any order.
 
 Sizes: B batch, S points of a track, P patches of a track, N points, n cells of the picture, h w the
 encoder's map (n = h w), D width, E numbers per sentence.
