@@ -96,8 +96,8 @@ python -m pytest course/tests --points
 ```
 {a.command}
 ```
-{fill(f"You should see: {a.expect}.")} PROJECT.md says what is measured. A run that is finished is
-not trained again: after a change of the code give `--name` a name of its own, or delete `runs`.
+{fill(f"You should see: {a.expect}. PROJECT.md says what is measured.")}
+A finished run is not trained again: after a change of the code give a `--name`, or delete `runs`.
 
 **Answer** in writing; each answer needs a measurement of your own, with its number of samples:
 {lines(fill(f"{k}. {question}") for k, question in enumerate(a.questions, 1))}
