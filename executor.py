@@ -4,9 +4,9 @@
     python executor.py --planner runs/libero_spatial/track.pt         # ATM: section IV-B
     python executor.py --planner none --suite libero_spatial          # cloning: the goal picture
 
-The executor E predicts the next actions from the last looks: robot state, wrist picture, and the
-token sets that the planner brings (its plan, perhaps its view of the third-person picture). E is
-the same network for every plan: all tokens of one look, then one token per look through time. What
+The executor E predicts the next actions from the last looks: robot state, sentence, wrist picture
+and the token sets that the planner brings (its plan, perhaps its view of the third-person picture):
+all tokens of one look, then one token per look through time, the same network for every plan. What
 a frozen planner brings is computed before training, for DRAWS goals and shifts of each frame.
 
 Sizes: B batch, T looks, n tokens of a set, D width, C actions per chunk, A numbers per action, S of
@@ -32,7 +32,8 @@ from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
 STATE = ("obs/ee_states", "obs/gripper_states")     # position 3, axis-angle 3, fingers 2
-WAYPOINT_NOISE = 0.005  # metres, on the waypoint that the action head is conditioned on in training
+STATE_NOISE = 0.02      # metres, in training, on the place of the hand that is a token
+WAYPOINT_NOISE = 0.005  # metres, in training, on the waypoint that the action head reads
 OFFSET_SCALE = 0.1      # metres, the unit of what waypoint head and action head compute with
 FOLLOW = 8              # steps in which the fingers follow a changed command
 DRAWS = 6               # goals and shifts of each frame for which a frozen planner's plan is kept
@@ -48,8 +49,7 @@ class Config(TrainingConfig):
     fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
                        "or both (ATM, Table III)", choices=["early", "late", "both"])
     suite: str = flag("", "suite to act in; empty: the planner's (another: Mask2Act, Fig. 6)")
-    action_demos: int | None = flag(None, "action-labelled demonstrations per task (the first of "
-                                    "the videos)", minimum=1)
+    action_demos: int | None = flag(None, "how many first videos per task have actions", minimum=1)
     # differs: action chunks (ACT), of which half are executed; the papers predict one action
     chunk: int = flag(8, "actions C predicted at once (1: the papers)", minimum=1, maximum=100)
 
@@ -106,7 +106,7 @@ def shifted(batch, training=True):
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
     differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, a token
-    per look asks for actions, each step has a look; Mask2Act trains no image encoder in stage 2."""
+    per look asks for actions, each step has a look; Mask2Act's has no sentence, no encoder."""
     kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):
@@ -128,7 +128,7 @@ class Executor(nn.Module):
         self.embed = nn.ModuleDict({k: networks.Embed(*v, D) for k, v in early.items()})
         late = {k: sets[k] for k in self.plans if c.fusion != "early"}
         self.late = nn.ModuleDict({k: networks.SpatialSoftmaxPool(*v, D) for k, v in late.items()})
-        self.state = nn.Linear(c.S, D)
+        self.state, self.text = nn.Linear(c.S, D), nn.Linear(c.E, D)
         self.cls = nn.Parameter(0.02 * torch.randn(D))
         self.space = networks.Transformer(D, c.depth, max(4, D // 64))
         self.time = networks.Transformer(D, c.time_depth, max(4, D // 64))
@@ -156,11 +156,11 @@ class Executor(nn.Module):
                        for view, encoder in self.encoders.items()}
 
     def look(self, batch):
-        """What is seen in each look, on its own, as tokens: CLS, state (standardised), those of the
-        sets in `embed` (no plan if it joins late alone), at the shift of their own picture.
-        batch: state (B, T, S), wrist and, for encoders of its own, picture (B, T, H, W, 3) uint8,
-        and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3, 2): how far the
-        pictures were shifted, in widths) or obs to compute them from
+        """What is seen in each look, on its own, as tokens: CLS, state (standardised), sentence,
+        those of the sets in `embed` (no plan if it joins late alone), at their picture's shift.
+        batch: state (B, T, S), text (B, T, E), wrist and, for encoders of its own, picture (B, T,
+        H, W, 3) uint8, and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3,
+        2): how far the pictures were shifted, in widths) or obs to compute them from
         -> CLS token (B, T, D), pooled plans for late fusion (B, T, 0 or D per plan)."""
         B, T = batch["state"].shape[:2]
         batch, moved = shifted(batch, self.training)
@@ -168,7 +168,8 @@ class Executor(nn.Module):
         kept = batch["moved"].flatten(0, 1) if "moved" in batch else moved
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
-        tokens = [torch.stack([self.cls.expand_as(state), state], 1)]   # (B T, 2, D)
+        text = self.text(batch["text"]).flatten(0, 1)                   # (B T, D)
+        tokens = [torch.stack([self.cls.expand_as(state), state, text], 1)]     # (B T, 3, D)
         tokens += [embed(sets[k], moved if k in self.encoders else kept)
                    for k, embed in self.embed.items()]
         cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)
@@ -179,24 +180,26 @@ class Executor(nn.Module):
         """Looks (B, T, D), late plans (B, T, .) and states (B, T, S) -> features (B, T, .), actions
         (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
-        motion and holds little of a target further off. The waypoint is where the demonstration's
-        gripper next opens or closes, an offset from the mean place of hands, scale["state"].mean;
-        the action head reads the features and how far it is from the hand now; in training, how far
-        the true one is, with WAYPOINT_NOISE."""
+        motion and holds little of a target further off. The waypoint, predicted from the mean place
+        of hands on, is where the demonstration's gripper next opens or closes; the action head
+        reads how far it is from the hand now, in training the true one, with WAYPOINT_NOISE."""
         T = cls.shape[1]
         x = self.time(cls + self.when[:T], self.causal[:T, :T])         # (B, T, D)
         x = torch.cat([x, late], -1)                                    # late fusion (ATM)
         there = self.waypoint(x).float() * OFFSET_SCALE + self.scale["state"].mean[:3]  # (B, T, 3)
-        # teacher forcing with noise: conditioned on poor predictions, the head would ignore them
+        # teacher forcing: given poor predictions, the head would learn to ignore them
         aim = there if waypoint is None else waypoint + WAYPOINT_NOISE * torch.randn_like(there)
         offset = (aim - state[..., :3]) / OFFSET_SCALE
         action = self.action(torch.cat([x, offset.to(x.dtype)], -1))
         return x, action.unflatten(-1, (self.config.chunk, -1)), there
 
     def forward(self, batch):
-        """batch as for `look`, in training with waypoint (B, T, 3) metres -> as `act`."""
-        waypoint = batch["waypoint"] if self.training else None
-        return self.act(*self.look(batch), batch["state"], waypoint)
+        """batch as for `look`, in training with waypoint (B, T, 3) metres -> as `act`.
+        ours: in training the hand's place is a token with STATE_NOISE, lest it alone be read."""
+        state, waypoint = batch["state"], batch["waypoint"] if self.training else None
+        noise = STATE_NOISE * self.training * torch.randn_like(state[..., :3])
+        seen = batch | {"state": state + F.pad(noise, (0, state.shape[-1] - 3))}
+        return self.act(*self.look(seen), state, waypoint)
 
     def loss(self, batch):
         """batch as for forward, and action (B, T, C, A) -> MSE of actions + 0.3 of waypoints', in
@@ -260,7 +263,7 @@ class ActionData:
         return {"frames": demos.gather(CAMERA_OF["picture"], episode[..., None], past),
                 "wrist": demos.gather(CAMERA_OF["wrist"], episode, self.t[row]),
                 "goal": self.videos.last_frames(self.goal_of(row, draw)),
-                "text": demos.text[demos.task[episode]].astype(np.float32),
+                "text": demos.text[demos.task[episode]],
                 "hand": demos.gather("hand", episode, self.t[row]).astype(np.float32)}
 
     @torch.no_grad()
@@ -295,7 +298,7 @@ class ActionData:
         row, ahead = demos.start[e] + times, times[..., None] + np.arange(c.chunk)  # (B, T, C)
         batch = {"state": np.concatenate([demos.gather(k, e, times) for k in STATE], -1),
                  "action": demos.gather("actions", e[..., None], ahead),
-                 "waypoint": self.waypoint[row]}
+                 "text": demos.text[demos.task[self.episode[row]]], "waypoint": self.waypoint[row]}
         batch |= {f"set/{k}": v[draw, row] for k, v in self.kept.items()}
         draw = np.broadcast_to(draw, row.shape)
         batch |= {"moved": self.moved[draw, row]} if self.kept else self.obs(row, draw)
@@ -342,8 +345,8 @@ class Policy:
             self.obs = obs = self.observe(frame)
             state = np.concatenate([frame[k.removeprefix("obs/")] for k in STATE])
             batch = {"state": torch.as_tensor(state, device=self.device)[None, None],
-                     "picture": obs["frames"][:, -1:], "wrist": obs["wrist"][:, None],
-                     "goal": obs["goal"][:, None]}
+                     "picture": obs["frames"][:, -1:]}
+            batch |= {k: obs[k][:, None] for k in ("wrist", "goal", "text")}
             batch |= {f"set/{k}": v[:, None]
                       for k, v in self.planner.plan(obs, self.executor.form).items()}
             look = *self.executor.look(batch), batch["state"]
@@ -390,8 +393,7 @@ def prepare(config, Kind=Executor):
     planner = load_planner(c.planner, c.device) if trained else untrained(c.planner)
     if (c.form or planner.forms[0]).removesuffix("+goal") not in planner.forms:
         fail(f"--form {c.form}: {c.planner} has {' and '.join(planner.forms)}")
-    execute = min(c.execute, c.chunk)
-    if planner.history > 1 and planner.stride % execute:
+    if planner.history > 1 and planner.stride % (execute := min(c.execute, c.chunk)):
         fail(f"the planner's frames are {planner.stride} steps apart, no multiple of the {execute} "
              "steps between looks: give another --chunk")
     of = as_dict(planner.config) if trained else {}
@@ -416,8 +418,7 @@ def prepare(config, Kind=Executor):
     executor.texts.copy_(torch.as_tensor(videos.text))
     for k in range(len(c.task_names) if c.goals else 0):
         last = np.flatnonzero(videos.task == k)[::-1]   # the first ones lend their actions
-        last = last[np.arange(c.goals) % len(last)]
-        executor.goals[k] = torch.as_tensor(videos.last_frames(last))
+        executor.goals[k] = torch.as_tensor(videos.last_frames(np.resize(last, c.goals)))
     training.resume(executor, c, path)  # refuses another configuration before plans are computed
     return executor, demos, videos, path
 
@@ -426,8 +427,7 @@ def main(argv=None):
     """Command line: trains one executor."""
     config = parse(Config, "Stage 2: learn actions from plans and a few demonstrations.", argv)
     executor, demos, videos, path = prepare(config)
-    note = (f"plan of {config.planner}, {config.action_demos} action demonstrations per task, "
-            f"{len(demos)} frames")
+    note = f"{config.planner}, {config.action_demos} demonstrations per task, {len(demos)} frames"
     training.fit(executor, ActionData(config, executor, demos, videos), config, path, note=note)
     print(f"next: python rollout.py {path}")
 

@@ -167,7 +167,7 @@ class Episodes:
                 self.objects = max(self.objects, list(about["objects"]), key=len)
                 self.size, self.render, self.env = int(about["size"]), about["render"], about["env"]
                 self.goal_varies = bool(about["goal_varies"])
-        self.length, self.task, self.text = np.array(length), np.array(task), np.stack(text)
+        self.length, self.task, self.text = np.array(length), np.array(task), np.float32(text)
         self.own_goal = np.full(len(self.length), self.goal_varies)
         self.start = np.concatenate([[0], np.cumsum(self.length)])
 

@@ -83,7 +83,7 @@ class Config:
     scenes: str = flag("test", "of rollout.py", choices=["test", "development"])
     rows: str = flag("", "plans, comma-separated; empty: the cell's")
     preset: str = flag("laptop", "of rollout.py's programs", choices=["tiny", "laptop", "paper"])
-    bf16: bool = flag(False, "train in bf16, as --preset paper does: faster where a CPU has AMX")
+    bf16: bool = flag(False, "train in bf16, as --preset paper does: faster where the CPU has it")
     workers: int = flag(2, "commands at a time, of one thread each", minimum=1)
     list: str = flag("", "print a stage's missing commands, one a line", choices=["", *STAGES])
     any_code: bool = flag(False, "print the table of what is there, whatever code made it")

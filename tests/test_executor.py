@@ -76,6 +76,23 @@ def test_actions_are_causal_over_the_looks(build):
     torch.testing.assert_close(first, a[:, :1], atol=1e-4, rtol=1e-4)
 
 
+def test_only_tokens_hold_the_hands_place_with_noise_and_in_training_alone(build):
+    """The action head reads the offset from where the hand is."""
+    model, batch, *_ = build()
+    seen, look, act = [], model.look, model.act
+    model.look = lambda given: seen.append(given["state"]) or look(given)
+    model.act = lambda cls, late, state, waypoint: seen.append(state) or act(cls, late, state,
+                                                                            waypoint)
+    off = []
+    for training in [False, *[True] * 100]:
+        model.train(training).forward(batch)
+        tokens, offset = seen[-2:]
+        assert torch.equal(offset, batch["state"]) and torch.equal(tokens, offset) != training
+        assert torch.equal(tokens[..., 3:], offset[..., 3:])
+        off += [tokens - offset] * training
+    assert torch.stack(off)[..., :3].std().item() == pytest.approx(executor.STATE_NOISE, rel=0.1)
+
+
 @pytest.mark.parametrize("fusion", ["early", "late", "both"])
 @pytest.mark.parametrize("name", ["mask", "track"])
 def test_fusion_is_where_the_plan_joins(build, name, fusion):

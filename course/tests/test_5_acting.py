@@ -56,7 +56,7 @@ def small(fusion="both"):
     batch = {k: torch.randint(256, (3, 2, 32, 32, 3), dtype=torch.uint8)
              for k in ("picture", "wrist")}
     batch |= {"set/plan": torch.randn(3, 2, 3, 5), "moved": 0.1 * torch.randn(3, 2, 3, 2),
-              "state": torch.randn(3, 2, c.S) + 1,
+              "state": torch.randn(3, 2, c.S) + 1, "text": torch.randn(3, 2, c.E),
               "waypoint": torch.randn(3, 2, 3), "action": torch.rand(3, 2, 4, 3) * 2 - 1}
     return model, batch
 
@@ -64,7 +64,8 @@ def small(fusion="both"):
 def one_look(model, batch, b, t, moved):
     """The tokens of one look, one by one -> CLS (D,), late plans (.,)."""
     sets = model.sets_of({k: v[b:b + 1, t:t + 1] for k, v in batch.items()})    # (1, n, .) each
-    tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t]))]
+    tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t])),
+              model.text(batch["text"][b, t])]
     for name, embed in model.embed.items():
         far = batch["moved"][b, t] if name == "plan" else moved[b]
         tokens += embed(sets[name], far[None])[0]
@@ -78,8 +79,8 @@ def one_look(model, batch, b, t, moved):
 @torch.no_grad()
 def test_tokens_of_a_look(fusion, training, monkeypatch):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
-    tokens: CLS, state (standardised), embedded sets at their places, by the shifts of the pictures
-    that they are of, kept or now; late plans go round it."""
+    tokens: CLS, state (standardised), sentence, embedded sets at their places, by the shifts of the
+    pictures that they are of, kept or now; late plans go round it."""
     model, batch = small(fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
     monkeypatch.setattr(executor, "shifted",
