@@ -15,7 +15,7 @@ MUTANTS = {
         ("embed(sets[k], moved", "embed(sets[k], 0 * moved"),
         ("moved if k in self.encoders else kept", "kept"),      # another picture's shift
         ('self.scale["state"](batch["state"])', 'batch["state"]'),      # not standardised
-        ("self.cls.expand_as(state), state]", "state, self.cls.expand_as(state)]"),
+        ("self.cls.expand_as(state), state,", "state, self.cls.expand_as(state),"),
         ("first=1)[:, 0]", "first=2)[:, 1]"),               # the state's token for CLS
         ("embed(sets[k], moved", "embed(sets[k].roll(1, 0), moved"),    # another look's sets
         ("torch.cat(late, -1)", "torch.cat(late, -1).roll(1, 0)"),      # another look's plan
