@@ -32,7 +32,7 @@ from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
 STATE = ("obs/ee_states", "obs/gripper_states")     # position 3, axis-angle 3, fingers 2
-STATE_NOISE = 0.02      # metres, in training, on the place of the hand that is a token
+STATE_NOISE = 0.02      # metres, in training, on the hand's position in the state token
 WAYPOINT_NOISE = 0.005  # metres, in training, on the waypoint that the action head reads
 OFFSET_SCALE = 0.1      # metres, the unit of what waypoint head and action head compute with
 FOLLOW = 8              # steps in which the fingers follow a changed command
@@ -49,7 +49,7 @@ class Config(TrainingConfig):
     fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
                        "or both (ATM, Table III)", choices=["early", "late", "both"])
     suite: str = flag("", "suite to act in; empty: the planner's (another: Mask2Act, Fig. 6)")
-    action_demos: int | None = flag(None, "how many first videos per task have actions", minimum=1)
+    action_demos: int | None = flag(None, "action-labelled videos per task (the first)", minimum=1)
     # differs: action chunks (ACT), of which half are executed; the papers predict one action
     chunk: int = flag(8, "actions C predicted at once (1: the papers)", minimum=1, maximum=100)
 
@@ -106,7 +106,7 @@ def shifted(batch, training=True):
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
     differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, a token
-    per look asks for actions, each step has a look; Mask2Act's has no sentence, no encoder."""
+    per look asks for actions, each step has a look; Mask2Act's E: no sentence, no encoder."""
     kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):
@@ -180,8 +180,8 @@ class Executor(nn.Module):
         """Looks (B, T, D), late plans (B, T, .) and states (B, T, S) -> features (B, T, .), actions
         (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
-        motion and holds little of a target further off. The waypoint, predicted from the mean place
-        of hands on, is where the demonstration's gripper next opens or closes; the action head
+        motion and holds little of a target further off. The waypoint, predicted as an offset from
+        the hands' mean place, is where the demonstration's gripper next opens or closes; the head
         reads how far it is from the hand now, in training the true one, with WAYPOINT_NOISE."""
         T = cls.shape[1]
         x = self.time(cls + self.when[:T], self.causal[:T, :T])         # (B, T, D)
@@ -195,7 +195,7 @@ class Executor(nn.Module):
 
     def forward(self, batch):
         """batch as for `look`, in training with waypoint (B, T, 3) metres -> as `act`.
-        ours: in training the hand's place is a token with STATE_NOISE, lest it alone be read."""
+        ours: in training the state token has STATE_NOISE, or the hand's path alone is memorised."""
         state, waypoint = batch["state"], batch["waypoint"] if self.training else None
         noise = STATE_NOISE * self.training * torch.randn_like(state[..., :3])
         seen = batch | {"state": state + F.pad(noise, (0, state.shape[-1] - 3))}
