@@ -280,6 +280,7 @@ class ActionData:
                     obs = training.tensors(self.obs(part, np.full_like(part, draw)), self.executor)
                     obs, far = shifted(obs, draw > 0)
                     moved[draw, part] = far.cpu()
+                    obs["moved"] = far
                     for name, x in self.planner.plan(obs, self.executor.form).items():
                         if name not in self.executor.scale:
                             continue

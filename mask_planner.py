@@ -3,6 +3,7 @@
     python mask_planner.py --suite libero_spatial           # makes the data first if there is none
     python mask_planner.py --suite libero_spatial --show    # predicted beside true masks (Fig. 8)
     python mask_planner.py --suite libero_spatial --grounded    # ours, see cell_cross_entropy
+    python executor.py --planner runs/libero_spatial/mask_grounded.pt --form masks  # ours, see plan
 
 The planner P encodes the goal picture and the last h frames and predicts a plan (eq. 1); the
 decoder D moves any binary mask of now into the future, given the plan (eq. 2); soft aggregation
@@ -205,6 +206,7 @@ class MaskPlanner(Planner):
         super().__init__(config)
         self.decoder = Decoder(config.width)
         if config.grounded:
+            self.forms = [*self.forms, "masks"]
             self.ground = nn.Linear(config.width, (1 + K) * (config.objects + 1) * self.CELL ** 2)
         # share of the training done, for the bootstrapping; a buffer, so that a checkpoint has it
         self.register_buffer("progress", torch.zeros(()))
@@ -218,6 +220,30 @@ class MaskPlanner(Planner):
         objects, now and at every horizon, from each token for its own cell."""
         x = networks.to_map(self.ground(plan))  # (B, (1 + K) (N + 1) CELL CELL, h, w)
         return F.pixel_shuffle(x, self.CELL).unflatten(1, (1 + K, -1))
+
+    def sets(self, form):
+        one = {"plan": (torch.tensor([[2, 0.5, 0.5]]), 3 * (1 + K) * self.config.objects)}
+        return super().sets(form) | (one if form == "masks" else {})
+
+    @torch.no_grad()
+    def plan(self, obs, form):
+        """As Planner.plan.  ours, form masks of a grounded plan: of each object's predicted mask,
+        now and at every horizon, the middle (x, y in [0, 1] of the picture as it was before a
+        random shift: obs may hold moved (B, 3, 2), in widths per view) and the root of its share
+        of the picture, (B, 1, 3 N (1 + K)).  An object that is in no cell is in the middle."""
+        sets = super().plan(obs, form)
+        if form == "masks":
+            prob = self.predict_cells(sets["plan"]).float().softmax(2)[:, :, 1:]
+            points = networks.grid_points(prob.shape[-1]).to(prob.device)   # (cells, 2)
+            prob = prob.flatten(3)[..., None]       # (B, 1 + K, N, cells, 1)
+            area = prob.sum(3)
+            # sums of products: autocast would round a matrix product to a third of a pixel
+            middle = ((prob * points).sum(3) + 0.5 * (1 - area).clamp(min=0)) / area.clamp(min=1)
+            if "moved" in obs:
+                middle = middle - obs["moved"][:, :1, None]
+            measured = torch.cat([middle, (area / len(points)).sqrt()], 3)  # (B, 1 + K, N, 3)
+            sets["plan"] = measured.flatten(1)[:, None]
+        return sets
 
     def loss(self, batch):
         """batch: frames (B, T, H, W, 3), goal (B, H, W, 3) uint8, masks (B, 1 + K, H, W) of

@@ -134,6 +134,24 @@ def test_the_future_does_not_leak():
     assert planner.progress == 0, "it moves in training only"
 
 
+def test_masks_as_measured():
+    """Form masks: middle and size of what the plan's own cells show, a shift of the picture undone;
+    of an object that is nowhere the picture's middle."""
+    planner, obs = small(grounded=True).eval(), batch_of()
+    logits = torch.full((2, 1 + K, 4, 16, 16), -20.0)
+    logits[:, :, 0] = 0
+    logits[1, 2, 3, 4:8, 1:3] = 20      # rows 4..7, columns 1 and 2 of 16
+    planner.predict_cells = lambda plan: logits
+    plan = planner.plan(obs, "masks")["plan"]
+    assert plan.shape == (2, 1, planner.sets("masks")["plan"][1])
+    plan = plan.view(2, 1 + K, 3, 3)
+    assert plan[1, 2, 2].tolist() == pytest.approx([2 / 16, 6 / 16, (8 / 256) ** 0.5])
+    assert plan[0, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0], abs=1e-3)
+    moved = planner.plan(obs | {"moved": torch.full((2, 3, 2), 0.1)}, "masks")["plan"]
+    change = plan - moved.view_as(plan)
+    torch.testing.assert_close(change, torch.tensor([0.1, 0.1, 0]).expand_as(plan))
+
+
 @torch.no_grad()
 def test_decoder_treats_objects_alike():
     planner, batch = small().eval(), batch_of()
