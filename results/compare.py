@@ -83,6 +83,7 @@ class Config:
     seeds: int | None = flag(None, "first seeds (default: the cell's)", minimum=1)
     scenes: str = flag("test", "of rollout.py", choices=["test", "development"])
     rows: str = flag("", "plans, comma-separated; empty: the cell's")
+    suites: str = flag("", "suites to act in, comma-separated; empty: the cell's")
     preset: str = flag("laptop", "of rollout.py's programs", choices=["tiny", "laptop", "paper"])
     bf16: bool = flag(False, "train in bf16, as --preset paper does: faster where the CPU has it")
     workers: int = flag(2, "commands at a time, of one thread each", minimum=1)
@@ -131,6 +132,14 @@ def chain(config, row, suite, demos, seed, episodes, unseen, videos):
     return [*stages, ("rollouts", command, rollout.result_name(of, about))]
 
 
+def chosen(flag, words, known):
+    """What a flag names, comma-separated, of what is known."""
+    words = [word.strip() for word in words.split(",") if word.strip()]
+    if unknown := [word for word in words if word not in known]:
+        fail(f"--{flag} {unknown[0]}: give {', '.join(known)}")
+    return words
+
+
 def chains_of(config):
     """All stages of the cells, in lists of what shares a planner, each stage once."""
     groups, known = {}, set()
@@ -138,9 +147,8 @@ def chains_of(config):
         if letter not in CELLS:
             fail(f"no cell {letter}: give {', '.join(CELLS)}")
         rows, suites, numbers, seeds, episodes, variants = CELLS[letter]
-        rows = [row.strip() for row in config.rows.split(",") if row.strip()] or rows
-        if unknown := [row for row in rows if row not in ROWS]:
-            fail(f"--rows {unknown[0]}: give {', '.join(ROWS)}")
+        rows = chosen("rows", config.rows, ROWS) or rows
+        suites = chosen("suites", config.suites, suites) or suites
         for seed in range(config.seeds or seeds):
             for suite in suites:
                 for row in rows:
@@ -158,7 +166,8 @@ def chains_of(config):
 
 def check_data(config, mine):
     """Refuses data files that other code made."""
-    suites = {suite for letter in config.cells for suite in CELLS[letter][1]}
+    suites = {suite for letter in config.cells
+              for suite in chosen("suites", config.suites, CELLS[letter][1]) or CELLS[letter][1]}
     suites |= {VIDEOS[suite]["suite"] for suite in suites & {*VIDEOS}}
     for path in (p for suite in suites for p in Path(config.data, suite).glob("*.hdf5")):
         with open_data(path) as f:

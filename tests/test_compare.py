@@ -82,7 +82,8 @@ def test_the_list_is_for_xargs(commands, capfd, refused):
     compare.main(["T", "--seeds", "1", "--rows", "none", "--list", "rollouts"])
     assert capfd.readouterr().out.split()[:2] == ["python", "rollout.py"]
     for argv, *words in (([], "no cell"), (["Z"], "no cell Z", "give T"),
-                         (["T", "--rows", "maks"], "maks", "mask-grounded")):
+                         (["T", "--rows", "maks"], "maks", "mask-grounded"),
+                         (["T", "--suites", "mt10"], "mt10", SUITE)):
         refused(lambda: compare.main(argv), *words)
 
 
