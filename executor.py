@@ -44,8 +44,9 @@ CAMERA_OF = {"picture": "obs/agentview_rgb", "wrist": "obs/eye_in_hand_rgb"}    
 class Config(TrainingConfig):
     planner: str = flag("", "checkpoint of stage 1; or none (cloning: the goal picture is the plan)"
                         " or none-language (the sentence is)")
-    form: str | None = flag(None, "which of the planner's plans, such as latent or tracks (empty: "
-                            "its paper's); ours, latent+goal: and picture and goal, as cloning")
+    form: str | None = flag(None, "which of the planner's plans, such as latent, tracks or masks "
+                            "(empty: its paper's); ours, latent+goal: and picture and goal, as "
+                            "cloning")
     fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
                        "or both (ATM, Table III)", choices=["early", "late", "both"])
     suite: str = flag("", "suite to act in; empty: the planner's (another: Mask2Act, Fig. 6)")
@@ -118,11 +119,12 @@ class Executor(nn.Module):
         widths = {k: width for k, (_, width) in sets.items()} | {"state": c.S}
         self.scale = nn.ModuleDict({k: networks.Standardise(w) for k, w in widths.items()})
         # encoders of its own for the views that the planner does not bring
-        views = [*CAMERA_OF, *["goal"] * bool(plus)]
         self.encoders = nn.ModuleDict({view: networks.ImageEncoder(D, c.blocks, c.channels)
-                                       for view in views if view not in sets})
+                                       for view in CAMERA_OF if view not in sets})
+        if plus:    # as cloning: through one encoder, in one view
+            self.encoders["goal"] = self.encoders["picture"]
         for view, encoder in self.encoders.items():
-            sets[view] = networks.grid_places(encoder.cells(c.size), views.index(view)), D
+            sets[view] = networks.grid_places(encoder.cells(c.size), int(view == "wrist")), D
         self.plans = [name for name in sets if name not in CAMERA_OF]
         early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
         self.embed = nn.ModuleDict({k: networks.Embed(*v, D) for k, v in early.items()})

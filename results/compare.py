@@ -33,7 +33,7 @@ from results import tables
 
 # A plan: the planner's kind, the flags of its stage 1, those of its executors.  Controls: none-
 # frozen sees through the mask planner's encoder (features, or the plan?), mask-shuffled is mask-
-# explicit learned from other videos' futures (the future?).  ours: all that is grounded
+# explicit by other videos' futures (the future, and the goal?).  ours: all that is grounded
 ROWS = {
     "none": ("none", {}, {}),
     "none-frozen": ("mask", {}, {"form": "goal"}),

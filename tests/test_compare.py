@@ -115,9 +115,11 @@ def test_what_an_executor_sees(form, mask_path, data, tmp_path, monkeypatch):
     plan = e.planner.plan(obs, e.form)
     if form == "goal":
         torch.testing.assert_close(plan["plan"], e.planner.encode(obs["goal"]))
-        assert {*e.encoders} == {"wrist"} and {*e.scale} == {"picture", "plan", "state"}
+        assert {*e.encoders} == {"wrist"} and "picture" in e.scale
     else:
-        assert {*e.encoders} == {"picture", "wrist", "goal"} and {*e.scale} == {"plan", "state"}
+        assert {*e.encoders} == {"picture", "wrist", "goal"} and "picture" not in e.scale
+        assert e.encoders["goal"] is e.encoders["picture"], "as in cloning, and at its places"
+        assert torch.equal(e.embed["goal"].places, e.embed["picture"].places)
         assert e.plans == ["plan", "goal"] and batch["goal"].shape == batch["picture"].shape
         assert torch.equal(plan["plan"], e.planner.plan(obs, "latent")["plan"])
 
