@@ -89,9 +89,10 @@ def main_rows(folder):
 
 
 def overview(folder):
-    """A row per plan, preset and number of demonstrations, a column per suite, all of its tasks."""
+    """A row per plan, preset and number of demonstrations, a column per suite, all of its tasks;
+    not AVDC's, which has tasks, cameras and a table of its own."""
     found, suites = {}, []
-    for r in main_rows(folder):
+    for r in (r for r in main_rows(folder) if r["suite"] != "avdc"):
         suites += [r["suite"]] * (r["suite"] not in suites)
         seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
         row = found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})
