@@ -221,7 +221,8 @@ def cotracker_tracks(tracker, frames, when, where):
     (T, H, W), k, step = frames.shape[:3], range(len(when)), tracker.step
     device, pixel = next(tracker.parameters()).device, np.asarray(where) * [W, H] - 0.5
 
-    def follow(frames, when):   # -> tracks (T, K, 2), visible (T, K)
+    def follow(frames, when):
+        """-> tracks (T, K, 2) in pixels, visible (T, K)."""
         queries = torch.as_tensor(np.c_[when, pixel], device=device)[None].float()  # (1, K, 3)
         tracker(queries.new_empty(1, 1, 3, H, W), is_first_step=True, queries=queries)
         for i in range(0, max(1, T - step), step):

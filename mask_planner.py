@@ -222,6 +222,7 @@ class MaskPlanner(Planner):
         return F.pixel_shuffle(x, self.CELL).unflatten(1, (1 + K, -1))
 
     def sets(self, form):
+        """As Planner.sets; of form masks the plan is one token, in no view."""
         one = {"plan": (torch.tensor([[2, 0.5, 0.5]]), 3 * (1 + K) * self.config.objects)}
         return super().sets(form) | (one if form == "masks" else {})
 
@@ -236,8 +237,8 @@ class MaskPlanner(Planner):
             prob = self.predict_cells(sets["plan"]).float().softmax(2)[:, :, 1:]
             points = networks.grid_points(prob.shape[-1]).to(prob.device)   # (cells, 2)
             prob = prob.flatten(3)[..., None]       # (B, 1 + K, N, cells, 1)
-            area = prob.sum(3)
-            # sums of products: autocast would round a matrix product to a third of a pixel
+            area = prob.sum(3)                      # (B, 1 + K, N, 1)
+            # (B, 1 + K, N, 2); autocast would round a matrix product to a third of a pixel
             middle = ((prob * points).sum(3) + 0.5 * (1 - area).clamp(min=0)) / area.clamp(min=1)
             if "moved" in obs:
                 middle = middle - obs["moved"][:, :1, None]

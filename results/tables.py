@@ -89,8 +89,7 @@ def main_rows(folder):
 
 
 def overview(folder):
-    """A row per plan, preset and number of demonstrations, a column per suite, all of its tasks;
-    not AVDC's, which has tasks, cameras and a table of its own."""
+    """A row per plan, preset and demonstrations, a column per suite but AVDC's (cameras differ)."""
     found, suites = {}, []
     for r in (r for r in main_rows(folder) if r["suite"] != "avdc"):
         suites += [r["suite"]] * (r["suite"] not in suites)
