@@ -62,6 +62,8 @@ def equal(a, b):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
+    if isinstance(a, np.ndarray):
+        return np.array_equal(a, b)
     return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
@@ -115,8 +117,7 @@ sim = simulator(SUITE, 0, SIZE, scope="session")      # task 0 of libero_spatial
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory):
-    """Folder of real data: task 0, demo_0 and demo_1 held out, demo_2 and demo_3 the videos.
-    Read only."""
+    """Folder of task 0's real data: two episodes held out, two videos.  Read only."""
     folder = tmp_path_factory.mktemp("shared") / "data"
     ensure(SUITE, sims.tasks(SUITE)[:1], 2, folder, SIZE, workers=1)
     return folder

@@ -8,10 +8,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from conftest import EXECUTOR, SUITE, equal
-
 import executor
 import rollout
 from core import training
@@ -98,32 +96,6 @@ def test_no_two_results_share_a_name(letter):
     assert len(paths) == len(rows) * len(suites) * len(demos) * seeds * len(unseen)
 
 
-@pytest.mark.parametrize("form", ["goal", "latent+goal"])
-def test_what_an_executor_sees(form, mask_path, data, tmp_path, monkeypatch):
-    """goal: the goal through the planner's encoder, no plan; latent+goal: the plan, and picture and
-    goal through trained encoders, not the planner's picture; the same when acting."""
-    c = parse(executor.Config, "", ["--preset", "tiny", "--device", "cpu", "--no-bf16", "--planner",
-                                    str(mask_path), "--form", form, "--data", str(data), "--out",
-                                    str(tmp_path)])
-    e, demos, videos, path = executor.prepare(c)
-    assert form in path.stem
-    batch = {k: torch.as_tensor(v) for k, v in executor.ActionData(c, e, demos, videos)(0).items()}
-    e.train().loss(batch)[0].backward()
-    assert all(p.grad is not None for p in e.parameters() if p.requires_grad)
-    obs = {"frames": torch.randint(0, 255, (1, 2, 64, 64, 3), dtype=torch.uint8),
-           "goal": torch.randint(0, 255, (1, 64, 64, 3), dtype=torch.uint8)}
-    plan = e.planner.plan(obs, e.form)
-    if form == "goal":
-        torch.testing.assert_close(plan["plan"], e.planner.encode(obs["goal"]))
-        assert {*e.encoders} == {"wrist"} and "picture" in e.scale
-    else:
-        assert {*e.encoders} == {"picture", "wrist", "goal"} and "picture" not in e.scale
-        assert e.encoders["goal"] is e.encoders["picture"], "as in cloning, and at its places"
-        assert torch.equal(e.embed["goal"].places, e.embed["picture"].places)
-        assert e.plans == ["plan", "goal"] and batch["goal"].shape == batch["picture"].shape
-        assert torch.equal(plan["plan"], e.planner.plan(obs, "latent")["plan"])
-
-
 def test_no_future_is_seen(executor_path, sim):
     """Two worlds with the same observations and goal, but another future: the actions are the same
     until the observations differ, and not after."""
@@ -151,8 +123,7 @@ def test_exchanged_names_exchange_rows(mask_path, executor_path, data, tmp_path)
 
 @pytest.mark.slow
 def test_a_real_cell(data, tmp_path, monkeypatch, capfd):
-    """Real commands make the files that the cell expects, and the table; one again from nothing
-    has the same outcomes."""
+    """Real commands make the cell's files and table; anew, with the same outcomes."""
     stage = compare.stage
     monkeypatch.setattr(compare, "CELLS", {"T": (["mask"], [SUITE], [2], 1, 1, [""])})
     monkeypatch.setattr(compare, "stage", lambda program, config, words=(), **given: stage(

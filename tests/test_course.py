@@ -54,7 +54,9 @@ def test_functions_pass_one_by_one(a, tmp_path):
 
 
 @pytest.mark.parametrize("a", ASSIGNMENTS, ids=name_of)
-def test_what_mistakes_change_stands_there_once(a):
+def test_the_reference_passes_and_what_mistakes_change_stands_there_once(a):
+    found = mutate.grade(ROOT, a.tests)["functions"]
+    assert all(found[key]["points"] for key in a.keys), found
     for key, changes in mutate.mutants(a).items():
         code = make.segment(Path(ROOT, key.split(":")[0]).read_text(), key.split(":")[1])
         assert all(code.count(old) == 1 for old, _ in changes), key

@@ -1,5 +1,4 @@
-"""The scripted demonstrators on the real simulator: they succeed and stay successful, repeat
-exactly, keep to [-1, 1]."""
+"""Scripted demonstrators on the real simulator: they succeed, repeat exactly, keep to [-1, 1]."""
 
 import pickle
 from functools import partial
@@ -21,8 +20,7 @@ STAND_STILL = np.array([0, 0, 0, 0, 0, 0, -1.0])
 
 
 def demonstrate(sim, seed, noise=0.0):
-    """One demonstration -> actions (T, A) executed, states (T, S) after them, success after a
-    further half second."""
+    """-> actions (T, A) executed, states (T, S) after them, success half a second later."""
     actor = pickle.loads(pickle.dumps(partial(Demonstrator, noise=noise)))(sim)
     actor.reset(sim, {"seed": seed})
     sim.reset(seed=seed)

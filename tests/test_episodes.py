@@ -14,10 +14,6 @@ from core.episodes import HELD_OUT, Episodes, assemble, split_assembled, write_e
 from core.files import one_line
 
 
-class Killed(BaseException):
-    pass
-
-
 @pytest.mark.parametrize("owner, name, count, split", [
     (os, "replace", 2, False), (os, "remove", 1, False), (os, "replace", 1, True),
     (shutil, "rmtree", 1, True)], ids=["second episode", "before the old file goes",
@@ -31,7 +27,7 @@ def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monk
     def kill(*arguments):
         calls.append(arguments)
         if len(calls) == count:
-            raise Killed
+            raise KeyboardInterrupt
         return real(*arguments)
 
     def join_again():
@@ -41,7 +37,7 @@ def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monk
 
     if split:
         split_assembled(path, path.with_suffix(""))
-    with monkeypatch.context() as patch, pytest.raises(Killed):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(owner, name, kill)
         join_again()
     join_again()
@@ -86,8 +82,7 @@ def test_what_is_broken_or_lacks_something_is_one_line_and_stays(copied, task, r
 
 
 def test_gather_is_the_file(videos, data, data_file, task, tmp_path, refused):
-    """Rows in any shape, ends repeated; pictures are not read before they are asked for; training
-    and validation are disjoint."""
+    """Rows in any shape, ends repeated; pictures stay on disk; none is held out and trained on."""
     last, held_out = videos.length - 1, Episodes(data, SUITE, [task], 2, split="valid")
     episode, t = np.array([[0, 1], [1, 0]]), np.array([[5, -3], [10_000, 0]])
     with h5py.File(data_file) as f:

@@ -1,5 +1,4 @@
-"""official.py: a file as LIBERO publishes them becomes one of ours; what is wrong with it is one
-line."""
+"""official.py: a file as LIBERO publishes them becomes ours; what is wrong with it is one line."""
 
 import json
 import shutil
@@ -174,8 +173,7 @@ def test_a_row_flip_turns_robosuites_observation_upright():
 
 
 def test_what_cannot_be_used_is_left_out_by_name(copied, played, again, capfd):
-    """A replay that strays, one row, actions or states that are none; pictures that are upright
-    already stay so."""
+    """A replay that strays, one row, no numbers; pictures that are upright already stay so."""
     source, ours = copied
     ours.unlink()
     with h5py.File(source, "a") as f:

@@ -1,12 +1,12 @@
 """rollout.py: what is a success, every scene once, films, results that nothing overwrites."""
 
 import json
+from unittest.mock import Mock, call
 
 import numpy as np
 import pytest
 
 from conftest import SUITE
-
 import rollout
 import sims
 from core import training
@@ -17,64 +17,39 @@ WORKER = ["--workers", "1", "--device", "cpu"]
 config = lambda *flags: parse(rollout.Config, "", [*WORKER, *flags])
 
 
-class Scripted:
+def scripted(*successes):
     """Stands in for a simulator: success at the given steps."""
-
-    def __init__(self, *successes):
-        self.successes, self.calls = successes, []
-
-    def reset(self, **scene):
-        self.calls.append(scene)
-
-    def step(self, action, observe=True):
-        self.calls.append("step")
-        return None, self.successes[self.calls.count("step") - 1]
+    return Mock(successes=successes, step=Mock(side_effect=[(None, x) for x in successes]))
 
 
-class Still:
+def still(patient=False):
     """An actor that does nothing; `patient`: it ends at its fourth step, not at success."""
-
-    def __init__(self, patient=False):
-        self.patient = patient
-
-    def reset(self, sim, scene):
-        self.steps = 0
-        sim.calls.append(("actor", scene))
-
-    def __call__(self, sim):
-        self.steps += 1
-
-    def finished(self, success):
-        return self.steps == 4 if self.patient else success
-
-    def limit(self, sim):
-        return len(sim.successes)
-
-    def draw(self, sim):
-        return self.steps
+    actor = Mock(reset=lambda sim, scene: sim.begin(scene), limit=lambda sim: len(sim.successes),
+                 draw=lambda sim: actor.call_count)
+    actor.finished = lambda success: actor.call_count == 4 if patient else success
+    return actor
 
 
 def test_an_episode():
     """An actor ends it; success at the end and at any step, however it ends.  The actor is reset
     before the scene, so it may use the simulator; every fourth step is drawn for a film."""
-    play = lambda actor, *successes: rollout.play(Scripted(*successes), actor, {"init": 3})
-    assert play(Still(), False, False, True, False) == (True, True, 3, [])
-    assert play(Still(), False, False, False, False) == (False, False, 4, [])
-    assert play(Still(), False, False, False, True) == (True, True, 4, [])
-    assert play(Still(patient=True), False, True, True, False, True) == (False, True, 4, [])
-    assert play(Still(patient=True), False, False, True, True, False) == (True, True, 4, [])
-    sim, scene = Scripted(*[False] * 9), {"seed": 5}
-    assert rollout.play(sim, Still(), scene, film=True) == (False, False, 9, [1, 5, 9])
-    assert sim.calls[:3] == [("actor", scene), scene, "step"]
+    play = lambda actor, *successes: rollout.play(scripted(*successes), actor, {"init": 3})
+    assert play(still(), False, False, True, False) == (True, True, 3, [])
+    assert play(still(), False, False, False, False) == (False, False, 4, [])
+    assert play(still(), False, False, False, True) == (True, True, 4, [])
+    assert play(still(patient=True), False, True, True, False, True) == (False, True, 4, [])
+    assert play(still(patient=True), False, False, True, True, False) == (True, True, 4, [])
+    sim, scene = scripted(*[False] * 9), {"seed": 5}
+    assert rollout.play(sim, still(), scene, film=True) == (False, False, 9, [1, 5, 9])
+    assert sim.mock_calls[:2] == [call.begin(scene), call.reset(**scene)]
 
 
-def test_scenes(refused):
+def test_scenes():
     """Test scenes are bundled or evaluation ones, development scenes have seeds of their own."""
     scenes = lambda *flags: rollout.scenes_of(config("--episodes", "2", *flags))
     assert scenes() == [{"init": 0}, {"init": 1}]
     assert scenes("--scenes", "development")[0] == {"seed": sims.DEVELOPMENT}
     assert scenes("--scenes", "70") == [{"seed": 70}, {"seed": 71}]
-    refused(lambda: scenes("--scenes", "new"), "development")
 
 
 @pytest.mark.parametrize("tasks, workers", [(1, 1), (1, 3), (2, 2), (5, 2)])
@@ -118,8 +93,7 @@ def test_crash_is_an_error(executor_path, task, sim, monkeypatch):
 
 
 def test_episodes_are_the_same_whatever_was_played_before(executor_path, sim, monkeypatch):
-    """Each scene starts from nothing: no action, look or picture of the last episode; a film shows
-    plan and wrist beside what happens."""
+    """Each scene starts from nothing; a film shows plan and wrist beside what happens."""
     policy, step, actions, taken = Policy(load_executor(executor_path)), sim.step, {}, []
     monkeypatch.setattr(sim, "horizon", 6)
     monkeypatch.setattr(sim, "step", lambda *a, **more: taken.append(a) or step(*a, **more))
@@ -169,32 +143,3 @@ def test_no_result_overwrites_another(about, tmp_path, refused):
     path().write_text(json.dumps({"config": about["config"] | {"seconds": {}, "device": "cuda"}}))
     path().write_text(json.dumps({"config": about["config"] | {"lr": 0.5}}))    # measured again
     refused(path, "another configuration")
-
-
-@pytest.mark.slow
-def test_a_real_evaluation(executor_path, tmp_path, task, capsys):
-    """One scene in a process of its own -> result and film; again it gives the same."""
-    argv = [str(executor_path), *WORKER, "--episodes", "1", "--results", str(tmp_path)]
-    rollout.main(argv)
-    path, = tmp_path.glob("*.json")
-    first = json.loads(path.read_text())
-    assert list(first["tasks"]) == [task] and first["episodes"] == 1
-    films = executor_path.with_name(executor_path.stem + "_films")
-    assert sorted(p.suffix for p in films.iterdir()) == [".mp4", ".png"]
-    rollout.main(argv)
-    assert json.loads(path.read_text())["outcomes"] == first["outcomes"]
-
-
-def test_bad_input_is_one_line(executor_path, mask_path, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(rollout, "evaluate", None)      # nothing starts
-    cut = tmp_path / "cut.pt"
-    cut.write_bytes(executor_path.read_bytes()[:1000])
-    for argv, *words in (
-            ([], "no checkpoint", "demonstrator"), ([mask_path], "mask", "executor"),
-            ([tmp_path / "no.pt"], "no.pt", "python executor.py"), ([cut], "cut.pt", "damaged"),
-            ([executor_path, "--tasks", "1"], "was not trained on"),
-            ([executor_path, "--tasks", "77"], "77"), ([executor_path] * 2, "two of", "--results"),
-            ([executor_path, "--episodes", "51"], "50 test scenes"),
-            *((["demonstrator", "--unseen", "layout", "--suite", suite], suite)
-              for suite in ("libero_90", "mt10", "libero_spatial_ur5e"))):
-        refused(lambda: rollout.main([*WORKER, *map(str, argv)]), *words)

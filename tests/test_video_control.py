@@ -5,13 +5,13 @@ import pytest
 import torch
 from scipy.spatial.transform import Rotation
 
-from conftest import EXECUTOR, SIZE, SUITE, simulator, tensors, without_gradient
+from conftest import EXECUTOR, SIZE, simulator, tensors, without_gradient
 import executor
 import rollout
 import video_planner
 from sims.camera import project
 from video_control import avdc, flow, unipi
-from video_control.motion import fit_motion, grasp_point, infer_motions, subgoals
+from video_control.motion import fit_motion
 from video_planner import FRAMES
 
 # eye, axes, focal length
@@ -42,24 +42,6 @@ def test_motion_is_recovered_from_noise_and_outliers():
     points, places, rng = scene(0.01, 50)
     found, t, _ = fit_motion(points, places + rng.normal(0, 1 / 96, places.shape), VIEW, 1 / 96)
     assert np.linalg.norm(points @ found.T + t - points, axis=1).max() < 0.1
-
-
-def test_integration_follows_the_object_and_loses_covered_points():
-    points, places, _ = scene(0.1, 200)
-    world = [points]
-    for _ in range(3):
-        world.append(world[-1] @ R.T + T)
-    exact = [project(w, *VIEW)[0] for w in world]
-
-    def correspond(k, here, kept):
-        there = exact[k + 1][kept].copy()
-        there[kept < 60 * (k == 1)] = 0.5         # a hand covers some in the second step
-        return there
-
-    middle = np.array([[0, 0, 0], [1, 0, 0], [0, 1, 0], [0.2, 0.2, 0], [9, 9, 9]])
-    assert grasp_point(middle).tolist() == [0.2, 0.2, 0], "the medoid"
-    found = subgoals(grasp_point(points), infer_motions(places, points, correspond, VIEW, 3, 1e-4))
-    assert np.allclose(found, subgoals(grasp_point(points), [(R, T)] * 3), atol=1e-3)
 
 
 def test_network_learns_a_shift():
@@ -149,12 +131,6 @@ def test_true_and_imagined_videos_are_evaluated(tmp_path):
                "--workers", "1", "--results", str(tmp_path)])
     names = sorted(path.name.split("_")[1] for path in tmp_path.glob("*.json"))
     assert names == ["flow-generated", "flow-oracle", "flow-true"]
-
-
-def test_avdc_refuses_what_it_cannot_do(refused, tmp_path):
-    for says, *words in (["oracle"], ["video_control.flow", "true"], ["video_planner.py", "no.pt"],
-                         ["Meta-World", "oracle", "--suite", SUITE]):
-        refused(lambda: avdc.main([*words, "--out", str(tmp_path)]), says)
 
 
 def test_pictures_to_reach_lie_ahead_and_done_is_near(untrained, video_path, videos, monkeypatch):

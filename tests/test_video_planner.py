@@ -26,21 +26,6 @@ def observation(B=2, size=SIZE):
     return {"clip": clip, "frames": clip[:, :1], "goal": clip[:, 3], "text": torch.randn(B, 384)}
 
 
-def test_schedule_weights_and_sampling_a_gaussian_with_its_exact_denoiser():
-    alpha_bar, mu, s = vp.cosine_schedule(100), 0.4, 0.5
-    assert alpha_bar.shape == (100,) and (alpha_bar[1:] < alpha_bar[:-1]).all()
-    assert alpha_bar[0] > 0.999 and alpha_bar[-1] < 1e-4
-    weight = vp.loss_weight(torch.tensor([0.0, 0.5, 0.9]))      # signal to noise 0, 1 and 9
-    assert torch.allclose(weight, torch.tensor([1.0, 2, 5]))
-    torch.manual_seed(0)
-    x = torch.randn(20000)
-    for t in range(99, -1, -1):
-        a, before = alpha_bar[t], alpha_bar[t - 1] if t else torch.ones(())
-        x0 = mu + a.sqrt() * s ** 2 / (a * s ** 2 + 1 - a) * (x - a.sqrt() * mu)    # E[x0 | x]
-        x = vp.ddim_step(x, x0, a, before)
-    assert abs(x.mean() - mu) < 0.02 and abs(x.std() - s) < 0.02
-
-
 @pytest.mark.parametrize("downsample", [1, 2])
 def test_starts_as_an_image_network(downsample):
     """Dirac in time: at first a picture does not depend on the others of its clip."""
@@ -79,14 +64,9 @@ def test_loss_is_the_weighted_error_of_the_clean_clip():
     assert torch.allclose(loss, sum(errors) / 2) and abs(parts["plain"] - x0.square().mean()) < 1e-4
 
 
-def test_clips_have_one_range_and_are_clipped_not_wrapped():
-    obs = observation()
-    white, clip = {k: torch.full_like(v, 255) for k, v in obs.items()}, to_unit(obs["clip"])
+def test_clips_have_one_range_and_at_first_nothing_changes():
+    white = {k: torch.full_like(v, 255) for k, v in observation().items()}
     assert small().condition(white)[0].eq(1).all() and to_unit(0 * white["goal"]).eq(-1).all()
-    x = torch.tensor([-3.0, -1, 0, 1, 3]).view(1, 5, 1).expand(3, 5, 1)
-    assert vp.to_bytes(x)[:, 0, 0].tolist() == [0, 0, 128, 255, 255]
-    residual = to_residual(clip[:, 1:], clip[:, 0])
-    assert torch.allclose(vp.from_residual(residual, clip[:, 0]), clip[:, 1:], atol=1e-6)
     planner, obs = small("--guidance", "1").eval(), observation()
     still = planner.imagine(obs)        # untrained it imagines that nothing changes
     assert torch.equal(still, obs["clip"][:, :1].expand_as(still))
