@@ -89,15 +89,19 @@ def main_rows(folder):
 
 
 def overview(folder):
-    """A row per plan, preset and demonstrations, a column per suite but AVDC's (cameras differ)."""
-    found, suites = {}, []
-    for r in (r for r in main_rows(folder) if r["suite"] != "avdc"):
-        suites += [r["suite"]] * (r["suite"] not in suites)
+    """A row per suite, preset and number of demonstrations; columns: demonstrator, the plans."""
+    found, plans, scripted = {}, [], {}
+    for r in main_rows(folder):
         seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
-        row = found.setdefault((r["plan"], r["preset"], r["action_demos"]), {})
-        row.setdefault(r["suite"], f"{100 * r['rate']:.1f} ({seeds}{r['between']})")
-    return table(" | ".join(["plan", "preset", "action demos", *suites]), [
-        (*key, *(row.get(suite, "") for suite in suites)) for key, row in found.items()])
+        text = f"{100 * r['rate']:.1f} ({seeds}{r['between']})"
+        if r["action_demos"]:
+            plans += [r["plan"]] * (r["plan"] not in plans)
+            found.setdefault((r["suite"], r["preset"], r["action_demos"]), {})[r["plan"]] = text
+        elif r["plan"] == "demonstrator":
+            scripted[r["suite"]] = text
+    return table(" | ".join(["suite", "preset", "action demos", "demonstrator", *plans]), [
+        (*key, scripted.get(key[0], ""), *(row.get(plan, "") for plan in plans))
+        for key, row in found.items()])
 
 
 def evaluations(folder):
