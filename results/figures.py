@@ -26,17 +26,12 @@ class Config(tables.Config):
     tasks: str = flag("0,4", "numbers or names of tasks, comma-separated; empty: all")
 
 
-def of_curve(folder):
-    """The rows of `tables.main_rows` that are of executors."""
-    return [r for r in tables.main_rows(folder) if r["action_demos"]]
-
-
 def curve(config, _):
     """Success on test scenes, a line per plan with 95 % intervals, a panel per suite."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt
-    if not (rows := of_curve(config.results)):
+    if not (rows := tables.main_rows(config.results)):
         fail(f"no success rates in {config.results}/: python rollout.py <checkpoint> makes one")
     suites, plans = (sorted({r[key] for r in rows}) for key in ("suite", "plan"))
     figure, axes = plt.subplots(1, len(suites), squeeze=False, sharey=True, layout="constrained",

@@ -138,7 +138,7 @@ def main(argv=None):
         film = (f"<video src='{inline(path.read_bytes(), 'video/mp4')}' controls></video>"
                 if room > 0 else "left out, for the page's size: ")
         films += f"<figure>{film}{path.parent.name}: {path.stem.replace('_', ' ')}</figure>"
-    curve = figures.of_curve(config.results) and Path(figures.curve(config, "")).read_bytes()
+    curve = tables.main_rows(config.results) and Path(figures.curve(config, "")).read_bytes()
     write(config.page, Template(PAGE).substitute(
         ABOUT=f"{suite}: {task.replace('_', ' ')}, held-out episode {config.episode}", CARDS=html,
         SUCCESS=f"<img alt='success' src='{inline(curve, 'image/png')}'>" if curve else "",

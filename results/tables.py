@@ -81,24 +81,21 @@ def table(head, rows):
 
 
 def main_rows(folder):
-    """The rows of `cells` of whole evaluations: of policies on the usual test scenes, of scripted
-    ones on any that are not for development."""
-    return [r for r in cells(folder) if not r["unseen"] and "_tasks" not in r["file"] and (
-        r["scenes"] == "test" and "_episodes" not in r["file"] if r["action_demos"] else
-        r["scenes"] != "development")]
+    """The rows of `cells` of whole evaluations of policies on the usual test scenes."""
+    return [r for r in cells(folder) if r["action_demos"] and r["scenes"] == "test"
+            and not r["unseen"] and "_tasks" not in r["file"] and "_episodes" not in r["file"]]
 
 
 def overview(folder):
     """A row per suite, preset and number of demonstrations; columns: demonstrator, the plans."""
-    found, plans, scripted = {}, [], {}
+    found, plans = {}, []
+    scripted = {r["suite"]: f"{100 * r['rate']:.1f} ({r['between']})" for r in cells(folder)
+                if r["plan"] == "demonstrator" and not re.search("_tasks|development", r["file"])}
     for r in main_rows(folder):
-        seeds = f"{r['seeds']} seeds: " if r["seeds"] > 1 else "one seed: " * bool(r["preset"])
-        text = f"{100 * r['rate']:.1f} ({seeds}{r['between']})"
-        if r["action_demos"]:
-            plans += [r["plan"]] * (r["plan"] not in plans)
-            found.setdefault((r["suite"], r["preset"], r["action_demos"]), {})[r["plan"]] = text
-        elif r["plan"] == "demonstrator":
-            scripted[r["suite"]] = text
+        seeds = f"{r['seeds']} seeds" if r["seeds"] > 1 else "one seed"
+        plans += [r["plan"]] * (r["plan"] not in plans)
+        row = found.setdefault((r["suite"], r["preset"], r["action_demos"]), {})
+        row[r["plan"]] = f"{100 * r['rate']:.1f} ({seeds}: {r['between']})"
     return table(" | ".join(["suite", "preset", "action demos", "demonstrator", *plans]), [
         (*key, scripted.get(key[0], ""), *(row.get(plan, "") for plan in plans))
         for key, row in found.items()])
