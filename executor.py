@@ -14,9 +14,9 @@ the state, E per sentence, H W pixels.
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 import torch
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from core import networks, training
 from core.episodes import look_times
-from core.files import fail
-from core.flags import TrainingConfig, as_dict, differences, flag, from_dict, parse, suites
+from core.files import fail, mapped_array
+from core.flags import TrainingConfig, differences, flag, from_dict, parse, suites
 from core.planners import build, load_planner, untrained
 
 # differs: the hand's pose and the fingers, for every plan; ATM gives joint angles and fingers
@@ -168,14 +168,14 @@ class Executor(nn.Module):
         batch, moved = shifted(batch, self.training)
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)
         kept = batch["moved"].flatten(0, 1) if "moved" in batch else moved
+        far = lambda name: moved if name in self.encoders else kept
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
         text = self.text(batch["text"]).flatten(0, 1)                   # (B T, D)
         tokens = [torch.stack([self.cls.expand_as(state), state, text], 1)]     # (B T, 3, D)
-        tokens += [embed(sets[k], moved if k in self.encoders else kept)
-                   for k, embed in self.embed.items()]
+        tokens += [embed(sets[k], far(k)) for k, embed in self.embed.items()]
         cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)
-        late = [cls[:, :0], *(pool(sets[k]) for k, pool in self.late.items())]
+        late = [cls[:, :0], *(pool(sets[k], far(k)) for k, pool in self.late.items())]
         return cls.unflatten(0, (B, T)), torch.cat(late, -1).unflatten(0, (B, T))
 
     def act(self, cls, late, state, waypoint=None):
@@ -271,25 +271,29 @@ class ActionData:
     @torch.no_grad()
     def compute(self):
         """The frozen planner's sets of all frames, for each of DRAWS goals, the pictures shifted as
-        an encoder's are, but for the first -> {name: (DRAWS, frames, n, width) float16}, how far
-        they have moved (DRAWS, frames, 3, 2)."""
+        an encoder's are, but for the first -> {name: (DRAWS, frames, n, width) float16, a file of
+        the system's folder for temporary ones}, how far they have moved (DRAWS, frames, 3, 2)."""
         device, kept, N = next(self.executor.parameters()).device, {}, len(self.demos)
-        parts, moved = np.array_split(np.arange(N), -(-N // 64)), np.zeros((DRAWS, N, 3, 2), "f4")
-        torch.manual_seed(self.c.seed)
+        moved = np.zeros((DRAWS, N, 3, 2), "f4")
+        parts = [(episode, part)
+                 for episode, rows in enumerate(np.split(np.arange(N), self.demos.start[1:-1]))
+                 for part in np.array_split(rows, -(-len(rows) // 64))]
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
-            for part in tqdm(parts, desc=f"plans, {DRAWS} per frame", mininterval=5):
-                for draw in range(DRAWS):
-                    obs = training.tensors(self.obs(part, np.full_like(part, draw)), self.executor)
-                    obs, far = shifted(obs, draw > 0)
-                    moved[draw, part] = far.cpu()
-                    obs["moved"] = far
-                    for name, x in self.planner.plan(obs, self.executor.form).items():
-                        if name not in self.executor.scale:
-                            continue
-                        if name not in kept:
-                            kept[name] = np.memmap(TemporaryFile(), np.float16,
-                                                   shape=(DRAWS, N, *x.shape[1:]))
-                        kept[name][draw, part] = x.half().cpu().numpy()
+            for (episode, part), draw in tqdm([*product(parts, range(DRAWS))], "plans"):
+                torch.manual_seed((self.c.seed << 32) + DRAWS * episode + draw)
+                # the looks of a window (B, T) have one shift; where all have one look, each its own
+                row = part[None] if self.c.history > 1 else part[:, None]
+                obs = training.tensors(self.obs(row, np.full_like(row, draw)), self.executor)
+                obs, far = shifted(obs, draw > 0)
+                obs = {k: x.flatten(0, 1) for k, x in obs.items()}
+                obs["moved"] = far.expand(len(part), -1, -1)
+                moved[draw, part] = obs["moved"].cpu()
+                for name, x in self.planner.plan(obs, self.executor.form).items():
+                    if name not in self.executor.scale:
+                        continue
+                    if name not in kept:
+                        kept[name] = mapped_array((DRAWS, N, *x.shape[1:]))
+                    kept[name][draw, part] = x.half().cpu().numpy()
         return kept, moved
 
     def __call__(self, step):
@@ -399,7 +403,7 @@ def prepare(config, Kind=Executor):
     if planner.history > 1 and planner.stride % (execute := min(c.execute, c.chunk)):
         fail(f"the planner's frames are {planner.stride} steps apart, no multiple of the {execute} "
              "steps between looks: give another --chunk")
-    of = as_dict(planner.config) if trained else {}
+    of = asdict(planner.config) if trained else {}
     known = suites(planner.config) if "suite" in of else {}
     c.suite = c.suite or (*known, "libero_spatial")[0]
     if known and c.suite not in known:
@@ -408,6 +412,8 @@ def prepare(config, Kind=Executor):
     c.size = of.get("size", c.size)
     demos, videos = load_demos(c, c.tasks or of.get("tasks", "") * (c.suite in known))
     c.env, c.task_names, c.render = videos.env, tuple(videos.tasks), videos.render
+    if c.suite != c.env:    # tabled in the suite that it was made from, as mask_sam
+        c.plan += "_" + c.suite.removeprefix(c.env).lstrip("_")
     c.E, c.A = videos.text.shape[1], demos.arrays["actions"][0].shape[1]
     c.goals = 0 if videos.goal_varies else c.goals
     c.seconds = {"data": round(videos.seconds), "planner": training.last_seconds(c.planner)}
@@ -416,7 +422,7 @@ def prepare(config, Kind=Executor):
         planner = planner(planner.Config(size=c.size, E=c.E, width=c.width, blocks=c.blocks,
                                          channels=c.channels))
     c.form, c.kind = c.form or planner.forms[0], planner.kind
-    c.planner_config = as_dict(planner.config)
+    c.planner_config = asdict(planner.config)
     executor = Kind(c, planner).to(c.device)
     executor.texts.copy_(torch.as_tensor(videos.text))
     for k in range(len(c.task_names) if c.goals else 0):

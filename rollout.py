@@ -16,7 +16,7 @@ import platform
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -27,7 +27,7 @@ import sims
 from core import training
 from core.draw import write_film
 from core.files import check_folder, code, fail, write
-from core.flags import FREE, as_dict, differences, flag, parse
+from core.flags import FREE, differences, flag, parse
 from demos.record import Demonstrator, run_jobs, shares
 from executor import Executor, Policy, load_executor
 
@@ -105,7 +105,7 @@ def evaluate(make_actor, config, about, log, tasks, size, render, folder):
     -> {task: [(scene, success at the end, at any step, steps), ...]}, scenes in order; seconds."""
     begin, scenes, found = time.time(), scenes_of(config), {task: [] for task in tasks}
     # what the outcomes depend on is the log's first row
-    rows = [[about, code(), {k: v for k, v in as_dict(config).items() if k not in FREE}]]
+    rows = [[about, code(), {k: v for k, v in asdict(config).items() if k not in FREE}]]
     if training.read_log(log)[:1] == json.loads(json.dumps(rows)):
         rows = training.read_log(log)
     for task, outcome, seconds in rows[1:]:
@@ -176,7 +176,7 @@ def report(config, about, found, seconds):
         "scenes": config.scenes, "unseen": config.unseen or None, "counts": counts,
         "success": k, "episodes": n, "interval": [round(low, 4), round(high, 4)], "tasks": tasks,
         "outcomes": [[task, *map(int, row)] for task, rows in found.items() for row in rows],
-        "evaluation": as_dict(config) | {"suite": about["suite"]},
+        "evaluation": asdict(config) | {"suite": about["suite"]},
         "code": "+".join(sorted({code(), *about.get("code", ())})),
         "command": " ".join(["python", *sys.orig_argv[1:]]), "commit": commit(),
         "versions": sims.versions(),

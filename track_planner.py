@@ -23,7 +23,6 @@ import torch.nn.functional as F
 
 from core import networks, training
 from core.draw import caption, draw_tracks
-from core.files import fail
 from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 
@@ -145,9 +144,6 @@ class TrackPlanner(nn.Module):
         # ATM: a linear embedding of patches (the paper preset, blocks ()).  differs: at the laptop
         # preset a small ResNet of the same stride, by which what points show is learned sooner
         self.encoder = networks.ImageEncoder(D, config.blocks, config.channels)
-        if config.size % SIDE:
-            fail(f"--size {config.size} is not divisible by {SIDE}, the side of a patch: choose a "
-                 "multiple")
         self.side = config.size // SIDE  # the feature map is side x side
         self.track = nn.Linear(2 * PATCH, D)
         order = torch.arange(STEPS // PATCH).float()  # of the patches

@@ -22,7 +22,6 @@ import torch.nn.functional as F
 
 from core import networks, training
 from core.draw import caption
-from core.files import fail
 from core.flags import PlannerConfig, flag, parse
 from core.planners import load_planner
 
@@ -257,9 +256,6 @@ class VideoPlanner(nn.Module):
         super().__init__()
         c, self.config, self.size = config, config, config.size
         cell = c.downsample * 2 ** (len(c.channel_multipliers) - 1)
-        if c.size % cell:
-            fail(f"--size {c.size} is not divisible by {cell}, the side of one cell of the "
-                 "U-Net's bottleneck: choose a multiple")
         self.net = VideoUNet(c, 3, c.E) if c.goal == "language" else VideoUNet(c, 6, 0)
         self.side, side = c.size // cell, c.size // c.downsample
         self.small = FRAMES, 3, side, side      # shape of what is diffused

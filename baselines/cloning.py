@@ -10,7 +10,7 @@ These planners have no stage 1; those with an encoder are not `frozen`: the exec
 Sizes: B batch, n tokens per picture, D width, E per sentence, H W pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn as nn
@@ -20,7 +20,7 @@ from torchvision.transforms.v2.functional import normalize
 from core import networks, training
 from core.episodes import CAMERAS
 from core.files import fail
-from core.flags import as_dict, flag, parse
+from core.flags import flag, parse
 
 
 @dataclass
@@ -163,7 +163,7 @@ def main(argv=None):
     planner = R3MCloning(config)
     for encoder in (planner.encoder, planner.wrist):
         encoder.convnet.load_state_dict(weights)
-    training.save(config.out, kind=planner.kind, config=as_dict(config),
+    training.save(config.out, kind=planner.kind, config=asdict(config),
                   model=planner.state_dict(), ema=None, version=training.VERSION)
     print(f"next: python executor.py --planner {config.out} --suite <suite>")
 

@@ -4,7 +4,8 @@
     python executor.py --planner none --suite libero_spatial_vpt2 --action-demos 20
 
 An inverse dynamics model, which sees what comes after, learns from the few action demonstrations
-and labels all videos. The labelled suite is rolled out and tabled as its parent.
+and labels all videos. The labelled suite is rolled out and tabled in its parent, as none_vpt2.
+differs: the clone's task is the goal picture, unless --planner none-language; ATM's: the sentence.
 
 Sizes: B batch, V cameras, K pictures that the model sees, T frames, n tokens per picture, D width,
 A action and S state numbers, H W pixels.

@@ -105,14 +105,6 @@ def open_data(path):
     return f
 
 
-def source_of(path):
-    """What a data file's episodes are: scripted, official or video; "" if there is no file."""
-    if not path.exists():
-        return ""
-    with open_data(path) as f:
-        return f["data"].attrs["source"]
-
-
 def mapped(dataset, whole):
     """A dataset as an array: what lies contiguous in the file is a view of `whole`, the file mapped
     into memory as bytes (one map per file: the kernel limits their number); the rest is read."""

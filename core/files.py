@@ -10,6 +10,9 @@ import hashlib
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryFile, gettempdir
+
+import numpy as np
 
 # what the operating system refuses -> the way out
 WAYS_OUT = {
@@ -133,3 +136,11 @@ def write(path, content):
                 os.remove(path + ".tmp")
             raise
         os.replace(path + ".tmp", path)
+
+
+def mapped_array(shape):
+    """An array (float16) whose numbers are on disk, in a file that ends with it."""
+    with one_line(gettempdir()), TemporaryFile() as file:
+        # at once: a disk that is full later would kill the process that writes there
+        os.posix_fallocate(file.fileno(), 0, 2 * int(np.prod(shape)))
+        return np.memmap(file, np.float16, shape=shape)

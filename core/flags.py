@@ -14,7 +14,6 @@ import hashlib
 import os
 import sys
 import typing
-from pathlib import Path
 
 import torch
 
@@ -76,21 +75,14 @@ def flags_of(Config):
     return [f for f in dataclasses.fields(Config) if "help" in f.metadata]
 
 
-def cpu_flags():
-    """What the CPU can do, as Linux names it; elsewhere nothing."""
-    info = Path("/proc/cpuinfo")
-    text = info.read_text() if info.exists() else ""
-    return text.partition("\nflags")[2].partition("\n")[0].split()
-
-
 def fast_products():
     """fp32 matrix products on the CPU by oneDNN: MKL, torch's own choice, leaves half of the width
     of an AMD core idle (103 instead of 250 billion operations a second).  torch asks oneDNN only if
     products may be rounded to bf16 first; a CPU without AMX does not round (a sum of 384 is 1e-4
     off, with MKL 5e-5), one with AMX would, and is left alone."""
-    products = getattr(torch.backends.mkldnn, "matmul", None)       # of torch 2.9 and later
-    if products and "avx512f" in cpu_flags() and "amx_bf16" not in cpu_flags():
-        products.fp32_precision = "bf16"
+    cpu = torch.cpu.get_capabilities()
+    if cpu.get("avx512_f") and not cpu.get("amx_bf16"):
+        torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -147,10 +139,13 @@ def parse(Config, description, argv=None):
         config.device = config.device or usual
         if config.device.partition(":")[0] not in ("cpu", usual):
             fail(f"--device {config.device}: this machine has {usual}")
+        if config.device == "cuda":     # of several processes each has its own
+            config.device += f":{os.environ.get('LOCAL_RANK', 0)}"
         if getattr(config, "bf16", True) is None:
             # a gain on a GPU with bf16, and on a CPU with products of it
+            cpu = torch.cpu.get_capabilities()
             config.bf16 = (torch.cuda.is_bf16_supported() if config.device != "cpu" else
-                           bool({"avx512_bf16", "amx_bf16"} & {*cpu_flags()}))
+                           any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
         fast_products()     # here: what is computed before training is then the same after a kill
     return config
 
@@ -161,6 +156,8 @@ def check_value(config, field):
     word = "--" + name.replace("_", "-")
     if isinstance(value, int | float) and not low <= value <= high:
         fail(f"{word} {value}: must be at least {low} and at most {high}")
+    if name == "size" and (value or 0) % 16:
+        fail(f"{word} {value}: must be a multiple of 16, by which every planner can divide it")
     if isinstance(value, str):
         setattr(config, name, value := os.path.expanduser(value))
         if not value and field.default:
@@ -174,11 +171,6 @@ def check_value(config, field):
     if name == "tasks" and value:
         tasks = [w.strip().lstrip("0") or "0" for w in value.split(",") if w.strip()]
         config.tasks = ",".join(tasks) or fail(f"{word} {value}: it names no task")
-
-
-def as_dict(config):
-    """Config -> plain dict, for checkpoints."""
-    return dataclasses.asdict(config)
 
 
 def from_dict(Config, values):

@@ -209,6 +209,12 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.std
 
 
+def places_before(places, moved):
+    """places (n, 3): view, x, y of a set's tokens; moved (B, 3, 2): how far the picture of each
+    view was shifted, in widths -> their x, y in the pictures as they were (B, n, 2)."""
+    return places[:, 1:] - moved[:, places[:, 0].long()]
+
+
 class Embed(nn.Module):
     """A token set -> tokens of the executor's width that hold their place and view.  No norm per
     token: it would erase how far a tracked point goes."""
@@ -220,12 +226,10 @@ class Embed(nn.Module):
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, x, moved):
-        """x (B, n, width); moved (B, 3, 2): how far the picture of each view was shifted, in
-        widths; a token's place is that in the picture as it was -> (B, n, D)."""
-        view = self.places[:, 0].long()
-        xy = self.places[:, 1:] - moved[:, view]                        # (B, n, 2)
+        """x (B, n, width), moved (B, 3, 2) as for places_before -> (B, n, D)."""
+        xy = places_before(self.places, moved)                          # (B, n, 2)
         place = sincos(16 * xy, self.view.shape[1])                     # (B, n, D)
-        return self.linear(x) + place + self.view[view]
+        return self.linear(x) + place + self.view[self.places[:, 0].long()]
 
 
 class SpatialSoftmaxPool(nn.Module):
@@ -237,14 +241,15 @@ class SpatialSoftmaxPool(nn.Module):
         self.points = nn.Linear(width, points) if n > 1 else None   # one token is where it is
         self.thin = nn.Linear(width, max(8, D // n))
         self.out = nn.Linear(2 * points * (n > 1) + n * self.thin.out_features, D)
-        self.register_buffer("xy", 2 * places[:, 1:] - 1, persistent=False)
+        self.register_buffer("places", places, persistent=False)
 
-    def forward(self, x):
-        """x (B, n, width) -> (B, D)."""
+    def forward(self, x, moved):
+        """x (B, n, width), moved (B, 3, 2) as for places_before -> (B, D)."""
         parts = [self.thin(x).flatten(1)]                               # (B, n channels)
         if self.points:
             share = self.points(x).softmax(1)                           # (B, n, points)
-            parts.append((share.transpose(1, 2) @ self.xy.to(share.dtype)).flatten(1))
+            xy = 2 * places_before(self.places, moved) - 1              # (B, n, 2)
+            parts.append((share.transpose(1, 2) @ xy.to(share.dtype)).flatten(1))
         return self.out(torch.cat(parts, -1))
 
 

@@ -13,9 +13,9 @@ import math
 import os
 import pickle
 import resource
-import sys
 import time
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from core.draw import save_picture
 from core.episodes import Episodes
 from core.files import code, fail, one_line, write
-from core.flags import FREE, SAMPLING, as_dict, differences, flags_of, suites
+from core.flags import FREE, SAMPLING, differences, flags_of, suites
 
 VERSION = 3     # of the checkpoint's layout
 
@@ -82,7 +82,7 @@ def run_path(config, base):
     if path.exists() and not getattr(config, "show", False):
         # of these the data or the planner may decide
         given = {f.name for f in flags_of(config)} - {"objects", "form", "suite", "size"}
-        check_same(path, load(path)["config"], as_dict(config), given)
+        check_same(path, load(path)["config"], asdict(config), given)
     return path
 
 
@@ -100,7 +100,7 @@ def resume(model, config, path):
     if not os.path.exists(path):
         return {}
     content = load(path, kind=model.kind)
-    check_same(path, content["config"], new := as_dict(config), content["config"] | new)
+    check_same(path, content["config"], new := asdict(config), content["config"] | new)
     model.load_state_dict(content["model"])
     return content
 
@@ -138,7 +138,6 @@ def join_processes(config):
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     if not dist.is_initialized():       # once per process: a second group can race with the first
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
@@ -170,11 +169,6 @@ def tensors(batch, model):
     """A dict of arrays as tensors on the model's device."""
     device = next(model.parameters()).device
     return {k: torch.as_tensor(v, device=device) for k, v in batch.items()}
-
-
-def log_line(line):
-    tqdm.write(line)        # above the progress bar, not through it
-    sys.stdout.flush()
 
 
 def read_log(path):
@@ -216,7 +210,7 @@ class Log:
             self.warm, self.core = now, time.process_time()
         if done == self.first + 11 and left:
             pace = (now - self.warm) / 10
-            log_line(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
+            tqdm.write(f"{pace:.3g} s per step: about {pace * left / 60:.1f} minutes to go")
         if done % self.config.log_every and left:
             return
         line = {"step": done} | {k: float(np.mean([r[k] for r in self.rows])) for k in row}
@@ -227,7 +221,7 @@ class Log:
                  "gigabytes": peak_memory()}
         self.rows = []
         parts = (f"{k} {v:.4g}" for k, v in line.items() if k != "step")
-        log_line(f"step {done}  " + "  ".join(parts))
+        tqdm.write(f"step {done}  " + "  ".join(parts))
         self.lines.append(line)
         write(self.path, "".join(json.dumps(line) + "\n" for line in self.lines))
 
@@ -277,12 +271,12 @@ def fit(model, batches, config, path, picture=None, note=""):
         if average:
             average.load_state_dict(content["ema"])
     if rank == 0:
-        log_line(f"{model.kind} on {device}" + f" x {world}" * (world > 1)
+        tqdm.write(f"{model.kind} on {device}" + f" x {world}" * (world > 1)
                  + ", bf16" * bool(config.bf16) + f": {sum(p.numel() for p in parameters):,} "
                  f"trainable parameters, {config.steps} steps" + f", {note}" * bool(note)
                  + f" -> {path}")
         if done:
-            log_line(f"{path} is at step {done}: "
+            tqdm.write(f"{path} is at step {done}: "
                      + ("continuing" if done < config.steps else "finished, nothing to do"))
     log = Log(run + ".jsonl", done, config) if rank == 0 and done < config.steps else None
     # None: a bar on a terminal, none elsewhere
@@ -301,7 +295,7 @@ def fit(model, batches, config, path, picture=None, note=""):
         if log:
             log.step(done, row, world * len(next(iter(batch.values()))))
         if log and (done % config.save_every == 0 or done == config.steps):
-            save(path, kind=model.kind, config=as_dict(config), version=VERSION,
+            save(path, kind=model.kind, config=asdict(config), version=VERSION,
                  step=done, code=codes(model, content), model=model.state_dict(),
                  ema=average and average.state_dict(), optimizer=optimizer.state_dict())
             if picture:
@@ -323,7 +317,7 @@ def report(config, path, scores, picture):
     if dist.is_initialized() and dist.get_rank():
         return
     run = os.fspath(path).removesuffix(".pt")
-    name = run + differences(config, {*as_dict(config)} - SAMPLING)
+    name = run + differences(config, {*asdict(config)} - SAMPLING)
     print(scores)
     write(name + ".txt", scores + "\n")
     if config.show:

@@ -5,7 +5,7 @@ its function are run.
     python -m course.mutate --assignment 1
 
 Caught is what an assertion refuses, not what crashes.  Ends with exit code 1 if a mistake passes;
-a run of all assignments writes the table of course/README.md.
+a run of all assignments writes the table of course/mutants/README.md.
 """
 
 import contextlib
@@ -114,7 +114,7 @@ def main(argv=None):
                             f"{len(changes)} | {tests} |")
     print("\n".join(rows))
     if not config.assignment:
-        page = ROOT / "course/README.md"
+        page = ROOT / "course/mutants/README.md"
         write(page, re.sub("(?s)(?<=<!-- mutants -->\n).*(?=<!-- /mutants -->)",
                            "".join(row + "\n" for row in rows), page.read_text()))
     raise SystemExit(1 if alive else 0)

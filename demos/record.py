@@ -25,8 +25,8 @@ from tqdm import tqdm
 
 import sims
 from core import draw
-from core.episodes import (CAMERAS, HELD_OUT, Episodes, assemble, join, open_data, source_of,
-                           split_assembled, write_episode)
+from core.episodes import (CAMERAS, HELD_OUT, Episodes, assemble, join, open_data, split_assembled,
+                           write_episode)
 from core.files import alone, fail, one_line
 from core.flags import suites
 from demos.language import embed
@@ -264,7 +264,7 @@ def task_names(suite, chosen, data):
     there = [path.stem for path in sorted(folder.glob("*.hdf5"))]
     names = sims.choose_tasks(suite, chosen, known or there)
     poor = [name for name in names if known and not chosen and name in UNSOLVED
-            and source_of(folder / f"{name}.hdf5") != "official"]
+            and made_so_far(folder / f"{name}.hdf5")[1].get("source") != "official"]
     if poor:
         print(f"left out, as the demonstrator does not solve them: {', '.join(poor)}")
     return [name for name in names if name not in poor]

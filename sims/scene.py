@@ -14,10 +14,8 @@ INITS = 50  # test scenes per task
 
 
 def scene_seed(seed, init):
-    """The seed of a scene, given by it or by its number among the test scenes: both or neither is a
-    ValueError, a test scene that does not exist fails."""
-    if (seed is None) == (init is None):
-        raise ValueError("reset needs either seed or init")
+    """The seed of a scene, given by it or by its number among the test scenes; one that does not
+    exist fails."""
     if init is not None and not 0 <= init < INITS:
         fail(f"initial state {init} does not exist: choose 0 to {INITS - 1}")
     return EVALUATION + init if seed is None else seed

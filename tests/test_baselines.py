@@ -120,7 +120,7 @@ def test_a_labelled_suite(copied, task, tmp_path, refused):
     executor.main([*EXECUTOR, "--planner", "none", "--suite", f"{SUITE}_vpt1", "--data",
                    str(folder), "--out", str(tmp_path)])
     content = training.load(tmp_path / f"{SUITE}_vpt1" / "none_executor.pt")
-    assert content["config"]["env"] == SUITE
+    assert [content["config"][k] for k in ("env", "plan")] == [SUITE, "none_vpt1"], "tabled apart"
     refused(lambda: vpt.main(argv), "exists", "--data")
 
 

@@ -1,5 +1,6 @@
 """results/compare.py: each stage once, in order, continued, of one code; rows are what they say."""
 
+import dataclasses
 import importlib
 import json
 import shlex
@@ -14,7 +15,7 @@ import executor
 import rollout
 from core import training
 from core.files import code
-from core.flags import as_dict, parse
+from core.flags import parse
 from results import compare
 
 CELL = {"T": (["none", "mask", "none-frozen", "mask-early"], [SUITE], [2], 2, 1, [""])}
@@ -38,7 +39,8 @@ def commands(monkeypatch, tmp_path):
             path.write_text(json.dumps(result(code())))
         else:
             c = parse(importlib.import_module(words[1].removesuffix(".py")).Config, "", words[2:])
-            training.save(path.with_suffix(".pt"), step=c.steps, config=as_dict(c), code=[code()])
+            training.save(path.with_suffix(".pt"), step=c.steps, code=[code()],
+                          config=dataclasses.asdict(c))
         return SimpleNamespace(returncode=0)
     monkeypatch.setattr(compare.subprocess, "run", run)
     monkeypatch.setattr(compare.tables, "comparison", lambda *rest: ["the table"])

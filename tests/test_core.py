@@ -14,7 +14,7 @@ import torch.nn as nn
 
 from conftest import ROOT, equal
 from core import networks, training
-from core.flags import PlannerConfig, as_dict, fast_products, flag, flags_of, from_dict, parse
+from core.flags import PlannerConfig, fast_products, flag, flags_of, from_dict, parse
 
 
 @dataclasses.dataclass
@@ -156,7 +156,7 @@ def test_fit_overfits_one_batch(tmp_path, capsys):
     assert any("minutes to go" in line for line in lines)
     batch = {k: torch.as_tensor(v) for k, v in batch.items()}
     assert not model.training and model.loss(batch)[0] < 0.01
-    assert training.load(path, kind="toy")["config"] == as_dict(model.config)
+    assert training.load(path, kind="toy")["config"] == dataclasses.asdict(model.config)
     assert pictures == [False] and (tmp_path / "run.png").exists()
     rows = training.read_log(tmp_path / "run.jsonl")
     assert [row["step"] for row in rows] == list(range(4, 301, 4))
@@ -286,7 +286,7 @@ def test_preset_fills_what_is_not_given(capfd, monkeypatch, refused):
     config = parse(Config, "", ["a.pt", "b.pt", "--width", "3", "--bf16", "--lr", "0.5"])
     assert (config.width, config.bf16, config.files, config.lr) == (3, True, ("a.pt", "b.pt"), 0.5)
     refused(lambda: parse(Config, "", ["--sizes", "3"]), "--sizes")     # only presets set it
-    assert from_dict(Config, as_dict(config)) == config
+    assert from_dict(Config, dataclasses.asdict(config)) == config
     refused(lambda: from_dict(Config, {"lr": 0.1, "horizon": 5}), "horizon")
 
 

@@ -44,6 +44,16 @@ def test_a_kill_while_joining_or_splitting_loses_nothing(copied, data_file, monk
     assert everything(path, skip=()) == everything(data_file, skip=())
 
 
+def test_objects_are_of_the_task_with_the_most(copied):
+    """Wherever it stands among the tasks."""
+    folder, path = copied
+    shutil.copy(path, path.with_stem("another"))
+    with h5py.File(path.with_stem("another"), "r+") as f:
+        f["data"].attrs["objects"] = more = [*f["data"].attrs["objects"], "lid", "pan"]
+    for names in ([path.stem, "another"], ["another", path.stem]):
+        assert Episodes(folder, SUITE, names, 1).objects == more
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_full_disk_while_writing_an_episode(tmp_path, refused):
     """The error crosses from the worker to its parent by pickle."""

@@ -1,5 +1,6 @@
 """executor.py: one network for any plan; what it sees in training is what it sees when acting."""
 
+import errno
 import itertools
 import re
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from conftest import ROOT, SUITE, TRAIN, equal, overfit, tensors, without_gradient
 import executor
-from core import networks, planners, training
+from core import files, networks, planners, training
 from rollout import play
 
 PLANNERS = {"none": [], "none-language": [], "mask": [], "track": [],
@@ -118,11 +119,14 @@ def test_pictures_are_shifted_in_training_alone_and_alike_in_a_window(build, nam
         assert len(found[0]) == 1 and all(shifts == found[0] for shifts in found)
         assert found[0][0] == tuple((moved[b, k] * 64).round().int().tolist())
     seen = {}
-    for k, embed in model.embed.items():
-        embed.register_forward_pre_hook(lambda _, inputs, k=k: seen.update({k: inputs[1]}))
+    for way in "embed", "late":
+        for k, reader in getattr(model, way).items():
+            reader.register_forward_pre_hook(
+                lambda _, inputs, k=k, way=way: seen.update({(way, k): inputs[1]}))
     torch.manual_seed(1)
     model.train().look(batch)
-    for k, far in seen.items():
+    assert {way for way, _ in seen} == {"embed", "late"}
+    for (_, k), far in seen.items():
         kept = batch["moved"].flatten(0, 1) if k == "plan" and name == "track" else None
         assert torch.equal(far, moved.repeat_interleave(2, 0) if kept is None else kept)
 
@@ -155,9 +159,12 @@ def test_key_points_lie_where_the_feature_is():
     seen, x = {}, torch.zeros(1, 16, 8)
     pool.out.forward = lambda x: seen.setdefault("x", x)
     x[0, 1 * 4 + 3, 0] = 1      # row 1, column 3 of 4
-    pool(x)
-    wanted = torch.tensor([0.75, -0.25] * 32)
-    torch.testing.assert_close(seen["x"][0, -64:], wanted, atol=1e-4, rtol=1e-4)
+    moved = torch.zeros(1, 3, 2)
+    moved[0, 0] = torch.tensor([0.1, -0.2])     # of the picture shown, undone
+    for far in 0 * moved, moved:
+        pool(x, far)
+        wanted = torch.tensor([0.75, -0.25]) - 2 * far[0, 0]
+        torch.testing.assert_close(seen.pop("x")[0, -64:], wanted.repeat(32), atol=1e-4, rtol=1e-4)
 
 
 def test_goals_are_of_another_video_of_the_same_task(build):
@@ -268,7 +275,24 @@ def test_policy_sees_what_training_saw(build, videos, name, chunk, t):
     for k, x in kept.items():       # first as it is, then shifted
         np.testing.assert_allclose(x[0, rows], plan[k], atol=5e-3, rtol=5e-3)
         assert len(x) == 6 and (name == "none-language" or not np.allclose(x[1, rows], plan[k]))
-    assert not kept or not actions.moved[0].any() and actions.moved[1:].any((1, 2, 3)).all()
+    if kept:        # one shift for the two looks of a window
+        (a, b), moved = actions.demos.start[:2], actions.moved
+        assert not moved[0].any() and moved[1:].any((1, 2, 3)).all()
+        assert (moved[:, a:b] == moved[:, a:a + 1]).all() and (moved[:, a] != moved[:, b]).any()
+
+
+def test_one_look_per_window_has_shifts_of_its_own(build, monkeypatch):
+    """A laptop's executor has seen 5 shifts of each frame, not of each episode."""
+    monkeypatch.setitem(executor.Config.PRESETS["tiny"], "history", 1)
+    actions = build("mask")[2]
+    assert len(np.unique(actions.moved[1, :20, 0], axis=0)) > 10
+
+
+def test_a_full_disk_is_refused_before_plans_are_computed(monkeypatch, refused):
+    full = Mock(side_effect=OSError(errno.ENOSPC, ""))
+    monkeypatch.setattr(files.os, "posix_fallocate", full)
+    refused(lambda: executor.mapped_array((2, 3)), "No space left")
+    assert full.call_args.args[1:] == (0, 12)
 
 
 def test_a_planner_of_your_own(data, tmp_path, sim, monkeypatch):

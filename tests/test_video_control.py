@@ -1,5 +1,7 @@
 """video_control: rigid motion from a picture, subgoals, the flow network, AVDC, UniPi."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -129,8 +131,15 @@ def test_true_and_imagined_videos_are_evaluated(tmp_path):
     video_planner.main([*train, "--goal", "language", "--name", "video"])
     avdc.main(["oracle", "true", str(tmp_path / "avdc/video.pt"), *where, "--episodes", "1",
                "--workers", "1", "--results", str(tmp_path)])
-    names = sorted(path.name.split("_")[1] for path in tmp_path.glob("*.json"))
-    assert names == ["flow-generated", "flow-oracle", "flow-true"]
+    about = [json.loads(path.read_text()) for path in sorted(tmp_path.glob("*.json"))]
+    of = "_tasksbutton-press"       # of the flow network, too
+    assert [r["plan"] for r in about] == [f"flow-generated{of}", "flow-oracle", f"flow-true{of}"]
+    assert [r["config"]["flow"]["steps"] for r in about[::2]] == [5, 5] and not about[1]["config"]
+    flow.main([*train, "--steps", "6", "--out", str(tmp_path / "other")])
+    config = avdc.Config(out=str(tmp_path / "other"), results=str(tmp_path))
+    longer, *_ = avdc.about_future("true", config)
+    path = rollout.result_path(config, longer | {"suite": "avdc"})
+    assert path.name == f"avdc_flow-true{of}_steps6.json"
 
 
 def test_pictures_to_reach_lie_ahead_and_done_is_near(untrained, video_path, videos, monkeypatch):

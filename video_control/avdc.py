@@ -16,7 +16,7 @@ fingers close within 15 mm of the grasp (the code: on the way, from 80 mm), SQUE
 Sizes: P points, K future pictures, H W pixels.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -29,7 +29,7 @@ import sims
 from core import training
 from core.draw import draw_tracks, row
 from core.files import fail
-from core.flags import differences, flag, parse, suites
+from core.flags import FREE, differences, flag, parse, suites
 from core.planners import load_planner
 from sims.camera import Replay, cast, project
 from video_control import flow
@@ -237,19 +237,28 @@ def make_actor(future, config, sim):
     return Actor(sim, video, between, config.replans)
 
 
-def about_future(future):
-    """-> what a result holds of where the video comes from, its suites, the pictures' size."""
-    if future in TRUE:
-        about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
-        about |= {"differs": "", "seconds": {}, "plan": f"flow-{future}"}
-        return about, "avdc,avdc_view1,avdc_view2", 96
-    content = training.load(future, "video", "python video_planner.py --suite avdc --goal language")
-    c = VideoPlanner.Config(**content["config"])
-    about = {"preset": c.preset, "videos": c.demos, "action_demos": 0, "seed": c.seed,
-             "config": content["config"], "differs": differences(c, {"seed"}),
-             "code": content.get("code", ()),
-             "seconds": {"planner": training.last_seconds(future)}, "plan": "flow-generated"}
-    return about, ",".join(suites(c)), c.size
+def about_future(future, config):
+    """-> what a result holds of where the video and its flow come from, its suites, the pictures'
+    size."""
+    about = dict.fromkeys(("preset", "videos", "action_demos", "seed", "config"))
+    about |= {"differs": "", "seconds": {}, "plan": f"flow-{future}", "code": []}
+    known, size = "avdc,avdc_view1,avdc_view2", 96
+    if future not in TRUE:
+        content = training.load(future, "video",
+                                "python video_planner.py --suite avdc --goal language")
+        c = VideoPlanner.Config(**content["config"])
+        about |= {"preset": c.preset, "videos": c.demos, "action_demos": 0, "seed": c.seed,
+                  "config": content["config"], "differs": differences(c, {"seed"}),
+                  "code": content.get("code", ()), "plan": "flow-generated",
+                  "seconds": {"planner": training.last_seconds(future)}}
+        known, size = ",".join(suites(c)), c.size
+    if future != "oracle" and config.flow == "learned":     # fails here if there is none
+        net = flow.load_flow(config.out)
+        learned = {k: v for k, v in asdict(net.config).items() if k not in FREE}
+        about |= {"plan": about["plan"] + differences(net.config),
+                  "config": (about["config"] or {}) | {"flow": learned},
+                  "code": [*about["code"], *net.codes]}
+    return about, known, size
 
 
 def main(argv=None):
@@ -259,9 +268,7 @@ def main(argv=None):
         fail("give oracle, true, or a checkpoint of video_planner.py --suite avdc --goal language")
     jobs = []
     for future in config.checkpoints:
-        about, known, size = about_future(future)
-        if future != "oracle":
-            flow.estimator(config.flow, config.out)     # fails here if there is none
+        about, known, size = about_future(future, config)
         for suite in (config.suite or known).split(","):
             if not sims.goal_varies(suite):
                 fail(f"--suite {suite}: AVDC acts in Meta-World; give avdc, mt10 or a task")

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torchvision.models.optical_flow import raft_small
 
 from core import networks, training
-from core.files import fail, write
+from core.files import write
 from core.flags import TrainingConfig, flag, from_dict, parse
 from video_planner import FRAMES, clip_times
 
@@ -111,16 +111,20 @@ def dis_flow(a, b):
     return dis.calc(*grey, None) / a.shape[0]
 
 
-def estimator(name, out):
-    """dis, or learned: the checkpoint <out>/avdc/flow.pt -> a function from two pictures (H, W, 3)
-    uint8 to their flow (h, w, 2)."""
-    if name == "dis":
-        return dis_flow
-    content = training.load(Path(out) / "avdc" / "flow.pt", FlowNet.kind,
-                            "python -m video_control.flow")
+def load_flow(out):
+    """The trained network <out>/avdc/flow.pt."""
+    path = Path(out) / "avdc" / "flow.pt"
+    content = training.load(path, FlowNet.kind, "python -m video_control.flow")
+    training.check_whole(path, content)
     net = FlowNet(from_dict(Config, content["config"]))
     net.load_state_dict(content["model"])
-    return net.eval().requires_grad_(False).flow
+    net.codes = content["code"]
+    return net.eval().requires_grad_(False)
+
+
+def estimator(name, out):
+    """dis, or learned -> a function from two pictures (H, W, 3) uint8 to their flow (h, w, 2)."""
+    return dis_flow if name == "dis" else load_flow(out).flow
 
 
 def make_pairs(episodes, step, batch, seed):
@@ -170,8 +174,6 @@ def main(argv=None):
     """Command line: trains the flow network and compares it with DIS."""
     from demos.record import load_videos
     config = parse(Config, "Flow between far-apart pictures, from the simulator's tracks.", argv)
-    if config.size % 8:
-        fail(f"--size {config.size} is not divisible by 8: choose a multiple")
     path = training.run_path(config, "flow")
     videos, held_out, note = load_videos(config)
 

@@ -66,10 +66,10 @@ def one_look(model, batch, b, t, moved):
     sets = model.sets_of({k: v[b:b + 1, t:t + 1] for k, v in batch.items()})    # (1, n, .) each
     tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t])),
               model.text(batch["text"][b, t])]
+    far = lambda name: (batch["moved"][b, t] if name == "plan" else moved[b])[None]
     for name, embed in model.embed.items():
-        far = batch["moved"][b, t] if name == "plan" else moved[b]
-        tokens += embed(sets[name], far[None])[0]
-    late = [pool(sets[name])[0] for name, pool in model.late.items()]
+        tokens += embed(sets[name], far(name))[0]
+    late = [pool(sets[name], far(name))[0] for name, pool in model.late.items()]
     return model.space(torch.stack(tokens)[None])[0, 0], torch.cat([torch.zeros(0), *late])
 
 
@@ -80,7 +80,7 @@ def one_look(model, batch, b, t, moved):
 def test_tokens_of_a_look(fusion, training, monkeypatch):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
     tokens: CLS, state (standardised), sentence, embedded sets at their places, by the shifts of the
-    pictures that they are of, kept or now; late plans go round it."""
+    pictures that they are of, kept or now; late plans, at theirs, go round it."""
     model, batch = small(fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
     monkeypatch.setattr(executor, "shifted",
