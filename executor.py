@@ -280,9 +280,10 @@ class ActionData:
                  for part in np.array_split(rows, -(-len(rows) // 64))]
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
             for (episode, part), draw in tqdm([*product(parts, range(DRAWS))], "plans"):
-                torch.manual_seed((self.c.seed << 32) + DRAWS * episode + draw)
                 # the looks of a window (B, T) have one shift; where all have one look, each its own
                 row = part[None] if self.c.history > 1 else part[:, None]
+                first = self.demos.start[episode] if self.c.history > 1 else part[0]
+                torch.manual_seed((self.c.seed << 32) + DRAWS * int(first) + draw)
                 obs = training.tensors(self.obs(row, np.full_like(row, draw)), self.executor)
                 obs, far = shifted(obs, draw > 0)
                 obs = {k: x.flatten(0, 1) for k, x in obs.items()}

@@ -206,7 +206,7 @@ class MaskPlanner(Planner):
         super().__init__(config)
         self.decoder = Decoder(config.width)
         if config.grounded:
-            self.forms = [*self.forms, "masks"]
+            self.forms = [*self.forms, "masks", "now"]
             self.ground = nn.Linear(config.width, (1 + K) * (config.objects + 1) * self.CELL ** 2)
         # share of the training done, for the bootstrapping; a buffer, so that a checkpoint has it
         self.register_buffer("progress", torch.zeros(()))
@@ -222,18 +222,20 @@ class MaskPlanner(Planner):
         return F.pixel_shuffle(x, self.CELL).unflatten(1, (1 + K, -1))
 
     def sets(self, form):
-        """As Planner.sets; of form masks the plan is one token, in no view."""
-        one = {"plan": (torch.tensor([[2, 0.5, 0.5]]), 3 * (1 + K) * self.config.objects)}
-        return super().sets(form) | (one if form == "masks" else {})
+        """As Planner.sets; of forms masks and now the plan is one token, in no view."""
+        times = {"masks": 1 + K, "now": 1}.get(form)
+        one = times and {"plan": (torch.tensor([[2, 0.5, 0.5]]), 3 * times * self.config.objects)}
+        return super().sets(form) | (one or {})
 
     @torch.no_grad()
     def plan(self, obs, form):
         """As Planner.plan.  ours, form masks of a grounded plan: of each object's predicted mask,
         now and at every horizon, the middle (x, y in [0, 1] of the picture as it was before a
         random shift: obs may hold moved (B, 3, 2), in widths per view) and the root of its share
-        of the picture, (B, 1, 3 N (1 + K)).  An object that is in no cell is in the middle."""
+        of the picture, (B, 1, 3 N (1 + K)).  An object that is in no cell is in the middle.  Form
+        now, a control: the present masks alone, (B, 1, 3 N)."""
         sets = super().plan(obs, form)
-        if form == "masks":
+        if form in ("masks", "now"):
             prob = self.predict_cells(sets["plan"]).float().softmax(2)[:, :, 1:]
             points = networks.grid_points(prob.shape[-1]).to(prob.device)   # (cells, 2)
             prob = prob.flatten(3)[..., None]       # (B, 1 + K, N, cells, 1)
@@ -241,9 +243,9 @@ class MaskPlanner(Planner):
             # (B, 1 + K, N, 2); autocast would round a matrix product to a third of a pixel
             middle = ((prob * points).sum(3) + 0.5 * (1 - area).clamp(min=0)) / area.clamp(min=1)
             if "moved" in obs:
-                middle = middle - obs["moved"][:, :1, None]
+                middle = middle - obs["moved"][:, :1, None] * area.clamp(max=1)
             measured = torch.cat([middle, (area / len(points)).sqrt()], 3)  # (B, 1 + K, N, 3)
-            sets["plan"] = measured.flatten(1)[:, None]
+            sets["plan"] = (measured if form == "masks" else measured[:, :1]).flatten(1)[:, None]
         return sets
 
     def loss(self, batch):

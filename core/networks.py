@@ -240,7 +240,7 @@ class SpatialSoftmaxPool(nn.Module):
         n = len(places)
         self.points = nn.Linear(width, points) if n > 1 else None   # one token is where it is
         self.thin = nn.Linear(width, max(8, D // n))
-        self.out = nn.Linear(2 * points * (n > 1) + n * self.thin.out_features, D)
+        self.out = nn.Linear(3 * points * (n > 1) + n * self.thin.out_features, D)
         self.register_buffer("places", places, persistent=False)
 
     def forward(self, x, moved):
@@ -248,8 +248,10 @@ class SpatialSoftmaxPool(nn.Module):
         parts = [self.thin(x).flatten(1)]                               # (B, n channels)
         if self.points:
             share = self.points(x).softmax(1)                           # (B, n, points)
-            xy = 2 * places_before(self.places, moved) - 1              # (B, n, 2)
-            parts.append((share.transpose(1, 2) @ xy.to(share.dtype)).flatten(1))
+            xy = places_before(self.places, moved)                      # (B, n, 2)
+            # the view, too: a key point's weights may lie in both
+            where = 2 * torch.cat([self.places[:, :1].expand_as(xy[..., :1]), xy], 2) - 1
+            parts.append((share.transpose(1, 2) @ where.to(share.dtype)).flatten(1))
         return self.out(torch.cat(parts, -1))
 
 

@@ -45,6 +45,7 @@ ROWS = {
     "mask": ("mask", {}, {}),
     "mask-grounded": ("mask", {"grounded": True}, {}),
     "mask-explicit": ("mask", {"grounded": True}, {"form": "masks"}),
+    "mask-now": ("mask", {"grounded": True}, {"form": "now"}),
     "mask+goal": ("mask", {"grounded": True}, {"form": "masks+goal"}),
     "mask-shuffled": ("mask", {"grounded": True, "shuffled": True}, {"form": "masks"}),
     "mask-early": ("mask", {}, {"fusion": "early"}),
@@ -63,13 +64,13 @@ SPATIAL = ["libero_spatial"]
 # unseen.  A: the claim (Mask2Act 4.2); B: breadth (Table 1); C: unseen scenes (Fig. 7); D: how many
 # demonstrations (4.3); E: ablations (ATM, Tables II, III, Fig. 9); G: other tasks' videos (Fig. 6)
 CELLS = {
-    "A": ([*FEW, "mask-explicit", "none-frozen", "mask+goal", "mask-shuffled"],
+    "A": ([*FEW, "mask-explicit", "mask-now", "none-frozen", "mask+goal", "mask-shuffled"],
           [*SPATIAL, "mt10"], [2], 5, 10, [""]),
-    "B": ([*ROWS][:12], [*SPATIAL, "libero_object", "libero_goal", "libero_10", "mt10"], [10], 1,
+    "B": ([*ROWS][:13], [*SPATIAL, "libero_object", "libero_goal", "libero_10", "mt10"], [10], 1,
           10, [""]),
     "C": (FEW, SPATIAL, [2], 3, 5, ["", *sims.UNSEEN]),
     "D": (FEW, SPATIAL, [1, 2, 5, 10, 20], 3, 10, [""]),
-    "E": ([*ROWS][12:], SPATIAL, [2], 1, 10, [""]),
+    "E": ([*ROWS][13:], SPATIAL, [2], 1, 10, [""]),
     "G": (["none", "track-latent", "video", "mask"], ["ml10_test", "libero_10"], [10], 1, 10, [""]),
 }
 # cell G: suite to act in -> videos that its planners learn from, which are of other tasks

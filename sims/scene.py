@@ -22,12 +22,13 @@ def scene_seed(seed, init):
 
 
 def axis_angle(R):
-    """Rotation matrix (3, 3) -> axis times angle (3,), radians, the axis' x >= 0, the angle in
-    [0, 2 pi): continuous at the half turn by which the hand points down, where v and -v are one."""
+    """Rotation matrix (3, 3) -> axis times angle (3,), radians, the axis' x + y >= 0, the angle in
+    [0, 2 pi): continuous where hands are, a half turn about (1, 1, 0) in LIBERO, where v and -v are
+    one, a quarter turn about y in Meta-World."""
     from scipy.spatial.transform import Rotation
     v = Rotation.from_matrix(R).as_rotvec()
     angle = np.linalg.norm(v)
-    return v if v[0] >= 0 or angle < 1e-6 else v * (1 - 2 * np.pi / angle)
+    return v if v[0] + v[1] >= 0 or angle < 1e-6 else v * (1 - 2 * np.pi / angle)
 
 
 class Simulator:

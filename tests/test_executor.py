@@ -163,8 +163,8 @@ def test_key_points_lie_where_the_feature_is():
     moved[0, 0] = torch.tensor([0.1, -0.2])     # of the picture shown, undone
     for far in 0 * moved, moved:
         pool(x, far)
-        wanted = torch.tensor([0.75, -0.25]) - 2 * far[0, 0]
-        torch.testing.assert_close(seen.pop("x")[0, -64:], wanted.repeat(32), atol=1e-4, rtol=1e-4)
+        wanted = torch.cat([torch.tensor([-1]), torch.tensor([0.75, -0.25]) - 2 * far[0, 0]])
+        torch.testing.assert_close(seen.pop("x")[0, -96:], wanted.repeat(32), atol=1e-4, rtol=1e-4)
 
 
 def test_goals_are_of_another_video_of_the_same_task(build):

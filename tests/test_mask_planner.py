@@ -122,7 +122,11 @@ def test_masks_as_measured():
     assert plan[0, 0, 0].tolist() == pytest.approx([0.5, 0.5, 0], abs=1e-3)
     moved = planner.plan(obs | {"moved": torch.full((2, 3, 2), 0.1)}, "masks")["plan"]
     change = plan - moved.view_as(plan)
-    torch.testing.assert_close(change, torch.tensor([0.1, 0.1, 0]).expand_as(plan))
+    there = torch.zeros(2, 1 + K, 3, 1)
+    there[1, 2, 2] = 1
+    torch.testing.assert_close(change, torch.tensor([0.1, 0.1, 0]) * there, atol=1e-5, rtol=1e-4)
+    now = planner.plan(obs, "now")["plan"]
+    assert torch.equal(now[:, 0], plan[:, 0].flatten(1)) and now.shape[2] == planner.sets("now")["plan"][1]
 
 
 def test_films_show_two_horizons():

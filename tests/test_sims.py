@@ -116,10 +116,12 @@ def test_a_test_scene_has_the_bundled_objects(sim):
         assert np.abs(sim.data.qpos[bowl:][:2] - bundled[init][1 + bowl:][:2]).max() < 0.01
 
 
-def test_axis_angle_is_continuous_where_the_hand_points_down():
-    down, tilts = Rotation.from_rotvec([np.pi, 0, 0]), ([-0.01, 0, 0], [0.01, 0, 0])
-    near = [axis_angle((Rotation.from_rotvec(tilt) * down).as_matrix()) for tilt in tilts]
-    np.testing.assert_allclose(near[0], near[1], atol=0.03)
+@pytest.mark.parametrize("hand", [[np.pi, 0, 0], [2.2, 2.2, 0], [0, np.pi / 2, 0]])
+def test_axis_angle_is_continuous_where_the_hands_are(hand):
+    """Pointing down, in LIBERO at 45 degrees, in Meta-World a quarter turn about y."""
+    tilts = Rotation.from_rotvec(np.random.default_rng(0).uniform(-0.2, 0.2, (50, 3)))
+    near = [axis_angle((tilt * Rotation.from_rotvec(hand)).as_matrix()) for tilt in tilts]
+    np.testing.assert_allclose(near, np.tile(hand, (50, 1)), atol=0.6)
     for R in Rotation.random(50, random_state=0).as_matrix():
         np.testing.assert_allclose(Rotation.from_rotvec(axis_angle(R)).as_matrix(), R, atol=1e-9)
 
