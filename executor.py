@@ -281,8 +281,8 @@ class ActionData:
         with torch.autocast(device.type, torch.bfloat16, enabled=bool(self.c.bf16)):
             for (episode, part), draw in tqdm([*product(parts, range(DRAWS))], "plans"):
                 # the looks of a window (B, T) have one shift; where all have one look, each its own
-                row = part[None] if self.c.history > 1 else part[:, None]
-                first = self.demos.start[episode] if self.c.history > 1 else part[0]
+                row, first = ((part[None], self.demos.start[episode]) if self.c.history > 1 else
+                              (part[:, None], part[0]))
                 torch.manual_seed((self.c.seed << 32) + DRAWS * int(first) + draw)
                 obs = training.tensors(self.obs(row, np.full_like(row, draw)), self.executor)
                 obs, far = shifted(obs, draw > 0)

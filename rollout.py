@@ -219,9 +219,9 @@ def about_executor(checkpoint, content):
             "seconds": c["seconds"] | {"executor": training.last_seconds(checkpoint)}}
 
 
-def executor_jobs(config, Kind, make_actor):
+def executor_jobs(config, Kind, Actor):
     """Jobs for `run` of the trained executors config.checkpoints, of class Kind;
-    make_actor(path, device, sim) -> actor."""
+    acted with by Actor(executor)."""
     jobs = []
     if config.suite or config.noise:
         fail("--suite and --noise are the demonstrator's: python rollout.py demonstrator")
@@ -232,8 +232,9 @@ def executor_jobs(config, Kind, make_actor):
         tasks = sims.choose_tasks(c["env"], config.tasks or ",".join(c["task_names"]))
         if unknown := [task for task in tasks if task not in c["task_names"]]:
             fail(f"{path} was not trained on {unknown[0]}")
-        jobs.append((partial(make_actor, path, config.device), about_executor(path, content), tasks,
-                     c["size"], c["render"], path.removesuffix(".pt") + "_films"))
+        jobs.append((partial(make_policy, Kind, Actor, path, config.device),
+                     about_executor(path, content), tasks, c["size"], c["render"],
+                     path.removesuffix(".pt") + "_films"))
     return jobs
 
 
@@ -248,8 +249,8 @@ def demonstrator_jobs(config):
              Path("runs") / suite / "demonstrator_films")]
 
 
-def make_policy(path, device, sim):
-    return Policy(load_executor(path, device))
+def make_policy(Kind, Actor, path, device, sim):
+    return Actor(load_executor(path, device, Kind))
 
 
 def main(argv=None):
@@ -261,7 +262,7 @@ def main(argv=None):
     if scripted and len(config.checkpoints) > 1:
         fail("demonstrator beside a checkpoint: evaluate them one after the other")
     run(config, demonstrator_jobs(config) if scripted else
-        executor_jobs(config, Executor, make_policy))
+        executor_jobs(config, Executor, Policy))
 
 
 if __name__ == "__main__":

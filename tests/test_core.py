@@ -105,7 +105,6 @@ def test_the_first_tokens_alone_are_those_of_all(bf16):
                 torch.testing.assert_close(model(x, m, first), model(x, m)[:, :first])
 
 
-@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="torch has no such choice")
 def test_fast_products_are_not_rounded():
     """As exact as fp32 is: bf16 would be a thousand times further off."""
     a, b = torch.randn(100, 384), torch.randn(384, 200)

@@ -126,7 +126,8 @@ def test_masks_as_measured():
     there[1, 2, 2] = 1
     torch.testing.assert_close(change, torch.tensor([0.1, 0.1, 0]) * there, atol=1e-5, rtol=1e-4)
     now = planner.plan(obs, "now")["plan"]
-    assert torch.equal(now[:, 0], plan[:, 0].flatten(1)) and now.shape[2] == planner.sets("now")["plan"][1]
+    assert torch.equal(now[:, 0], plan[:, 0].flatten(1))
+    assert now.shape[2] == planner.sets("now")["plan"][1]
 
 
 def test_films_show_two_horizons():

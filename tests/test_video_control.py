@@ -164,14 +164,14 @@ def test_pictures_to_reach_lie_ahead_and_done_is_near(untrained, video_path, vid
 
 
 def test_done_goes_on_to_the_next_picture_and_open_loop_imagines_once(unipi_path, sim):
-    actor, imagined = unipi.make_actor(0, unipi_path, "cpu", None), []
+    model = executor.load_executor(unipi_path, Kind=unipi.InverseDynamics)
+    actor, imagined = unipi.UniPi(model, 0), []
 
     def imagine(obs, generator):
         imagined.append(obs)
         count = torch.arange(FRAMES, dtype=torch.uint8).view(1, -1, 1, 1, 1)
         return count.expand(1, FRAMES, SIZE, SIZE, 3)
 
-    model = actor.executor
     model.video.imagine, execute = imagine, actor.execute
     actor.reset(sim, {"seed": 0})
     sim.reset(seed=0)

@@ -232,7 +232,8 @@ def push(sim, view, points, motions, path):
 
 
 def make_actor(future, config, sim):
-    between = None if future == "oracle" else flow.estimator(config.flow, config.out)
+    between = (None if future == "oracle" else
+               flow.dis_flow if config.flow == "dis" else flow.load_flow(config.out).flow)
     video = future if future in TRUE else load_planner(future, config.device)
     return Actor(sim, video, between, config.replans)
 

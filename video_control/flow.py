@@ -122,11 +122,6 @@ def load_flow(out):
     return net.eval().requires_grad_(False)
 
 
-def estimator(name, out):
-    """dis, or learned -> a function from two pictures (H, W, 3) uint8 to their flow (h, w, 2)."""
-    return dis_flow if name == "dis" else load_flow(out).flow
-
-
 def make_pairs(episodes, step, batch, seed):
     """Pairs of pictures that follow each other in AVDC's clips, with the exact tracks -> dict a, b
     (B, H, W, 3) uint8, places (B, P, 2) in [0, 1] of points in a, flow (B, P, 2) to where they are

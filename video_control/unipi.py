@@ -25,7 +25,7 @@ import rollout
 from baselines.cloning import Cloning
 from core import training
 from core.flags import flag, parse
-from executor import ActionData, Config, Executor, Policy, load_executor, prepare
+from executor import ActionData, Config, Executor, Policy, prepare
 
 # Steps to a picture to reach, at most: ATM's t_max; ours: libero_90 as the other long ones
 FAR, FURTHER = 16, dict.fromkeys(("libero_goal", "libero_10", "libero_90"), 50)
@@ -110,14 +110,10 @@ class UniPi(Policy):
         return obs | {"goal": self.video[0][None]}
 
 
-def make_actor(replan, path, device, sim):
-    return UniPi(load_executor(path, device, InverseDynamics), replan)
-
-
 def evaluate(argv):
     """Command line: success rates of inverse dynamics models, a JSON each."""
     config = parse(Rollout, "UniPi: follow the pictures of imagined videos.", argv)
-    jobs = rollout.executor_jobs(config, InverseDynamics, partial(make_actor, config.replan))
+    jobs = rollout.executor_jobs(config, InverseDynamics, partial(UniPi, replan=config.replan))
     for _, about, *_ in jobs:
         name = "unipi-replan" if config.replan else "unipi"
         about["plan"] = name + about["plan"].removeprefix("video")
