@@ -128,7 +128,8 @@ class Executor(nn.Module):
         self.plans = [name for name in sets if name not in CAMERA_OF]
         early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
         self.embed = nn.ModuleDict({k: networks.Embed(*v, D) for k, v in early.items()})
-        late = {k: sets[k] for k in self.plans if c.fusion != "early"}
+        # ours: the picture, too, or plans would be a second way to the heads for what it shows
+        late = {k: sets[k] for k in (*self.plans, "picture") if c.fusion != "early"}
         self.late = nn.ModuleDict({k: networks.SpatialSoftmaxPool(*v, D) for k, v in late.items()})
         self.state, self.text = nn.Linear(c.S, D), nn.Linear(c.E, D)
         self.cls = nn.Parameter(0.02 * torch.randn(D))
@@ -163,7 +164,7 @@ class Executor(nn.Module):
         batch: state (B, T, S), text (B, T, E), wrist and, for encoders of its own, picture (B, T,
         H, W, 3) uint8, and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3,
         2): how far the pictures were shifted, in widths) or obs to compute them from
-        -> CLS token (B, T, D), pooled plans for late fusion (B, T, 0 or D per plan)."""
+        -> CLS token (B, T, D), pooled plans and picture for late fusion (B, T, 0 or D of each)."""
         B, T = batch["state"].shape[:2]
         batch, moved = shifted(batch, self.training)
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)

@@ -62,7 +62,7 @@ def small(fusion="both"):
 
 
 def one_look(model, batch, b, t, moved):
-    """The tokens of one look, one by one -> CLS (D,), late plans (.,)."""
+    """The tokens of one look, one by one -> CLS (D,), pooled plans and picture (.,)."""
     sets = model.sets_of({k: v[b:b + 1, t:t + 1] for k, v in batch.items()})    # (1, n, .) each
     tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t])),
               model.text(batch["text"][b, t])]
@@ -80,14 +80,14 @@ def one_look(model, batch, b, t, moved):
 def test_tokens_of_a_look(fusion, training, monkeypatch):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
     tokens: CLS, state (standardised), sentence, embedded sets at their places, by the shifts of the
-    pictures that they are of, kept or now; late plans, at theirs, go round it."""
+    pictures that they are of, kept or now; pooled plans and picture, at theirs, go round it."""
     model, batch = small(fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
     monkeypatch.setattr(executor, "shifted",
                         lambda batch, training=True: (batch, moved * training))
     model.train(training)
     cls, late = model.look(batch)
-    assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 0 if fusion == "early" else 16)
+    assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 0 if fusion == "early" else 32)
     for b, t in np.ndindex(3, 2):
         wanted, beside = one_look(model, batch, b, t, moved)
         torch.testing.assert_close(cls[b, t], wanted, atol=1e-3, rtol=1e-3)
@@ -97,7 +97,7 @@ def test_tokens_of_a_look(fusion, training, monkeypatch):
 def acted(model, T, waypoint=False):
     """Executor.act of T random looks: what it was given, what it returned."""
     torch.manual_seed(1)
-    given = [torch.randn(3, T, 16), torch.randn(3, T, 16), torch.randn(3, T, model.config.S)]
+    given = [torch.randn(3, T, 16), torch.randn(3, T, 32), torch.randn(3, T, model.config.S)]
     given += [torch.randn(3, T, 3)] * waypoint
     return given, model.act(*given)
 
@@ -111,7 +111,7 @@ def test_where_to_and_then_how(T):
     hand's present place the chunk of actions; of fewer looks than usual the first."""
     model, _ = small()
     (cls, late, state), (x, action, there) = acted(model.eval(), T)
-    assert x.shape == (3, T, 32) and action.shape == (3, T, 4, 3) and there.shape == (3, T, 3)
+    assert x.shape == (3, T, 48) and action.shape == (3, T, 4, 3) and there.shape == (3, T, 3)
     for b in range(3):
         steps = torch.stack([cls[b, t] + model.when[t] for t in range(T)])[None]
         through = model.time(steps, torch.ones(T, T).tril().bool())[0]
