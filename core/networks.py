@@ -233,7 +233,7 @@ class Embed(nn.Module):
 
 
 class SpatialSoftmaxPool(nn.Module):
-    """A token set -> one token: where spatial-softmax key points lie, beside a thin copy of all."""
+    """A token set -> one token: key points (view, x, y; soft-argmax) beside a thin copy of all."""
 
     def __init__(self, places, width, D, points=32):
         super().__init__()
@@ -249,7 +249,6 @@ class SpatialSoftmaxPool(nn.Module):
         if self.points:
             share = self.points(x).softmax(1)                           # (B, n, points)
             xy = places_before(self.places, moved)                      # (B, n, 2)
-            # the view, too: a key point's weights may lie in both
             where = 2 * torch.cat([self.places[:, :1].expand_as(xy[..., :1]), xy], 2) - 1
             parts.append((share.transpose(1, 2) @ where.to(share.dtype)).flatten(1))
         return self.out(torch.cat(parts, -1))
