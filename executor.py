@@ -129,7 +129,7 @@ class Executor(nn.Module):
         early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
         self.embed = nn.ModuleDict({k: networks.Embed(*v, D) for k, v in early.items()})
         # ours: the picture, too, or plans would be a second way to the heads for what it shows
-        late = {k: sets[k] for k in (*self.plans, "picture") if c.fusion != "early"}
+        late = {k: sets[k] for k in [*self.plans * (c.fusion != "early"), "picture"]}
         self.late = nn.ModuleDict({k: networks.SpatialSoftmaxPool(*v, D) for k, v in late.items()})
         self.state, self.text = nn.Linear(c.S, D), nn.Linear(c.E, D)
         self.cls = nn.Parameter(0.02 * torch.randn(D))
@@ -164,7 +164,7 @@ class Executor(nn.Module):
         batch: state (B, T, S), text (B, T, E), wrist and, for encoders of its own, picture (B, T,
         H, W, 3) uint8, and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3,
         2): how far the pictures were shifted, in widths) or obs to compute them from
-        -> CLS token (B, T, D), pooled plans and picture for late fusion (B, T, 0 or D of each)."""
+        -> CLS token (B, T, D), pooled picture, plans if they join late (B, T, D of each)."""
         B, T = batch["state"].shape[:2]
         batch, moved = shifted(batch, self.training)
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)
@@ -176,11 +176,11 @@ class Executor(nn.Module):
         tokens = [torch.stack([self.cls.expand_as(state), state, text], 1)]     # (B T, 3, D)
         tokens += [embed(sets[k], far(k)) for k, embed in self.embed.items()]
         cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)
-        late = [cls[:, :0], *(pool(sets[k], far(k)) for k, pool in self.late.items())]
+        late = [pool(sets[k], far(k)) for k, pool in self.late.items()]         # (B T, D) each
         return cls.unflatten(0, (B, T)), torch.cat(late, -1).unflatten(0, (B, T))
 
     def act(self, cls, late, state, waypoint=None):
-        """Looks (B, T, D), late plans (B, T, .) and states (B, T, S) -> features (B, T, .), actions
+        """Looks (B, T, D), pooled (B, T, .) and states (B, T, S) -> features (B, T, .), actions
         (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
         motion and holds little of a target further off. The waypoint, predicted as an offset from
@@ -283,7 +283,7 @@ class ActionData:
             for (episode, part), draw in tqdm([*product(parts, range(DRAWS))], "plans"):
                 # the looks of a window (B, T) have one shift; where all have one look, each its own
                 row, first = ((part[None], self.demos.start[episode]) if self.c.history > 1 else
-                              (part[:, None], part[0]))
+                              (part[:, None], part[0]))             # (1, T) or (T, 1)
                 torch.manual_seed((self.c.seed << 32) + DRAWS * int(first) + draw)
                 obs = training.tensors(self.obs(row, np.full_like(row, draw)), self.executor)
                 obs, far = shifted(obs, draw > 0)

@@ -249,7 +249,8 @@ class SpatialSoftmaxPool(nn.Module):
         if self.points:
             share = self.points(x).softmax(1)                           # (B, n, points)
             xy = places_before(self.places, moved)                      # (B, n, 2)
-            where = 2 * torch.cat([self.places[:, :1].expand_as(xy[..., :1]), xy], 2) - 1
+            view = self.places[:, :1].expand_as(xy[..., :1])            # (B, n, 1)
+            where = 2 * torch.cat([view, xy], 2) - 1                    # (B, n, 3)
             parts.append((share.transpose(1, 2) @ where.to(share.dtype)).flatten(1))
         return self.out(torch.cat(parts, -1))
 

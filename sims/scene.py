@@ -14,8 +14,7 @@ INITS = 50  # test scenes per task
 
 
 def scene_seed(seed, init):
-    """The seed of a scene, given by it or by its number among the test scenes; one that does not
-    exist fails."""
+    """The seed of a scene, given by it or by its number among the test scenes, checked."""
     if init is not None and not 0 <= init < INITS:
         fail(f"initial state {init} does not exist: choose 0 to {INITS - 1}")
     return EVALUATION + init if seed is None else seed

@@ -87,7 +87,7 @@ def test_tokens_of_a_look(fusion, training, monkeypatch):
                         lambda batch, training=True: (batch, moved * training))
     model.train(training)
     cls, late = model.look(batch)
-    assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 0 if fusion == "early" else 32)
+    assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 16 if fusion == "early" else 32)
     for b, t in np.ndindex(3, 2):
         wanted, beside = one_look(model, batch, b, t, moved)
         torch.testing.assert_close(cls[b, t], wanted, atol=1e-3, rtol=1e-3)
