@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from conftest import EXECUTOR, TRAIN, equal, overfit, without_gradient
+from conftest import EXECUTOR, SIZE, TRAIN, equal, overfit, without_gradient
 import executor
 import rollout
 from core import training
@@ -59,6 +59,22 @@ def test_one_batch_is_overfitted(untrained, name, share):
         planner.eval().train = lambda mode=True: planner    # not augmented
     first, last = overfit(planner, batches(0), 120)
     assert all(last[k] < share * first[k] for k in first), (first, last)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("program", ["mask_planner", "track_planner", "video_planner", "executor",
+                                     "baselines.plex", "baselines.vpt", "video_control.flow"])
+def test_the_papers_preset_steps(untrained, monkeypatch, program):
+    """Its networks, on two samples of the pictures that are there."""
+    presets = importlib.import_module(program).Config.PRESETS
+    few = {k: {"size": SIZE}.get(k, 2) for k in ("size", "batch", "demos", "action_demos")}
+    monkeypatch.setitem(presets, "paper", presets["paper"] | {
+        k: v for k, v in few.items() if k in presets["paper"]})
+    model, batches, *_ = untrained(program, "--preset", "paper",
+                                   *["--planner", "none"] * (program == "executor"))
+    loss, _ = model.train().loss(batches(0))
+    loss.backward()
+    assert loss.isfinite() and sum(p.grad is not None for p in model.parameters()) > 20
 
 
 @pytest.mark.parametrize("name", ["grounded", "points", "hand", "video", "feature"])
