@@ -88,9 +88,10 @@ def test_the_list_is_for_xargs(commands, capfd, refused):
 
 
 @pytest.mark.parametrize("letter", compare.CELLS)
-def test_no_two_results_share_a_name(letter):
+def test_no_two_results_share_a_name(letter, tmp_path):
     """And each differs from every other in its command."""
-    stages = [s for group in compare.chains_of(parse(compare.Config, "", [letter])) for s in group]
+    config = parse(compare.Config, "", [letter, "--out", str(tmp_path)])
+    stages = [s for group in compare.chains_of(config) for s in group]
     for of in compare.STAGES:
         commands, paths = zip(*((c, p) for what, c, p in stages if what == of))
         assert len({*commands}) == len({*paths}) == len(paths) or of != "rollouts"
