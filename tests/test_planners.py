@@ -67,9 +67,8 @@ def test_one_batch_is_overfitted(untrained, name, share):
 def test_the_papers_preset_steps(untrained, monkeypatch, program):
     """Its networks, on two samples of the pictures that are there."""
     presets = importlib.import_module(program).Config.PRESETS
-    few = {k: {"size": SIZE}.get(k, 2) for k in ("size", "batch", "demos", "action_demos")}
-    monkeypatch.setitem(presets, "paper", presets["paper"] | {
-        k: v for k, v in few.items() if k in presets["paper"]})
+    few = {"size": SIZE, "batch": 2, "demos": 2, "action_demos": 2}
+    monkeypatch.setitem(presets, "paper", {k: few.get(k, v) for k, v in presets["paper"].items()})
     model, batches, *_ = untrained(program, "--preset", "paper",
                                    *["--planner", "none"] * (program == "executor"))
     loss, _ = model.train().loss(batches(0))
