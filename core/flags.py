@@ -12,6 +12,7 @@ import argparse
 import dataclasses
 import hashlib
 import os
+import re
 import sys
 import typing
 
@@ -75,6 +76,11 @@ def flags_of(Config):
     return [f for f in dataclasses.fields(Config) if "help" in f.metadata]
 
 
+def word(field):
+    """A field's name on the command line."""
+    return "--" * (not field.metadata["positional"]) + field.name.replace("_", "-")
+
+
 def fast_products():
     """fp32 matrix products on the CPU by oneDNN: MKL, torch's own choice, leaves half of the width
     of an AMD core idle (103 instead of 250 billion operations a second).  torch asks oneDNN only if
@@ -93,84 +99,76 @@ class OneLineParser(argparse.ArgumentParser):
 def make_parser(Config, description, presets):
     """One --kebab-case flag per field; what is not given stays out of the parser's result."""
     hints, spec = typing.get_type_hints(Config), sys.modules["__main__"].__spec__
-    started = f"-m {spec.name}" if spec else os.path.basename(sys.argv[0])
-    parser = OneLineParser("python " + started, description=description, allow_abbrev=False,
+    start = f"python -m {spec.name}" if spec else f"python {os.path.basename(sys.argv[0])}"
+    parser = OneLineParser(start, description=description, allow_abbrev=False,
                            argument_default=argparse.SUPPRESS)
     for field in flags_of(Config):
-        name, about = field.name, field.metadata
-        kind = (*typing.get_args(hints[name]), hints[name])[0]      # int of int | None
-        if about["positional"]:
-            options = {"nargs": "*"}
-        elif kind is bool:
-            options = {"action": argparse.BooleanOptionalAction}
-        else:
-            options = {"type": kind, "choices": about["choices"]}
-        default = field.default if field.default is not None else ", ".join(
-            f"{preset} {values[name]}" for preset, values in presets.items()
-            if name in values) or "what suits the machine"
+        about, default = field.metadata, field.default
+        kind = (*typing.get_args(hints[field.name]), hints[field.name])[0]      # int of int | None
+        options = ({"nargs": "*"} if about["positional"] else
+                   {"action": argparse.BooleanOptionalAction} if kind is bool else
+                   {"type": kind, "choices": about["choices"]})
+        if default is None:
+            default = ", ".join(f"{name} {values[field.name]}" for name, values in presets.items()
+                                if field.name in values) or "what suits the machine"
         text = about["help"] + f" (default: {default})" * (default not in ("", ()))
-        word = name if about["positional"] else "--" + name.replace("_", "-")
-        parser.add_argument(word, help=text.replace("%", "%%"), **options)
+        parser.add_argument(word(field), help=text.replace("%", "%%"), **options)
     return parser
 
 
 def parse(Config, description, argv=None):
-    """Command line -> Config: the given flags, else the preset's values, else the defaults; device
-    and precision that are not given are the machine's."""
+    """Command line -> Config: the given flags, else the preset's values, else the defaults."""
     end_quietly()
     code()      # kept: the files may be edited before a long run ends
     presets, cuda = getattr(Config, "PRESETS", {}), torch.cuda.is_available()
-    values = vars(make_parser(Config, description, presets).parse_args(argv))
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    given = vars(make_parser(Config, description, presets).parse_args(argv))
+    given = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     if presets:
-        preset = values.get("preset", "paper" if cuda else "laptop")
-        why = ("asked for" if "preset" in values else "CUDA device found" if cuda else
-               "no CUDA device; --preset paper for the paper's sizes")
-        print(f"preset {preset} ({why})", flush=True)
-        values = presets[preset] | {"preset": preset} | values
-    config = Config(**values)
+        preset = given.setdefault("preset", "paper" if cuda else "laptop")
+        print(f"preset {preset} (of {', '.join(presets)}; CUDA: {'yes' if cuda else 'no'})")
+    config = Config(**presets.get(given.get("preset"), {}) | given)
     for field in flags_of(Config):
         check_value(config, field)
-    lent, demos = (getattr(config, name, 0) for name in ("action_demos", "demos"))
-    if lent > demos:
-        fail(f"--action-demos {lent} is more than the {demos} videos: give --demos {lent}")
-    if hasattr(config, "device"):
-        usual = "cuda" if cuda else "cpu"
-        config.device = config.device or usual
-        if config.device.partition(":")[0] not in ("cpu", usual):
-            fail(f"--device {config.device}: this machine has {usual}")
-        if config.device == "cuda":     # of several processes each has its own
-            config.device += f":{os.environ.get('LOCAL_RANK', 0)}"
-        if getattr(config, "bf16", True) is None:
-            # a gain on a GPU with bf16, and on a CPU with products of it
-            cpu = torch.cpu.get_capabilities()
-            config.bf16 = (torch.cuda.is_bf16_supported() if config.device != "cpu" else
-                           any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
-        fast_products()     # here: what is computed before training is then the same after a kill
+    settle(config)
     return config
 
 
 def check_value(config, field):
     """Refuses a value that no program can use; writes paths and numbers of tasks in one way."""
     value, name, (low, high) = getattr(config, field.name), field.name, field.metadata["range"]
-    word = "--" + name.replace("_", "-")
     if isinstance(value, int | float) and not low <= value <= high:
-        fail(f"{word} {value}: must be at least {low} and at most {high}")
+        fail(f"{word(field)} {value}: must be at least {low} and at most {high}")
     if name == "size" and (value or 0) % 16:
-        fail(f"{word} {value}: must be a multiple of 16, by which every planner can divide it")
+        fail(f"{word(field)} {value}: must be a multiple of 16, as every planner divides it")
     if isinstance(value, str):
+        value = re.sub(r"\s|\b0+(?=\d)", "", value) if name == "tasks" else value
         setattr(config, name, value := os.path.expanduser(value))
         if not value and field.default:
-            fail(f"{word} is empty: {field.metadata['help']}")
+            fail(f"{word(field)} is empty: {field.metadata['help']}")
     if name in ("out", "results"):
-        check_folder(word, value)
-    if name == "data" and os.path.exists(value) and not os.path.isdir(value):
-        fail(f"{word} {value}: it is a file, and a folder is needed")
-    if name == "name" and value != os.path.basename(value):
-        fail(f"{word} {value}: give a name without /, and a folder by --out")
-    if name == "tasks" and value:
-        tasks = [w.strip().lstrip("0") or "0" for w in value.split(",") if w.strip()]
-        config.tasks = ",".join(tasks) or fail(f"{word} {value}: it names no task")
+        check_folder(word(field), value)
+
+
+def settle(config):
+    """What no flag decides alone: numbers of videos that agree, the machine's device and
+    precision."""
+    lent, demos = (getattr(config, name, 0) for name in ("action_demos", "demos"))
+    if lent > demos:
+        fail(f"--action-demos {lent} is more than the {demos} videos: give --demos {lent}")
+    if not hasattr(config, "device"):
+        return
+    usual = "cuda" if torch.cuda.is_available() else "cpu"
+    config.device = config.device or usual
+    if config.device.partition(":")[0] not in ("cpu", usual):
+        fail(f"--device {config.device}: this machine has {usual}")
+    if config.device == "cuda":     # of several processes each has its own
+        config.device += f":{os.environ.get('LOCAL_RANK', 0)}"
+    if getattr(config, "bf16", True) is None:
+        # a gain on a GPU with bf16, and on a CPU with products of it
+        cpu = torch.cpu.get_capabilities()
+        config.bf16 = (torch.cuda.is_bf16_supported() if config.device != "cpu" else
+                       any(map(cpu.get, ("avx512_bf16", "amx_bf16"))))
+    fast_products()     # here: what is computed before training is then the same after a kill
 
 
 def from_dict(Config, values):

@@ -75,6 +75,8 @@ def run_path(config, base):
     """The run's checkpoint, <out>/<suite>/<name>.pt; the name is `base` and what differs from the
     preset, or --name.  One that is there, of other flags, is refused before any data are made."""
     first, *_ = chosen = suites(config)
+    if "/" in config.name:
+        fail(f"--name {config.name}: give a name without /, and a folder by --out")
     sources = "" if chosen == {first: config.demos} else "_from-" + "+".join(
         suite + f"-{count}" * (count != config.demos) for suite, count in chosen.items())
     name = config.name or base + sources + differences(config, SAMPLING)

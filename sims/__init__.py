@@ -48,7 +48,7 @@ def choose_tasks(suite, chosen="", names=None):
     """'' -> all names of a suite's tasks, or of those given; '0,3' or names, comma-separated
     -> those, in the suite's order."""
     names = names or tasks(suite)
-    words = filter(None, (word.strip() for word in chosen.split(",")))
+    words = [word.strip() for word in chosen.split(",")] if chosen else []
     picked = [names[int(w)] if w.isdecimal() and int(w) < len(names) else w for w in words]
     for word in picked:
         if word not in names:

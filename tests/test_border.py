@@ -48,7 +48,7 @@ ROWS = [
     # words
     ("planner", TINY.replace(" 0 ", " ² "), "unknown task 0 to 9"),
     ("planner", TINY.replace(" 0 ", " 77 "), "unknown task '77' 0 to 9"),
-    ("planner", TINY.replace(" 0 ", " , "), "--tasks names no task"),
+    ("planner", TINY.replace(" 0 ", " , "), "unknown task '' 0 to 9"),
     ("planner", TINY + " --suite libero_space", "libero_space libero_spatial mt10"),
     ("planner", TINY + " --suite ''", "--suite is empty"),
     ("planner", TINY + " --suite libero_spatial:0", "libero_spatial:0 libero_spatial:2"),

@@ -280,8 +280,7 @@ def test_preset_fills_what_is_not_given(capfd, monkeypatch, refused):
     assert parse(Config, "", []).width == 8
     assert parse(Config, "", ["--preset", "paper"]).width == 512
     assert capfd.readouterr().out.splitlines() == [
-        "preset laptop (no CUDA device; --preset paper for the paper's sizes)",
-        "preset paper (asked for)"]
+        "preset laptop (of laptop, paper; CUDA: no)", "preset paper (of laptop, paper; CUDA: no)"]
     config = parse(Config, "", ["a.pt", "b.pt", "--width", "3", "--bf16", "--lr", "0.5"])
     assert (config.width, config.bf16, config.files, config.lr) == (3, True, ("a.pt", "b.pt"), 0.5)
     refused(lambda: parse(Config, "", ["--sizes", "3"]), "--sizes")     # only presets set it
