@@ -5,9 +5,10 @@
     python executor.py --planner none --suite libero_spatial          # cloning: the goal picture
 
 The executor E predicts the next actions from the last looks: robot state, sentence, wrist picture
-and the token sets that the planner brings (its plan, perhaps its view of the third-person picture):
-all tokens of one look, then one token per look through time, the same network for every plan. What
-a frozen planner brings is computed before training, for DRAWS goals and shifts of each frame.
+and the token sets that the planner brings (its plan, perhaps its view of the third-person picture),
+each pooled into one token; these attend within a look, then one token per look through time, the
+same network for every plan. What a frozen planner brings is computed before training, for DRAWS
+goals and shifts of each frame.
 
 Sizes: B batch, T looks, n tokens of a set, D width, C actions per chunk, A numbers per action, S of
 the state, E per sentence, H W pixels.
@@ -47,7 +48,8 @@ class Config(TrainingConfig):
     form: str | None = flag(None, "which of the planner's plans, such as latent, tracks or masks "
                             "(empty: its paper's); ours, latent+goal: and picture and goal, as "
                             "cloning")
-    fusion: str = flag("both", "where the plan joins: early among the tokens, late at the heads, "
+    # differs: ATM joins it at both
+    fusion: str = flag("early", "where the plan joins: early among the tokens, late at the heads, "
                        "or both (ATM, Table III)", choices=["early", "late", "both"])
     suite: str = flag("", "suite to act in; empty: the planner's (another: Mask2Act, Fig. 6)")
     action_demos: int | None = flag(None, "action-labelled videos per task (the first)", minimum=1)
@@ -106,8 +108,10 @@ def shifted(batch, training=True):
 
 class Executor(nn.Module):
     """E of Mask2Act eq. 4 in the form of ATM's policy (section IV-B): one network, any plan.
-    differs: ATM's state enters after the tokens of a look, its plan is fused late as it is, a token
-    per look asks for actions, each step has a look; Mask2Act's E: no sentence, no encoder."""
+    differs: each token set is pooled into one token, by key points; ATM's transformer attends to
+    all patches and tracks (tried: results/README.md). ATM's state enters after the tokens of a
+    look, its plan is fused early and late, a token per look asks for actions, each step has a look;
+    Mask2Act's E: no sentence, no encoder."""
     kind, made_by = "executor", "python executor.py --planner runs/<suite>/mask.pt"
 
     def __init__(self, config, planner):
@@ -126,17 +130,13 @@ class Executor(nn.Module):
         for view, encoder in self.encoders.items():
             sets[view] = networks.grid_places(encoder.cells(c.size), int(view == "wrist")), D
         self.plans = [name for name in sets if name not in CAMERA_OF]
-        early = {k: v for k, v in sets.items() if k not in self.plans or c.fusion != "late"}
-        self.embed = nn.ModuleDict({k: networks.Embed(*v, D) for k, v in early.items()})
-        # ours: the picture, too, or plans would be a second way to the heads for what it shows
-        late = {k: sets[k] for k in [*self.plans * (c.fusion != "early"), "picture"]}
-        self.late = nn.ModuleDict({k: networks.SpatialSoftmaxPool(*v, D) for k, v in late.items()})
+        self.pool = nn.ModuleDict({k: networks.SpatialSoftmaxPool(*v, D) for k, v in sets.items()})
         self.state, self.text = nn.Linear(c.S, D), nn.Linear(c.E, D)
         self.cls = nn.Parameter(0.02 * torch.randn(D))
         self.space = networks.Transformer(D, c.depth, max(4, D // 64))
         self.time = networks.Transformer(D, c.time_depth, max(4, D // 64))
         self.when = nn.Parameter(0.02 * torch.randn(c.history, D))
-        width = D + D * len(self.late)
+        width = D + D * len(self.plans) * (c.fusion != "early")
         self.waypoint, self.action = networks.mlp(width, 3), networks.mlp(width + 3, c.chunk * c.A)
         self.register_buffer("causal", networks.block_causal_mask(c.history, 1), persistent=False)
         shape = (len(c.task_names), c.goals, c.size, c.size, 3)
@@ -160,11 +160,11 @@ class Executor(nn.Module):
 
     def look(self, batch):
         """What is seen in each look, on its own, as tokens: CLS, state (standardised), sentence,
-        those of the sets in `embed` (no plan if it joins late alone), at their picture's shift.
+        one of each set (no plan if it joins late alone), pooled at its picture's shift.
         batch: state (B, T, S), text (B, T, E), wrist and, for encoders of its own, picture (B, T,
         H, W, 3) uint8, and the planner's sets, kept (set/<name> (B, T, n, width), moved (B, T, 3,
         2): how far the pictures were shifted, in widths) or obs to compute them from
-        -> CLS token (B, T, D), pooled picture, plans if they join late (B, T, D of each)."""
+        -> CLS token (B, T, D), the plans' tokens if they join late (B, T, D of each; else 0)."""
         B, T = batch["state"].shape[:2]
         batch, moved = shifted(batch, self.training)
         moved = moved.repeat_interleave(T, 0)                           # (B T, 3, 2)
@@ -173,14 +173,17 @@ class Executor(nn.Module):
         sets = self.sets_of(batch)                                      # (B T, n, .) each
         state = self.state(self.scale["state"](batch["state"])).flatten(0, 1)   # (B T, D)
         text = self.text(batch["text"]).flatten(0, 1)                   # (B T, D)
-        tokens = [torch.stack([self.cls.expand_as(state), state, text], 1)]     # (B T, 3, D)
-        tokens += [embed(sets[k], far(k)) for k, embed in self.embed.items()]
-        cls = self.space(torch.cat(tokens, 1), first=1)[:, 0]           # (B T, D)
-        late = [pool(sets[k], far(k)) for k, pool in self.late.items()]         # (B T, D) each
-        return cls.unflatten(0, (B, T)), torch.cat(late, -1).unflatten(0, (B, T))
+        tokens = {k: pool(sets[k], far(k)) for k, pool in self.pool.items()}    # (B T, D) each
+        fusion = self.config.fusion
+        early = [x for k, x in tokens.items() if fusion != "late" or k not in self.plans]
+        late = [tokens[k] for k in self.plans if fusion != "early"]
+        x = torch.stack([self.cls.expand_as(state), state, text, *early], 1)    # (B T, tokens, D)
+        cls = self.space(x)[:, 0]                                       # (B T, D)
+        late = torch.cat([cls[:, :0], *late], 1)                        # (B T, D of each)
+        return cls.unflatten(0, (B, T)), late.unflatten(0, (B, T))
 
     def act(self, cls, late, state, waypoint=None):
-        """Looks (B, T, D), pooled (B, T, .) and states (B, T, S) -> features (B, T, .), actions
+        """Looks (B, T, D), late plans (B, T, .), states (B, T, S) -> features (B, T, .), actions
         (B, T, C, A) in about [-1, 1], waypoint (B, T, 3) metres; in training, the true `waypoint`.
         ours: first where to, in metres, then how: an action is clipped at a few centimetres of
         motion and holds little of a target further off. The waypoint, predicted as an offset from

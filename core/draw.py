@@ -1,4 +1,4 @@
-"""Pictures of masks, tracks and attention; captions; films. H W pixels, T steps, K points."""
+"""Pictures of masks, tracks and key points; captions; films. H W pixels, T steps, K points."""
 
 from pathlib import Path
 

@@ -43,25 +43,15 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
         self.up, self.down = nn.Linear(dim, 4 * dim), nn.Linear(4 * dim, dim)
 
-    def split(self, x, first=None):
-        """x (B, L, D) -> queries (B, heads, Q, d), keys and values (B, heads, L, d)."""
+    def forward(self, x, mask=None):
+        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, L, D)."""
         # q, k and v all come from the normalised input: with the norm on q alone, k and v would be
         # the raw residuals, which grow with depth.
-        x, D = self.norm1(x), x.shape[-1]
-        if first is None:
-            parts = self.qkv(x).chunk(3, -1)
-        else:
-            w, b = self.qkv.weight, self.qkv.bias
-            parts = F.linear(x[:, :first], w[:D], b[:D]), *F.linear(x, w[D:], b[D:]).chunk(2, -1)
-        return [part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts]
-
-    def forward(self, x, mask=None, first=None):
-        """x (B, L, D) float; mask (L, L) bool, True = row may attend to column -> (B, Q, D): all L
-        tokens, or the `first` ones."""
-        q, k, v = self.split(x, first)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for part in self.qkv(self.norm1(x)).chunk(3, -1))    # (B, heads, L, d) each
         dropout = self.dropout if self.training else 0.0
-        y = attend(q, k, v, None if mask is None else mask[:first], dropout)
-        x = x[:, :first] + drop(self.out(y.transpose(1, 2).flatten(2)), dropout)  # (B, Q, D)
+        y = attend(q, k, v, mask, dropout).transpose(1, 2).flatten(2)   # (B, L, D)
+        x = x + drop(self.out(y), dropout)
         return x + drop(self.down(F.gelu(self.up(self.norm2(x)))), dropout)
 
 
@@ -81,11 +71,11 @@ class Transformer(nn.Module):
             for linear in (block.out, block.down):
                 nn.init.normal_(linear.weight, std=0.02 / math.sqrt(2 * depth))
 
-    def forward(self, x, mask=None, first=None):
-        """x (B, L, D) -> (B, Q, D), as a Block: the last one outputs the `first` tokens alone."""
-        for block in self.blocks[:-1]:
+    def forward(self, x, mask=None):
+        """x (B, L, D), mask as of a Block -> (B, L, D)."""
+        for block in self.blocks:
             x = block(x, mask)
-        return self.norm(self.blocks[-1](x, mask, first))
+        return self.norm(x)
 
 
 def block_causal_mask(steps, tokens):
@@ -209,31 +199,9 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.std
 
 
-def places_before(places, moved):
-    """places (n, 3): view, x, y of a set's tokens; moved (B, 3, 2): how far the picture of each
-    view was shifted, in widths -> their x, y in the pictures as they were (B, n, 2)."""
-    return places[:, 1:] - moved[:, places[:, 0].long()]
-
-
-class Embed(nn.Module):
-    """A token set -> tokens of the executor's width that hold their place and view.  No norm per
-    token: it would erase how far a tracked point goes."""
-
-    def __init__(self, places, width, D):
-        super().__init__()
-        self.linear = nn.Linear(width, D)
-        self.view = nn.Parameter(0.02 * torch.randn(3, D))
-        self.register_buffer("places", places, persistent=False)
-
-    def forward(self, x, moved):
-        """x (B, n, width), moved (B, 3, 2) as for places_before -> (B, n, D)."""
-        xy = places_before(self.places, moved)                          # (B, n, 2)
-        place = sincos(16 * xy, self.view.shape[1])                     # (B, n, D)
-        return self.linear(x) + place + self.view[self.places[:, 0].long()]
-
-
 class SpatialSoftmaxPool(nn.Module):
-    """A token set -> one token: key points (view, x, y; soft-argmax) beside a thin copy of all."""
+    """A token set -> one token: key points (view, x, y; soft-argmax) beside a thin copy of all.
+    places (n, 3): view, x, y in [0, 1] of the set's tokens."""
 
     def __init__(self, places, width, D, points=32):
         super().__init__()
@@ -243,15 +211,21 @@ class SpatialSoftmaxPool(nn.Module):
         self.out = nn.Linear(3 * points * (n > 1) + n * self.thin.out_features, D)
         self.register_buffer("places", places, persistent=False)
 
+    def shares(self, x):
+        """x (B, n, width) -> each token's share in each key point (B, n, points), in sum 1."""
+        return self.points(x).float().softmax(1)
+
     def forward(self, x, moved):
-        """x (B, n, width), moved (B, 3, 2) as for places_before -> (B, D)."""
+        """x (B, n, width); moved (B, 3, 2): how far each view's picture was shifted, in widths, by
+        which key points have their places in the pictures as they were -> (B, D)."""
         parts = [self.thin(x).flatten(1)]                               # (B, n channels)
         if self.points:
-            share = self.points(x).softmax(1)                           # (B, n, points)
-            xy = places_before(self.places, moved)                      # (B, n, 2)
+            share = self.shares(x)[..., None]                           # (B, n, points, 1)
+            xy = self.places[:, 1:] - moved[:, self.places[:, 0].long()]            # (B, n, 2)
             view = self.places[:, :1].expand_as(xy[..., :1])            # (B, n, 1)
             where = 2 * torch.cat([view, xy], 2) - 1                    # (B, n, 3)
-            parts.append((share.transpose(1, 2) @ where.to(share.dtype)).flatten(1))
+            # a sum: autocast would round a matrix product to a fraction of a pixel
+            parts.append((share * where[:, :, None]).sum(1).flatten(1)) # (B, 3 points)
         return self.out(torch.cat(parts, -1))
 
 

@@ -29,7 +29,7 @@ from core.episodes import Episodes
 from core.files import code, fail, one_line, write
 from core.flags import FREE, SAMPLING, differences, flags_of, suites
 
-VERSION = 3     # of the checkpoint's layout
+VERSION = 4     # of the checkpoint's layout
 
 
 def save(path, **content):

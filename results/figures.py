@@ -65,33 +65,23 @@ def unseen(config, _):
     return path
 
 
-def shares(transformer, x):
-    """How much the first token attends to each, mean over blocks and heads: x (1, L, D) -> (L,)."""
-    found = []
-    for block in transformer.blocks:
-        q, k, _ = block.split(x, 1)                                     # (1, heads, 1 or L, d)
-        found.append((q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)[0, :, 0])
-        x = block(x)
-    return torch.stack(found).mean((0, 1))
-
-
 @torch.no_grad()
 def attention(config, path):
-    """Where on the third-person picture the CLS token attends, in a task's first test scene up to
-    about the grasp, a row per task (ATM, Fig. 10: of its policy and of BC)."""
+    """Where on the third-person picture the executor's key points lie, the mean of their shares, in
+    a task's first test scene up to about the grasp, a row per task.  differs: ATM's Fig. 10 has the
+    attention of its CLS token, which also depends on the plan."""
     actor, looks, rows = Policy(load_executor(path)), [], []
     c, e = actor.c, actor.executor
-    sets = np.array([name for name, m in e.embed.items() for _ in m.places])    # of the last tokens
-    e.space.register_forward_pre_hook(lambda _, inputs: looks.append(inputs[0]))
+    e.pool["picture"].register_forward_pre_hook(
+        lambda pool, inputs: looks.append(pool.shares(inputs[0]).mean(-1)[0].cpu().numpy()))  # (n,)
     for task in sims.choose_tasks(c.env, config.tasks):
         sim, views = sims.make(c.env, task, c.size, c.render), []
         looks.clear()
         rollout.play(sim, actor, {"init": 0})
         sim.close()
         for k in np.linspace(0, len(looks) // 2, 3).astype(int):
-            share = shares(e.space, looks[k]).cpu().numpy()[-len(sets):][sets == "picture"]  # (n,)
             image = actor.pictures[k][0].cpu().numpy()
-            views += [(f"look {k}", image), (task, draw_heat(image, share))]
+            views += [(f"look {k}", image), (task, draw_heat(image, looks[k]))]
         rows.append(row(views, 2))
     save_picture(path := path.removesuffix(".pt") + "_attention.png", np.concatenate(rows))
     return path

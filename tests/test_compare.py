@@ -18,7 +18,7 @@ from core.files import code
 from core.flags import parse
 from results import compare
 
-CELL = {"T": (["none", "mask", "none-frozen", "mask-early"], [SUITE], [2], 2, 1, [""])}
+CELL = {"T": (["none", "mask", "none-frozen", "mask-late"], [SUITE], [2], 2, 1, [""])}
 config = lambda *argv: parse(compare.Config, "", ["T", *argv])
 result = lambda code: {"code": code, "config": {"steps": 1, "bf16": False}}
 

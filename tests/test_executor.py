@@ -18,7 +18,7 @@ from rollout import play
 
 PLANNERS = {"none": [], "none-language": [], "mask": [], "track": [],
             "latent": ["--form", "latent"]}
-VARIANTS = [[name] for name in PLANNERS] + [["mask", "--fusion", x] for x in ("early", "late")]
+VARIANTS = [[name] for name in PLANNERS] + [["mask", "--fusion", x] for x in ("late", "both")]
 VARIANTS += [["mask", "--form", x] for x in ("goal", "latent+goal")]
 
 
@@ -91,7 +91,7 @@ def test_controls_see_what_they_say(build, obs, form):
     else:
         assert {*e.encoders} == {"picture", "wrist", "goal"} and "picture" not in e.scale
         assert e.encoders["goal"] is e.encoders["picture"], "as in cloning, and at its places"
-        assert torch.equal(e.embed["goal"].places, e.embed["picture"].places)
+        assert torch.equal(e.pool["goal"].places, e.pool["picture"].places)
         assert e.plans == ["plan", "goal"] and batch["goal"].shape == batch["picture"].shape
         assert torch.equal(plan["plan"], e.planner.plan(obs, "latent")["plan"])
 
@@ -118,51 +118,32 @@ def test_pictures_are_shifted_in_training_alone_and_alike_in_a_window(build, nam
         assert len(found[0]) == 1 and all(shifts == found[0] for shifts in found)
         assert found[0][0] == tuple((moved[b, k] * 64).round().int().tolist())
     seen = {}
-    for way in "embed", "late":
-        for k, reader in getattr(model, way).items():
-            reader.register_forward_pre_hook(
-                lambda _, inputs, k=k, way=way: seen.update({(way, k): inputs[1]}))
+    for k, pool in model.pool.items():
+        pool.register_forward_pre_hook(lambda _, inputs, k=k: seen.update({k: inputs[1]}))
     torch.manual_seed(1)
     model.train().look(batch)
-    assert {way for way, _ in seen} == {"embed", "late"}
-    for (_, k), far in seen.items():
+    assert seen.keys() == model.pool.keys()
+    for k, far in seen.items():
         kept = batch["moved"].flatten(0, 1) if k == "plan" and name == "track" else None
         assert torch.equal(far, moved.repeat_interleave(2, 0) if kept is None else kept)
 
 
-@torch.no_grad()
-def test_points_move_with_the_picture_of_their_own_view(build):
-    """Shifted by a sixteenth, a view's tokens have the code of places a sixteenth back; those of
-    the other view stay, and differ by the views' ids alone where content and places are equal."""
-    model, *_ = build("track")
-    embed, x = model.embed["plan"].eval(), torch.randn(1, 64, 32)
-    moved = torch.zeros(1, 3, 2)
-    moved[0, 1, 0] = 1 / 16         # the wrist's picture, in widths
-    (still,), (there,), view = embed(x, 0 * moved), embed(x, moved), embed.places[:, 0]
-    assert (view == 0).sum() == (view == 1).sum() == 32
-    assert torch.equal(still[view == 0], there[view == 0])
-    xy = embed.places[view == 1, 1:]
-    code = networks.sincos(16 * xy - torch.tensor([1.0, 0]), 32) - networks.sincos(16 * xy, 32)
-    torch.testing.assert_close((there - still)[view == 1], code, atol=1e-5, rtol=1e-4)
-    embed.view.normal_()
-    tokens, ids = embed(x[:, :1].expand_as(x), 0 * moved)[0], embed.view[0] - embed.view[1]
-    assert torch.equal(embed.places[view == 0, 1:], xy)
-    torch.testing.assert_close(tokens[view == 0] - tokens[view == 1], ids.expand(32, -1),
-                               atol=1e-5, rtol=1e-4)
-
-
-def test_key_points_lie_where_the_feature_is():
-    pool = networks.SpatialSoftmaxPool(networks.grid_places(4, 0), 8, 6).eval()
+@pytest.mark.parametrize("view", [0, 1])
+def test_key_points_lie_where_the_feature_is(view):
+    """Of a set in two views, such as tracks: in the feature's view, by the shift of its picture."""
+    places = torch.cat([networks.grid_places(4, 0), networks.grid_places(4, 1)])
+    pool = networks.SpatialSoftmaxPool(places, 8, 6).eval()
     pool.points.weight.data.zero_()
     pool.points.weight.data[:, 0] = 100
-    seen, x = {}, torch.zeros(1, 16, 8)
+    seen, x = {}, torch.zeros(1, 32, 8)
     pool.out.forward = lambda x: seen.setdefault("x", x)
-    x[0, 1 * 4 + 3, 0] = 1      # row 1, column 3 of 4
-    moved = torch.zeros(1, 3, 2)
-    moved[0, 0] = torch.tensor([0.1, -0.2])     # of the picture shown, undone
+    x[0, 16 * view + 1 * 4 + 3, 0] = 1      # row 1, column 3 of 4
+    assert pool.shares(x)[0, :, 0].argmax() == 16 * view + 7
+    torch.testing.assert_close(pool.shares(x).sum(1), torch.ones(1, 32))
+    moved = torch.rand(1, 3, 2)     # of the view's own picture, undone
     for far in 0 * moved, moved:
         pool(x, far)
-        wanted = torch.cat([torch.tensor([-1]), torch.tensor([0.75, -0.25]) - 2 * far[0, 0]])
+        wanted = torch.tensor([2 * view - 1, *(torch.tensor([0.75, -0.25]) - 2 * far[0, view])])
         torch.testing.assert_close(seen.pop("x")[0, -96:], wanted.repeat(32), atol=1e-4, rtol=1e-4)
 
 

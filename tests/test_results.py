@@ -3,9 +3,7 @@
 import json
 
 import pytest
-import torch
 
-from core import networks
 from results import figures, tables
 
 NOBODY = {"plan": "expert", "preset": None, "action_demos": None, "seed": None, "config": None}
@@ -93,13 +91,7 @@ def test_pages(tmp_path, refused):
     assert (folder / "curve.png").exists()
 
 
-def test_attention():
-    """Attention of the first token is a softmax by hand."""
-    net, x, total = networks.Transformer(32, 2, 4), torch.randn(1, 5, 32), torch.zeros(5)
-    found = figures.shares(net, x)
-    for block in net.blocks:
-        q, k, _ = block.qkv(block.norm1(x[0])).chunk(3, -1)             # (5, 32)
-        for part in (slice(8 * h, 8 * h + 8) for h in range(4)):
-            total += (k[:, part] @ q[0, part] / 8 ** 0.5).softmax(0) / 8
-        x = block(x)
-    torch.testing.assert_close(found, total)
+@pytest.mark.slow
+def test_attention(executor_path):
+    figures.main(["attention", str(executor_path), "--tasks", "0"])
+    assert executor_path.with_name(f"{executor_path.stem}_attention.png").exists()

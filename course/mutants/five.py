@@ -11,15 +11,16 @@ MUTANTS = {
     ],
     "executor.py:Executor.look": [
         ("moved.repeat_interleave(T, 0)", "moved.repeat(T, 1, 1)"),     # another sample's shift
-        ("embed(sets[k], far(k)", "embed(sets[k], -far(k)"),    # wrong sign of a shift
-        ("embed(sets[k], far(k)", "embed(sets[k], 0 * far(k)"),
+        ("pool(sets[k], far(k)", "pool(sets[k], -far(k)"),      # wrong sign of a shift
         ("pool(sets[k], far(k)", "pool(sets[k], 0 * far(k)"),
         ("moved if name in self.encoders else kept", "kept"),   # another picture's shift
         ('self.scale["state"](batch["state"])', 'batch["state"]'),      # not standardised
         ("self.cls.expand_as(state), state,", "state, self.cls.expand_as(state),"),
-        ("first=1)[:, 0]", "first=2)[:, 1]"),               # the state's token for CLS
-        ("embed(sets[k],", "embed(sets[k].roll(1, 0),"),    # another look's sets
-        ("torch.cat(late, -1)", "torch.cat(late, -1).roll(1, 0)"),      # another look's plan
+        ("self.space(x)[:, 0]", "self.space(x)[:, 1]"),     # the state's token for CLS
+        ("pool(sets[k],", "pool(sets[k].roll(1, 0),"),      # another look's sets
+        ("*late], 1)", "*late], 1).roll(1, 0)"),            # another look's plan
+        ('fusion != "late" or', 'fusion == "early" or'),    # of both, late alone
+        ('if fusion != "early"]', 'if fusion == "late"]'),  # of both, early alone
         ("moved if name in", "moved if name not in"),
     ],
     "executor.py:Executor.act": [

@@ -52,7 +52,7 @@ def test_each_token_has_its_place_and_time():
     """Mask2Act eq. 1: the transformer's input is token + position + time, step by step, goal first;
     its outputs for the frames are the plans."""
     p = planner()
-    p.gpt.forward = lambda x, mask=None, first=None: x  # what comes out is then what goes in
+    p.gpt.forward = lambda x, mask=None: x  # what comes out is then what goes in
     x = tokens(p, 3)
     plan = p.plan_from(x)
     assert plan.shape == (2, 3, p.n, p.width), "Mask2Act eq. 1: (B, 1 + T, n, D) -> (B, T, n, D)"

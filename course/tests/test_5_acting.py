@@ -62,15 +62,15 @@ def small(fusion="both"):
 
 
 def one_look(model, batch, b, t, moved):
-    """The tokens of one look, one by one -> CLS (D,), pooled plans and picture (.,)."""
+    """The tokens of one look, one by one -> CLS (D,), the plan's token if it joins late (.,)."""
     sets = model.sets_of({k: v[b:b + 1, t:t + 1] for k, v in batch.items()})    # (1, n, .) each
     tokens = [model.cls, model.state(model.scale["state"](batch["state"][b, t])),
               model.text(batch["text"][b, t])]
     far = lambda name: (batch["moved"][b, t] if name == "plan" else moved[b])[None]
-    for name, embed in model.embed.items():
-        tokens += embed(sets[name], far(name))[0]
-    late = [pool(sets[name], far(name))[0] for name, pool in model.late.items()]
-    return model.space(torch.stack(tokens)[None])[0, 0], torch.cat([torch.zeros(0), *late])
+    pooled = {name: pool(sets[name], far(name))[0] for name, pool in model.pool.items()}
+    plan, fusion = pooled["plan"], model.config.fusion
+    tokens += [x for x in pooled.values() if x is not plan or fusion in ("early", "both")]
+    return model.space(torch.stack(tokens)[None])[0, 0], plan[:16 * (fusion in ("late", "both"))]
 
 
 @pytest.mark.grades("Executor.look")
@@ -79,15 +79,15 @@ def one_look(model, batch, b, t, moved):
 @torch.no_grad()
 def test_tokens_of_a_look(fusion, training, monkeypatch):
     """Mask2Act eq. 4 as ATM IV-B, Table III: each look alone gives one CLS token of all of its
-    tokens: CLS, state (standardised), sentence, embedded sets at their places, by the shifts of the
-    pictures that they are of, kept or now; pooled plans and picture, at theirs, go round it."""
+    tokens: CLS, state (standardised), sentence, and of each set one, pooled by the shifts of the
+    picture that it is of, kept or now; the plan's goes round it if it joins late."""
     model, batch = small(fusion)
     moved = 0.1 * torch.randn(3, 3, 2) * training
     monkeypatch.setattr(executor, "shifted",
                         lambda batch, training=True: (batch, moved * training))
     model.train(training)
     cls, late = model.look(batch)
-    assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 16 if fusion == "early" else 32)
+    assert cls.shape == (3, 2, 16) and late.shape == (3, 2, 0 if fusion == "early" else 16)
     for b, t in np.ndindex(3, 2):
         wanted, beside = one_look(model, batch, b, t, moved)
         torch.testing.assert_close(cls[b, t], wanted, atol=1e-3, rtol=1e-3)
@@ -97,7 +97,7 @@ def test_tokens_of_a_look(fusion, training, monkeypatch):
 def acted(model, T, waypoint=False):
     """Executor.act of T random looks: what it was given, what it returned."""
     torch.manual_seed(1)
-    given = [torch.randn(3, T, 16), torch.randn(3, T, 32), torch.randn(3, T, model.config.S)]
+    given = [torch.randn(3, T, 16), torch.randn(3, T, 16), torch.randn(3, T, model.config.S)]
     given += [torch.randn(3, T, 3)] * waypoint
     return given, model.act(*given)
 
@@ -111,7 +111,7 @@ def test_where_to_and_then_how(T):
     hand's present place the chunk of actions; of fewer looks than usual the first."""
     model, _ = small()
     (cls, late, state), (x, action, there) = acted(model.eval(), T)
-    assert x.shape == (3, T, 48) and action.shape == (3, T, 4, 3) and there.shape == (3, T, 3)
+    assert x.shape == (3, T, 32) and action.shape == (3, T, 4, 3) and there.shape == (3, T, 3)
     for b in range(3):
         steps = torch.stack([cls[b, t] + model.when[t] for t in range(T)])[None]
         through = model.time(steps, torch.ones(T, T).tril().bool())[0]
