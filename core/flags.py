@@ -139,7 +139,7 @@ def check_value(config, field):
     if isinstance(value, int | float) and not low <= value <= high:
         fail(f"{word(field)} {value}: must be at least {low} and at most {high}")
     if name == "size" and (value or 0) % 16:
-        fail(f"{word(field)} {value}: must be a multiple of 16, as every planner divides it")
+        fail(f"{word(field)} {value}: must be a multiple of 16, as all planners need")
     if isinstance(value, str):
         value = re.sub(r"\s|\b0+(?=\d)", "", value) if name == "tasks" else value
         setattr(config, name, value := os.path.expanduser(value))

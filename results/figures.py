@@ -2,7 +2,7 @@
 
     python -m results.figures curve         # success against action demonstrations
     python -m results.figures unseen        # scenes of libero_spatial, as in training and unseen
-    python -m results.figures attention runs/libero_spatial/track_executor.pt   # ATM, Fig. 10
+    python -m results.figures keypoints runs/libero_spatial/mask_executor.pt    # ATM, Fig. 10
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ from results import tables
 
 @dataclass
 class Config(tables.Config):
-    what: tuple[str, ...] = flag((), "curve, unseen, or attention and an executor's "
+    what: tuple[str, ...] = flag((), "curve, unseen, or keypoints and an executor's "
                                  "checkpoint", positional=True)
     tasks: str = flag("0,4", "numbers or names of tasks, comma-separated; empty: all")
 
@@ -66,7 +66,7 @@ def unseen(config, _):
 
 
 @torch.no_grad()
-def attention(config, path):
+def keypoints(config, path):
     """Where on the third-person picture the executor's key points lie, the mean of their shares, in
     a task's first test scene up to about the grasp, a row per task.  differs: ATM's Fig. 10 has the
     attention of its CLS token, which also depends on the plan."""
@@ -83,17 +83,17 @@ def attention(config, path):
             image = actor.pictures[k][0].cpu().numpy()
             views += [(f"look {k}", image), (task, draw_heat(image, looks[k]))]
         rows.append(row(views, 2))
-    save_picture(path := path.removesuffix(".pt") + "_attention.png", np.concatenate(rows))
+    save_picture(path := path.removesuffix(".pt") + "_keypoints.png", np.concatenate(rows))
     return path
 
 
 def main(argv=None):
     """Command line: makes one figure."""
     config = parse(Config, "Figures of results.", argv)
-    makers = {f.__name__: f for f in (curve, unseen, attention)}
+    makers = {f.__name__: f for f in (curve, unseen, keypoints)}
     name, path = (*config.what, "", "")[:2]
     if name not in makers:
-        fail("give curve, unseen or attention <checkpoint>")
+        fail("give curve, unseen or keypoints <checkpoint>")
     print(f"{name}: {makers[name](config, path)}")
 
 

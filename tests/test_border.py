@@ -136,9 +136,9 @@ ROWS = [
     ("video_control.avdc", "true --out {out}", "flow.pt video_control.flow"),
     ("video_control.avdc", "{out}/no.pt --out {out}", "no.pt video_planner.py"),
     ("results.tables", "--results {none}", "no results rollout.py"),
-    ("results.figures", "", "curve attention"),
+    ("results.figures", "", "curve keypoints"),
     ("results.figures", "curve --results {none}", "no success rates rollout.py"),
-    ("results.figures", "attention {mask}", "mask executor"),
+    ("results.figures", "keypoints {mask}", "mask executor"),
     ("results.annotators", "--suite libero_space --data {none}", "libero_space libero_spatial"),
     ("results.annotators", "--tracks flow --data {none}", "no data file extract.py"),
 ]

@@ -1,4 +1,4 @@
-"""results/tables.py and figures.py: made-up results, intervals computed anew, attention."""
+"""results/tables.py and figures.py: made-up results, intervals computed anew, key points."""
 
 import json
 
@@ -92,6 +92,6 @@ def test_pages(tmp_path, refused):
 
 
 @pytest.mark.slow
-def test_attention(executor_path):
-    figures.main(["attention", str(executor_path), "--tasks", "0"])
-    assert executor_path.with_name(f"{executor_path.stem}_attention.png").exists()
+def test_keypoints(executor_path):
+    figures.main(["keypoints", str(executor_path), "--tasks", "0"])
+    assert executor_path.with_name(f"{executor_path.stem}_keypoints.png").exists()
