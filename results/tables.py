@@ -16,6 +16,14 @@ import numpy as np
 from core.files import fail, write
 from core.flags import flag, parse
 
+# What results/compare.py calls the plans of these files, in the tables' order; expert: older files
+NAMES = {"expert": "demonstrator", "none": "none", "mask_formgoal": "none-frozen",
+         "feature": "feature", "track_ee": "ee", "video": "video",
+         "track_formlatent": "track-latent", "track": "track", "mask": "mask",
+         "mask_grounded": "mask-grounded", "mask_grounded_formmasks": "mask-explicit",
+         "mask_grounded_formmasks+goal": "mask+goal", "mask_grounded_formnow+goal": "mask-now+goal",
+         "mask_shuffled_grounded_formmasks": "mask-shuffled"}
+
 
 @dataclass
 class Config:
@@ -56,8 +64,8 @@ def cells(folder):
         plain = lambda name: re.sub(rf"_s{seed}(?=_|$)", "", name)
         shared = f", planner of seed {of}" if of not in (None, seed) else ""
         variant = f", unseen {r['unseen']}" if r["unseen"] else ""
-        plan = "demonstrator" if r["plan"] == "expert" else r["plan"]      # the word of older files
-        r["plan"] = plain(plan) + r.get("differs", "") + shared + variant
+        plan = plain(r["plan"]) + r.get("differs", "")
+        r["plan"] = NAMES.get(plan, plan) + shared + variant
         groups.setdefault((plain(r["file"]), shared), []).append(r)
     for r, *others in groups.values():
         seeds = r, *others
@@ -71,7 +79,9 @@ def cells(folder):
                          "minutes": spent / 60,
                          "count": f"{count}{100 * np.mean(rates):.1f} %",
                          "between": f"{100 * low:.1f} - {100 * high:.1f}"})
-    return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0, r["plan"]))
+    place = lambda plan: [*NAMES.values(), plan].index(plan)
+    return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0,
+                                       place(r["plan"].partition(",")[0]), r["plan"]))
 
 
 def table(head, rows):
@@ -87,18 +97,18 @@ def main_rows(folder):
 
 
 def overview(folder):
-    """A row per suite, preset and number of demonstrations; columns: demonstrator, the plans."""
-    found, plans = {}, []
+    """A row per plan, the demonstrator's first; columns: suite, preset, action demonstrations."""
+    heads, found = {}, {}
     scripted = {r["suite"]: f"{100 * r['rate']:.1f} ({r['between']})" for r in cells(folder)
                 if r["plan"] == "demonstrator" and not re.search("_tasks|development", r["file"])}
     for r in main_rows(folder):
+        head = f"{r['suite']}, {r['preset']}, {r['action_demos']} demonstrations"
+        heads[head] = scripted.get(r["suite"], "")
         seeds = f"{r['seeds']} seeds" if r["seeds"] > 1 else "one seed"
-        plans += [r["plan"]] * (r["plan"] not in plans)
-        row = found.setdefault((r["suite"], r["preset"], r["action_demos"]), {})
-        row[r["plan"]] = f"{100 * r['rate']:.1f} ({seeds}: {r['between']})"
-    return table(" | ".join(["suite", "preset", "action demos", "demonstrator", *plans]), [
-        (*key, scripted.get(key[0], ""), *(row.get(plan, "") for plan in plans))
-        for key, row in found.items()])
+        found.setdefault(r["plan"], {})[head] = f"{100 * r['rate']:.1f} ({seeds}: {r['between']})"
+    return table(" | ".join(["plan", *heads]), [
+        (plan, *(row.get(head, "") for head in heads))
+        for plan, row in [("demonstrator", heads), *found.items()]]) * bool(found)
 
 
 def evaluations(folder):
@@ -132,7 +142,8 @@ def comparison(folder, scenes="test"):
     seed by seed; then the contrasts that results/contrasts.md names ("* mask minus none: ..."); one
     code per suite, or the word mixed."""
     lines, groups, page = [], {}, Path(folder, "contrasts.md")
-    named = re.findall(r"^\* (\S+) minus (\S+):", page.read_text(), re.M) if page.exists() else []
+    found = re.findall(r"^\* (\S+) minus (\S+):", page.read_text(), re.M) if page.exists() else []
+    named = [tuple(NAMES.get(name, name) for name in pair) for pair in found]
     for r in cells(folder):
         if r["preset"] and r["scenes"] == scenes:
             key = (r["suite"], r["preset"], r["action_demos"], r["unseen"] or "", r["episodes"],

@@ -47,6 +47,14 @@ def commands(monkeypatch, tmp_path):
     return ran
 
 
+def test_tables_name_the_rows():
+    """By the names of their files, the rows of A and B in their order."""
+    chains = [compare.chain(config(), row, SUITE, 10, 0, 10, "", {}) for row in compare.ROWS]
+    names = [stages[-1][2].stem.removeprefix(f"{SUITE}_").replace("_laptop_d10_s0", "")
+             for stages in chains]
+    assert [*compare.tables.NAMES.items()][1:] == [*zip(names, compare.CELLS["B"][0])]
+
+
 def test_every_stage_once_and_in_order(commands, refused, capfd):
     """A planner that three rows share is trained once per seed; a failure stops; the same command
     continues; other code is refused but for a look."""

@@ -34,8 +34,9 @@ def test_seeds_are_the_unit(tmp_path):
     assert row["seeds"] == 3 and row["rate"] == pytest.approx(0.4)
     assert row["interval"] == pytest.approx((0.4 - half, 0.4 + half), abs=1e-6)
     assert rows["mask_early"]["interval"] == (0.1, 0.6)
-    line, = tables.overview(tmp_path)[2:]
-    assert line.startswith("| mt10 | laptop | 2 |  | 40.0 (3 seeds: 15.2 - 64.8) |")
+    head, _, *lines = tables.overview(tmp_path)
+    assert head == "| plan | mt10, laptop, 2 demonstrations |" and len(lines) == 4
+    assert lines[:2] == ["| demonstrator |  |", "| mask | 40.0 (3 seeds: 15.2 - 64.8) |"]
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -56,10 +57,10 @@ def test_differences_are_paired_by_seed(tmp_path):
         (mean - half, mean + half), abs=1e-6)
     lines = tables.comparison(tmp_path)
     assert "libero_spatial layout, laptop, 2 demonstrations, code abc" in lines[0]
-    assert lines[2].startswith("| ee | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[2]
+    assert lines[3].startswith("| ee | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[3]
     assert "mt10, laptop, 2 demonstrations, code abc" in lines[5] and len(lines) == 10
-    assert lines[7].startswith("| mask | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[7]
-    assert lines[8].startswith("| none | 20.0 % |") and lines[8].count("|  |") == 1
+    assert lines[7].startswith("| none | 20.0 % |") and lines[7].count("|  |") == 1
+    assert lines[8].startswith("| mask | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[8]
     assert lines[9] == "| mask minus none |  |  |  | +20.0 (-4.8 to +44.8) |  |"
     made_up(tmp_path, 9, 2, planner_seed=9, code="other")
     assert "code mixed" in tables.comparison(tmp_path)[5]
@@ -81,8 +82,9 @@ def test_pages(tmp_path, refused):
     for _ in range(2):
         tables.main(["--results", str(folder)])
         page, own = (tmp_path / "README.md").read_text(), (folder / "README.md").read_text()
-        assert page.startswith("a\n<!-- overview -->\n| suite |") and page.endswith("-->\nz\n")
-        assert "| 30.0 (10.0 - 60.0) | 30.0 (one seed: 10.0 - 60.0) |" in page and "old" not in page
+        assert page.startswith("a\n<!-- overview -->\n| plan |") and page.endswith("-->\nz\n")
+        assert "| demonstrator | 30.0 (10.0 - 60.0) |\n| mask | 30.0 (one seed" in page
+        assert "old" not in page
         for part in ("annotators -->\nNone yet.", "**one**\n\n| suite", "| mt10 | mask_early |",
                      "| libero_spatial | demonstrator, unseen layout |\n|---|---|\n| a | 2/5 |",
                      "| 3/10 = 30.0 % | 10.0 - 60.0 | 1 | 2 | abc |"):
