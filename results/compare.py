@@ -4,9 +4,8 @@
     python -m results.compare A --seeds 1 --scenes development      # to choose settings by
     python -m results.compare A --list planners | xargs -P 2 -I{} sh -c "{}"
                                                         # then --list executors, then rollouts
-Each stage is a command that a person could type, and a file that it makes; what is there is not
-made again.  A planner that executors share is trained once per seed, and what is made on it runs in
-order; an interruption loses at most what each worker did since its last checkpoint.
+Each stage is a command that a person could type, and a file, never made twice.  Executors of a seed
+share their planner; an interruption loses what each worker did since its last checkpoint.
 """
 
 import contextlib
@@ -203,6 +202,7 @@ def run(stages, lock, note, stopped):
                 [sys.executable, *words], stdout=file, stderr=subprocess.STDOUT, pass_fds=[lock],
                 env=os.environ | {"OMP_NUM_THREADS": "1"}, cwd=Path(__file__).parent.parent)
         if child.returncode or not path.exists():
+            stopped.append(True)        # before this worker begins another planner's
             fail(f"{command}: exit code {child.returncode}, see {log}")
         log.unlink()
         note(what, command, time.time() - begin)

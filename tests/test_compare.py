@@ -60,6 +60,7 @@ def test_every_stage_once_and_in_order(commands, refused, capfd):
     continues; other code is refused but for a look."""
     commands.stop = "rollout.py runs/libero_spatial/none_executor_s1"
     refused(lambda: compare.main(["T", "--workers", "1"]), "none_executor_s1", "code 1", ".log")
+    assert commands.stop in commands.all[-1], "nothing is begun after a failure"
     commands.stop = ""
     compare.main(["T", "--workers", "1"])
     assert capfd.readouterr().out.strip().endswith("the table")
