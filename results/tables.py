@@ -78,7 +78,8 @@ def cells(folder):
                          "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),
                          "minutes": spent / 60,
                          "count": f"{count}{100 * np.mean(rates):.1f} %",
-                         "between": f"{100 * low:.1f} - {100 * high:.1f}"})
+                         "between": "too few" if len(rates) == 2     # two alike: 0 points wide
+                         else f"{100 * low:.1f} - {100 * high:.1f}"})
     place = lambda plan: [*NAMES.values(), plan].index(plan)
     return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0,
                                        place(r["plan"].partition(",")[0]), r["plan"]))

@@ -33,7 +33,7 @@ def test_seeds_are_the_unit(tmp_path):
     row, half = rows["mask"], 4.302653 * 0.1 / 3 ** 0.5     # t of 2 degrees of freedom, sd 0.1
     assert row["seeds"] == 3 and row["rate"] == pytest.approx(0.4)
     assert row["interval"] == pytest.approx((0.4 - half, 0.4 + half), abs=1e-6)
-    assert rows["mask_early"]["interval"] == (0.1, 0.6)
+    assert rows["mask_early"]["interval"] == (0.1, 0.6) and rows["mask"]["between"] == "15.2 - 64.8"
     head, _, *lines = tables.overview(tmp_path)
     assert head == "| plan | mt10, laptop, 2 demonstrations |" and len(lines) == 4
     assert lines[:2] == ["| demonstrator |  |", "| mask | 40.0 (3 seeds: 15.2 - 64.8) |"]
@@ -66,6 +66,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert "code mixed" in tables.comparison(tmp_path)[5]
     (tmp_path / "mt10_none_laptop_d2_s0.json").unlink()
     assert tables.comparison(tmp_path)[9] == "| mask minus none |  |  |  |  |  |", "of two seeds"
+    assert tables.comparison(tmp_path)[7].startswith("| none | 25.0 % | too few | 2 |")
 
 
 def test_pages(tmp_path, refused):
