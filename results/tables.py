@@ -2,8 +2,8 @@
 
     python -m results.tables
 
-The unit is the training seed: with several, a row is the mean of their success rates with a 95 %
-t-interval; with one, k of n episodes with the file's own interval (Wilson's), which ranks nothing.
+The unit is the training seed: of three or more, a row is the mean of their success rates with a
+95 % t-interval; of one, k of n episodes with the file's own (Wilson's), which ranks nothing.
 """
 
 import json
