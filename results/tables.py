@@ -71,14 +71,15 @@ def cells(folder):
         seeds = r, *others
         rates = [x["success"] / x["episodes"] for x in seeds]
         spent = sum(s or 0 for x in seeds for k, s in x["seconds"].items() if k != "data")
-        low, high = t_interval(rates) if others else tuple(r["interval"])
+        low, high = tuple(r["interval"]) if not others else t_interval(rates) if len(rates) > 2 \
+            else (np.nan, np.nan)   # two alike would make it 0 points wide
         count = "" if others else f"{r['success']}/{r['episodes']} = "
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
                          "by_seed": {x["seed"]: rate for x, rate in zip(seeds, rates)},
                          "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),
                          "minutes": spent / 60,
                          "count": f"{count}{100 * np.mean(rates):.1f} %",
-                         "between": "too few" if len(rates) == 2     # two alike: 0 points wide
+                         "between": "too few" if np.isnan(low)
                          else f"{100 * low:.1f} - {100 * high:.1f}"})
     place = lambda plan: [*NAMES.values(), plan].index(plan)
     return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0,

@@ -67,6 +67,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     (tmp_path / "mt10_none_laptop_d2_s0.json").unlink()
     assert tables.comparison(tmp_path)[9] == "| mask minus none |  |  |  |  |  |", "of two seeds"
     assert tables.comparison(tmp_path)[7].startswith("| none | 25.0 % | too few | 2 |")
+    figures.main(["curve", "--results", str(tmp_path)])     # draws no interval there
 
 
 def test_pages(tmp_path, refused):
