@@ -27,8 +27,7 @@ class Config(tables.Config):
 
 
 def curve(config, _):
-    """Success on test scenes, a line per plan with 95 % intervals (none of two seeds), a panel per
-    suite."""
+    """Success on test scenes, a line per plan with 95 % intervals, a panel per suite."""
     import matplotlib
     matplotlib.use("agg")
     import matplotlib.pyplot as plt

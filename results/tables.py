@@ -3,7 +3,8 @@
     python -m results.tables
 
 The unit is the training seed: of three or more, a row is the mean of their success rates with a
-95 % t-interval; of one, k of n episodes with the file's own (Wilson's), which ranks nothing.
+95 % t-interval; of two the mean alone (of two alike the interval would be 0 points wide); of one,
+k of n episodes with the file's own interval (Wilson's), which ranks nothing.
 """
 
 import json
@@ -67,13 +68,11 @@ def cells(folder):
         plan = plain(r["plan"]) + r.get("differs", "")
         r["plan"] = NAMES.get(plan, plan) + shared + variant
         groups.setdefault((plain(r["file"]), shared), []).append(r)
-    for r, *others in groups.values():
-        seeds = r, *others
-        rates = [x["success"] / x["episodes"] for x in seeds]
+    for seeds in groups.values():
+        r, rates = seeds[0], [x["success"] / x["episodes"] for x in seeds]
         spent = sum(s or 0 for x in seeds for k, s in x["seconds"].items() if k != "data")
-        low, high = tuple(r["interval"]) if not others else t_interval(rates) if len(rates) > 2 \
-            else (np.nan, np.nan)   # two alike would make it 0 points wide
-        count = "" if others else f"{r['success']}/{r['episodes']} = "
+        low, high = {1: r["interval"], 2: (np.nan, np.nan)}.get(len(seeds)) or t_interval(rates)
+        count = f"{r['success']}/{r['episodes']} = " * (len(seeds) == 1)
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
                          "by_seed": {x["seed"]: rate for x, rate in zip(seeds, rates)},
                          "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),

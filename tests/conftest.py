@@ -9,6 +9,8 @@ import importlib
 import os
 import re
 import shutil
+import subprocess
+import sys
 from contextlib import closing
 
 import h5py
@@ -37,6 +39,10 @@ CPU = ["--preset", "tiny", "--device", "cpu"]
 COMMON = [*CPU, "--suite", SUITE, "--tasks", "0"]
 TRAIN = [*COMMON, "--no-bf16"]          # every planner's program
 EXECUTOR = [*CPU, "--no-bf16"]
+# what a frame of any simulator holds: shape, dtype
+FRAME = dict.fromkeys(("agentview_rgb", "eye_in_hand_rgb"), ((SIZE, SIZE, 3), np.uint8)) | {
+    "masks": ((SIZE, SIZE), np.uint8), "hand": ((2,), np.float16), "ee_states": ((6,), np.float32),
+    "joint_states": ((7,), np.float32), "gripper_states": ((2,), np.float32)}
 
 
 def simulator(*scene, scope="module", **look):
@@ -48,23 +54,13 @@ def simulator(*scene, scope="module", **look):
     return sim
 
 
-def shapes_of_a_frame():
-    """What a frame of any simulator holds: {name: (shape, dtype)}."""
-    picture, f4 = ((SIZE, SIZE, 3), np.uint8), np.float32
-    return {"agentview_rgb": picture, "eye_in_hand_rgb": picture,
-            "masks": ((SIZE, SIZE), np.uint8), "hand": ((2,), np.float16),
-            "ee_states": ((6,), f4), "joint_states": ((7,), f4), "gripper_states": ((2,), f4)}
-
-
 def equal(a, b):
     """Whether two checkpoints' contents are the same, tensors bit by bit."""
     if isinstance(a, dict):
         return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(equal, a, b))
-    if isinstance(a, np.ndarray):
-        return np.array_equal(a, b)
-    return torch.equal(a, b) if torch.is_tensor(a) else a == b
+    return np.array_equal(a, b) if isinstance(a, (np.ndarray, torch.Tensor)) else a == b
 
 
 def tensors(batch):
@@ -105,6 +101,12 @@ def everything(path, skip=("seconds",)):
         f.visititems(lambda name, item: found.update({
             f"{name}@{k}": np.asarray(v).tolist() for k, v in item.attrs.items() if k not in skip}))
     return found
+
+
+def python(*words, cwd=ROOT, **variables):
+    """Python in a process of its own that can import the project -> what subprocess.run returns."""
+    return subprocess.run([sys.executable, *map(str, words)], cwd=cwd, capture_output=True,
+                          text=True, env=os.environ | {"PYTHONPATH": ROOT} | variables)
 
 
 def pytest_collection_modifyitems(items):
@@ -154,16 +156,11 @@ def obs(videos):
                     "goal": videos.last_frames(np.arange(2))})
 
 
-@pytest.fixture(scope="session")
-def runs(data):
-    """Folder of runs: planners trained for 5 steps, by the name of their program."""
-    return data.parent / "runs"
-
-
 def trained(program, name, of=None):
     """A session's fixture: a checkpoint of the tiny preset, of a planner or on the planner `of`."""
     @pytest.fixture(scope="session")
-    def path(request, data, runs):
+    def path(request, data):
+        runs = data.parent / "runs"
         argv = [*EXECUTOR, "--planner", str(request.getfixturevalue(of))] if of else TRAIN
         importlib.import_module(program).main([*argv, "--data", str(data), "--out", str(runs)])
         return runs / SUITE / f"{name}.pt"

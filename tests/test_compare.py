@@ -50,8 +50,7 @@ def commands(monkeypatch, tmp_path):
 def test_tables_name_the_rows():
     """By the names of their files, the rows of A and B in their order."""
     chains = [compare.chain(config(), row, SUITE, 10, 0, 10, "", {}) for row in compare.ROWS]
-    names = [stages[-1][2].stem.removeprefix(f"{SUITE}_").replace("_laptop_d10_s0", "")
-             for stages in chains]
+    names = [c[-1][2].stem.removeprefix(f"{SUITE}_").replace("_laptop_d10_s0", "") for c in chains]
     assert [*compare.tables.NAMES.items()][1:] == [*zip(names, compare.CELLS["B"][0])]
 
 
@@ -85,9 +84,8 @@ def test_every_stage_once_and_in_order(commands, refused, capfd):
 
 def test_the_list_is_for_xargs(commands, capfd, refused):
     compare.main(["T", "--list", "planners"])
-    lines = capfd.readouterr().out.splitlines()
-    assert lines == [f"python mask_planner.py{seed} --preset laptop --no-bf16"
-                     for seed in ("", " --seed 1")]
+    assert capfd.readouterr().out.splitlines() == [
+        f"python mask_planner.py{seed} --preset laptop --no-bf16" for seed in ("", " --seed 1")]
     compare.main(["T", "--seeds", "1", "--rows", "none", "--list", "rollouts"])
     assert capfd.readouterr().out.split()[:2] == ["python", "rollout.py"]
     for argv, *words in (([], "no cell"), (["Z"], "no cell Z", "give T"),

@@ -4,13 +4,11 @@ second implementation, catch mistakes and refuse in one line what they cannot gr
 import ast
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, python
 from course import make, mutate
 from course.assignments import ASSIGNMENTS, find
 
@@ -91,9 +89,8 @@ def test_points_are_lost_by_what_is_skipped_or_cannot_be_imported(tmp_path):
     skips = good.replace("    m, g = prob", "    import pytest\n    pytest.skip()\n    m, g = prob")
     for text, wrong in ((skips, "Skipped"), (f"import nowhere\n{good}", "No module named")):
         file.write_text(text)
-        run = subprocess.run([sys.executable, "-m", "pytest", "course/tests", "--impl", tmp_path,
-                              "--assignment", "1", "--points", "-k", "dice or iou"], cwd=ROOT,
-                             capture_output=True, text=True)
+        run = python("-m", "pytest", "course/tests", "--impl", tmp_path, "--assignment", "1",
+                     "--points", "-k", "dice or iou")
         lost = json.loads(run.stdout[run.stdout.index('{"points"'):].splitlines()[0])
         of = [f for key, f in lost["functions"].items() if key.endswith((":dice", ":iou"))]
         assert {*lost["functions"]} == {*ASSIGNMENTS[0].keys}
@@ -112,7 +109,6 @@ def test_what_cannot_be_graded_ends_in_one_line(tmp_path, refused):
                               (tmp_path, good.replace("def dice(", "def dice"), "line"),
                               (tmp_path / "core", good, "has no mask_planner.py")):
         file.write_text(text)
-        run = subprocess.run([sys.executable, "-m", "pytest", "course/tests", "--impl", impl],
-                             cwd=ROOT, capture_output=True, text=True)
+        run = python("-m", "pytest", "course/tests", "--impl", impl)
         lines = (run.stdout + run.stderr).strip().splitlines()
         assert run.returncode not in (0, 1) and len(lines) == 1 and words in lines[0], lines

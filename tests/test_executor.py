@@ -66,18 +66,6 @@ def test_the_hands_place_has_noise_as_a_token_in_training_alone(build):
     assert off[1:, ..., :3].std().item() == pytest.approx(executor.STATE_NOISE, rel=0.1)
 
 
-@pytest.mark.parametrize("fusion", ["early", "late", "both"])
-@pytest.mark.parametrize("name", ["mask", "track"])
-def test_fusion_is_where_the_plan_joins(build, name, fusion):
-    """ATM, Table III: late, the tokens of a look hold no plan; early, the heads get none."""
-    model, batch, *_ = build(name, "--fusion", fusion)
-    changed = batch | {"set/plan": torch.randn(batch["set/plan"].shape)}
-    (cls, late), (cls2, late2) = (model.eval().look(b) for b in (batch, changed))
-    assert torch.equal(cls, cls2) == (fusion == "late")
-    assert torch.equal(late, late2) == (fusion == "early")
-    assert not torch.allclose(out(model, batch)[0], out(model, changed)[0])
-
-
 @pytest.mark.parametrize("form", ["goal", "latent+goal"])
 def test_controls_see_what_they_say(build, obs, form):
     """goal: the goal through the planner's encoder, no plan; latent+goal: the plan, and picture and
@@ -200,19 +188,13 @@ def test_checkpoint_alone_gives_the_same_executor(build, name, mask_path):
         assert equal(dict(other.planner.state_dict()), dict(training.load(mask_path)["model"]))
 
 
-class Recorded:
-    """A simulator that shows the frames of an episode of the data, whatever the actions are."""
-
-    def __init__(self, videos, episode, goal_varies=False):
-        self.videos, self.e, self.task, self.t = videos, episode, videos.tasks[0], 0
-        self.goal_varies, self.horizon = goal_varies, 99
-
-    def goal_image(self, **scene):
-        return np.full_like(self.videos.arrays["obs/agentview_rgb"][0][0], scene["seed"])
-
-    def frame(self, masks=True):
-        arrays = {k.removeprefix("obs/"): v[self.e][self.t] for k, v in self.videos.arrays.items()}
-        return {k: v for k, v in arrays.items() if masks or k != "masks"}
+def recorded(videos, goal_varies=False):
+    """A simulator that shows the frames of the first episode, whatever the actions are."""
+    of = {k.removeprefix("obs/"): v[0] for k, v in videos.arrays.items() if k != "masks"}
+    sim = SimpleNamespace(task=videos.tasks[0], goal_varies=goal_varies)
+    sim.frame = lambda masks: {k: v[sim.t] for k, v in of.items()}
+    sim.goal_image = lambda seed: np.full_like(of["agentview_rgb"][0], seed)
+    return sim
 
 
 def run(policy, sim, steps, scene={"init": 0}):
@@ -221,9 +203,9 @@ def run(policy, sim, steps, scene={"init": 0}):
 
 
 def test_policy_forgets_the_last_episode(executor_path, videos):
-    policy, sim = executor.Policy(executor.load_executor(executor_path)), Recorded(videos, 0)
+    policy, sim = executor.Policy(executor.load_executor(executor_path)), recorded(videos)
     assert np.array_equal(run(policy, sim, 9), run(policy, sim, 9))
-    policy.reset(Recorded(videos, 0, goal_varies=True), {"seed": 7})
+    policy.reset(recorded(videos, goal_varies=True), {"seed": 7})
     assert (policy.fixed["goal"] == 7).all(), "the scene's own, where goals vary"
     policy.reset(sim, {"init": 13})
     assert torch.equal(policy.fixed["goal"][0], policy.executor.goals[0, 3])
@@ -238,7 +220,7 @@ def test_policy_sees_what_training_saw(build, videos, name, chunk, t):
     first = SimpleNamespace(integers=lambda *rest, size: np.zeros(size, int))
     seen, look, drawn = [], model.look, (np.array([0]), np.array([t]), first)
     model.look = lambda batch: seen.append(batch) or look(batch)
-    run(executor.Policy(model), Recorded(videos, 0), t + 1)
+    run(executor.Policy(model), recorded(videos), t + 1)
     actions.demos.sample_frames = lambda *rest: drawn
     kept, actions.kept = actions.kept, {}
     trained, looks = tensors(actions(0)), seen[-2:] if t else [seen[-1]] * 2

@@ -3,7 +3,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from types import SimpleNamespace
 
 import h5py
@@ -12,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import COMMON, CPU, ROOT, SUITE, arrays
+from conftest import COMMON, CPU, SUITE, arrays, python
 import executor
 import extract
 import mask_planner
@@ -24,8 +23,7 @@ from sims.camera import JITTER
 
 ASKED = [*CPU, "--objects", "robot arm. black bowl.", "--suite", "my_videos", "--tracks", "flow"]
 S = 128     # pixels that the small networks see
-config = lambda weights, **more: SimpleNamespace(weights=weights, download=False, device="cpu",
-                                                 **more)
+config = lambda weights, **k: SimpleNamespace(weights=weights, download=False, device="cpu", **k)
 read_video = lambda path, size: np.stack([*films.frames_of(path, size)])
 
 
@@ -154,8 +152,7 @@ def test_objects_of_one_name_get_boxes_of_their_own(monkeypatch, refused):
     found, where = extract.detect(np.zeros((64, 64, 3)), names, [Detector()] * 2)
     assert found.tolist() == pytest.approx([0.95, -1, 0.95, 0.7])
     assert where[[0, 2, 3]].tolist() == boxes[[3, 3, 2]].tolist()
-    scores = iter(np.array([[0.9, -1], [0.4, 0.9], [0.5, 0.6], [0.9, 0.1], [-1, 0.9], [0.5, 0.5],
-                            [0, 0], [0.1, 0.1]]))
+    scores = iter(np.array([[9, -1], [4, 9], [5, 6], [9, 1], [-1, 9], [5, 5], [0, 0], [1, 1]]))
     monkeypatch.setattr(extract, "detect", lambda frame, *rest: (next(scores), frame.mean()))
     frames = np.arange(15)[:, None, None, None] * np.ones((1, 4, 4, 3))
     assert extract.find_boxes(frames, ["arm", "bowl"], None, "film") == (4, 4)
@@ -268,14 +265,12 @@ def test_cotrackers_calls(tmp_path, film, T):
 
 def test_nothing_found_and_no_weights(tmp_path, film, weights, refused, monkeypatch):
     argv = ["--video", str(film), *ASKED, "--data", str(tmp_path / "data"), "--weights"]
-    refused(lambda: extract.main([*argv, str(tmp_path)]), extract.DETECTOR, tmp_path, "--download")
     segmenter = lambda: extract.segment_anything(config(tmp_path))
     refused(segmenter, extract.SEGMENTERS_URL, tmp_path)
     (tmp_path / extract.SEGMENTERS["vit_l"]).write_bytes(b"half")
     refused(segmenter, "sam_vit_l", "fetch", "again")
     monkeypatch.setattr(extract, "BOX", 1)
-    refused(lambda: extract.main([*argv, str(weights)]), film, "robot arm", "black bowl",
-            "--objects")
+    refused(lambda: extract.main([*argv, str(weights)]), film, "robot arm, black bowl", "--objects")
     assert not (tmp_path / "data").exists()
 
 
@@ -310,8 +305,7 @@ def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
     """The networks see a window at a time, cut into episodes; a kept window is not made again, and
     only of the film that it is of; frames that are not equally far apart are named."""
     assert films.windows_of(26, 3) == [[9, 9, 8]] and films.windows_of(26, 1) == [[26]]
-    seen, argv = [], [*CPU, "--objects", "arm. bowl.", "--suite", "mine", "--tracks",
-                      "flow", "--data", str(tmp_path), "--video"]
+    seen, argv = [], [*ASKED, "--data", str(tmp_path), "--video"]
 
     def annotate(views, *rest):
         frames = views["agentview"]
@@ -332,7 +326,7 @@ def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
     refused(lambda: make(changed), "street.mp4", "street.mkv")
     make(film)
     assert seen == [7, 2 + 7, 2 + 6, None, 2 + 6]
-    found = content(tmp_path / "mine" / "street.hdf5")
+    found = content(tmp_path / "my_videos" / "street.hdf5")
     episodes = [found[f"demo_{k}/obs/agentview_rgb"] for k in range(4)]
     assert np.abs(np.concatenate(episodes) - read_video(film, 64).astype(int)).mean() < 1
     for k, episode in enumerate(episodes):
@@ -346,25 +340,18 @@ def test_long_and_uneven_films(tmp_path, film, refused, monkeypatch):
     assert films.count_frames(uneven) == 21 and "50 to 300 ms apart" in printed[0]
 
 
-@pytest.fixture
-def go(copied, monkeypatch):
-    """extract.py with --masks sam --tracks flow, in this process, on a copy; by an oracle: all is
-    robot, and points are where the episode's number says.  go.calls: [(number, names)]."""
+def test_all_but_masks_and_tracks_is_kept(copied, data_file, tmp_path, monkeypatch, refused):
+    """By an oracle: all is robot, and points are where the episode's number says."""
+    calls, argv = [], [*COMMON, "--masks", "sam", "--tracks", "flow", "--data", str(copied[0])]
+    go = lambda *flags: extract.main([*argv, *flags])
+
     def annotate(views, names, seed, title):
-        go.calls.append((seed, names))
+        calls.append((seed, names))
         return {"masks": np.ones_like(views["agentview"][..., 0])} | {
             f"tracks/{k}": np.full((len(v), 256, 2), seed, np.float16) for k, v in views.items()}
-
     monkeypatch.setattr(extract, "Annotator", lambda config: annotate)
     monkeypatch.setattr(record, "run_jobs", lambda function, jobs, *rest: [
         made for job in jobs for made in function(job)])
-    argv = [*COMMON, "--masks", "sam", "--tracks", "flow", "--data", str(copied[0])]
-    go = lambda *flags: extract.main([*argv, *flags])
-    go.calls = []
-    return go
-
-
-def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path, refused):
     go()
     path = tmp_path / "data" / f"{SUITE}_sam_flow" / data_file.name
     old, new = content(data_file), content(path)
@@ -373,14 +360,14 @@ def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path, refused):
         "masks", "tracks/agentview", "tracks/eye_in_hand", "mask_source", "track_source"}
     assert (new["demo_3/tracks/agentview"] == 3).all() and new["track_source"] == "flow"
     names = ["robot arm", "akita black bowl", "plate"]
-    assert sorted(go.calls) == list(zip(range(4), [names] * 4))
+    assert sorted(calls) == list(zip(range(4), [names] * 4))
     go()
-    assert len(go.calls) == 4, "nothing is made twice"
+    assert len(calls) == 4, "nothing is made twice"
     split_assembled(path, path.with_suffix(""))     # as an interrupted run leaves it
     os.remove(path.with_suffix("") / "demo_2.hdf5")
     refused(lambda: go("--objects", "arm. bowl. dish."), "'robot arm. akita black bowl. plate.'")
     go("--show")
-    assert go.calls[4:] == [(2, names)]
+    assert calls[4:] == [(2, names)]
     assert all(np.array_equal(new[key], value) for key, value in content(path).items())
     assert path.parent.with_suffix(".png").exists()
     empty = ["--data", str(tmp_path / "none")]
@@ -395,7 +382,7 @@ def test_all_but_masks_and_tracks_is_kept(go, data_file, tmp_path, refused):
 @pytest.mark.slow
 def test_the_command_annotates_in_processes(copied):
     folder, path = copied
-    argv = ["extract.py", *COMMON, "--tracks", "flow", "--data", str(folder)]
-    assert subprocess.run([sys.executable, *argv], cwd=ROOT).returncode == 0
+    run = python("extract.py", *COMMON, "--tracks", "flow", "--data", folder)
+    assert run.returncode == 0, run.stderr
     new = content(folder / f"{SUITE}_flow" / path.name)
     assert new["demo_1/tracks/eye_in_hand"].shape[1:] == (256, 2)

@@ -6,6 +6,7 @@
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -25,35 +26,27 @@ PROGRAM = """if True:
     program.main(sys.argv[2:])"""
 
 
-def content(path):
-    """What a file holds, but for times."""
-    if path.suffix == ".pt":
-        return {k: v for k, v in training.load(path).items() if k != "config"}
-    if path.suffix == ".json":
-        whole = json.loads(path.read_text())
-        return {k: whole[k] for k in ("outcomes", "tasks", "success", "interval")}
-    return everything(path)
+# suffix of a file -> what it holds, but for times
+HELD = {".pt": lambda path: {k: v for k, v in training.load(path).items() if k != "config"},
+        ".json": lambda path: [json.loads(path.read_text())[k] for k in ("outcomes", "tasks")],
+        ".hdf5": everything}
 
 
 def contents(folder):
-    files = [p for p in folder.rglob("*") if p.suffix in (".pt", ".json", ".hdf5")]
-    return {str(p.relative_to(folder)): content(p) for p in files}
+    return {str(p.relative_to(folder)): HELD[p.suffix](p) for p in folder.rglob("*")
+            if p.suffix in HELD}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["extract", "mask_planner", "executor", "rollout"])
-def test_killed_programs_continue(name, tmp_path, request):
-    of = request.getfixturevalue
-    argv, out = {
-        "extract": lambda: (["--suite", SUITE, "--tasks", "0", "--demos", "1", "--size", f"{SIZE}"],
-                            "--data"),
-        "mask_planner": lambda: ([*TRAIN, "--steps", "40", "--data", f"{of('data')}"], "--out"),
-        "executor": lambda: ([*EXECUTOR, "--planner", f"{of('mask_path')}", "--steps", "40",
-                              "--data", f"{of('data')}"], "--out"),
-        "rollout": lambda: ([f"{of('executor_path')}", "--episodes", "6", "--no-films"],
-                            "--results")}[name]()
+@pytest.mark.parametrize("name, words", [
+    ("extract", f"--suite {SUITE} --tasks 0 --demos 1 --size {SIZE} --data"),
+    ("mask_planner", " ".join(TRAIN) + " --steps 40 --data {data} --out"),
+    ("executor", " ".join(EXECUTOR) + " --planner {mask_path} --steps 40 --data {data} --out"),
+    ("rollout", "{executor_path} --episodes 6 --no-films --results")])
+def test_killed_programs_continue(name, words, tmp_path, request):
+    argv = re.sub("{(.*?)}", lambda of: str(request.getfixturevalue(of[1])), words).split()
     start = lambda folder: subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, name, *argv, out, str(tmp_path / folder)], cwd=tmp_path,
+        [sys.executable, "-c", PROGRAM, name, *argv, str(tmp_path / folder)], cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": ROOT}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True)
     begin = time.time()

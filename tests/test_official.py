@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +10,7 @@ import h5py
 import numpy as np
 import pytest
 
-from conftest import ROOT, SIZE, SUITE, arrays
+from conftest import COMMON, SIZE, SUITE, arrays, python
 import sims
 from core.episodes import CAMERAS, Episodes, split_assembled
 from demos import official, record
@@ -138,6 +136,7 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task, tmp_
                 for name in frame.keys() - {"agentview_rgb", "eye_in_hand_rgb"}:
                     there = demo[name if name in demo else f"obs/{name}"][t]
                     np.testing.assert_allclose(there, frame[name], atol=1e-3 * (name == "hand"))
+    assert sim.restore_fixtures("<mujoco/>"), "a fixture that it lacks"
     # in files that others made anew, the pictures are of the state before the action
     paired = {k: v if isinstance(v, str) else v[1:] if k in ("actions", "states") else v[:-1]
               for k, v in played[1].items()}
@@ -151,9 +150,8 @@ def test_our_file_holds_the_published_episodes(imported, played, sim, task, tmp_
 @pytest.mark.slow
 def test_the_command(copied):
     copied[1].unlink()
-    argv = ["extract.py", "--preset", "tiny", "--suite", SUITE, "--tasks", "0", "--source",
-            "official", "--workers", "1", "--data", str(copied[1].parents[1])]
-    run = subprocess.run([sys.executable, *argv], cwd=ROOT, capture_output=True, text=True)
+    run = python("extract.py", *COMMON, "--source", "official", "--workers", "1", "--data",
+                 copied[1].parents[1])
     assert run.returncode == 0 and "1 tasks, 1 videos of 15 steps" in run.stdout, run.stderr
 
 

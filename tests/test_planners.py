@@ -18,21 +18,15 @@ CASES = {"mask": ["mask_planner"], "grounded": ["mask_planner", "--grounded"],
          "sentence": ["video_planner", "--goal", "language"], "feature": ["baselines.plex"]}
 
 
-@pytest.fixture(params=CASES)
-def case(request, untrained):
-    """Name, planner, first batch; no zeros at the start hide what lies before them."""
-    planner, batches, *_ = untrained(*CASES[request.param])
-    torch.manual_seed(0)
-    for p in planner.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    return request.param, planner, batches(0)
-
-
-def test_gradients_and_plans(case, obs):
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_and_plans(name, untrained, obs):
     """Every parameter learns.  The plan depends on what is seen and on the task, the picture's
     tokens on the former; the encoded goal, a control, on the task alone."""
-    name, planner, batch = case
-    planner.train().loss(batch)[0].backward()
+    planner, batches, *_ = untrained(*CASES[name])
+    torch.manual_seed(0)
+    for p in planner.parameters():      # no zeros at the start hide what lies before them
+        torch.nn.init.normal_(p, std=0.1)
+    planner.train().loss(batches(0))[0].backward()
     assert not without_gradient(planner)
     tasks = obs | {"goal": obs["goal"].flip(0), "text": -obs["text"]}
     seen = obs | {k: 255 - obs[k] for k in ("frames", "wrist")}

@@ -8,12 +8,11 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, python
 from core import training
 from core.flags import flags_of, parse
 from core.planners import PLANNERS
@@ -87,8 +86,7 @@ def test_importing_loads_little(tmp_path):
             print(*ours)
             [sys.modules.pop(name) for name in ours]
         print(*sys.modules)"""
-    run = subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": ROOT},
-                         cwd=tmp_path, capture_output=True, text=True)
+    run = python("-c", code, cwd=tmp_path)
     assert (run.stderr, os.listdir(tmp_path), run.stdout.count("\n")) == ("", [], 4)
     planner, executor, _, packages = map(str.split, run.stdout.splitlines())
     rooms = [{name.split(".")[0] for name in names} for names in (planner, executor)]
@@ -123,8 +121,7 @@ def test_nobody_asks_who_made_the_plan(name):
 def test_what_no_file_does():
     """Importing runs nothing; no `eval`, pickle, bare except, `import *`, global `args`; networks
     hear, feel and are told nothing; no word of how the project came about."""
-    quiet = (ast.Import | ast.ImportFrom | ast.Assign | ast.AnnAssign | ast.FunctionDef
-             | ast.ClassDef)
+    quiet = (ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.FunctionDef, ast.ClassDef)
     never = (r"(?<![.\w])(eval|exec)\((?!\))|os\.system|pickle\.(load|dump)|allow_pickle|import \*|"
              r"torch\.load\((?!.*weights_only=True)|^\s*except( .*\b(Base)?Exception\b.*)?:$|"
              r"^args = |^\s*from \.")
@@ -145,7 +142,7 @@ def test_sizes():
     size = {p: text.count("\n") for p, text in TEXT.items()}
     total = [("the six", sum(size[Path(f"{name}.py")] for name in SIX), 2700),
              ("project", sum(size[p] for p in TREES if p.parts[0] != "course"), 8147),
-             ("tests", sum(n for p, n in size.items() if p.parts[0] == "tests"), 4484)]
+             ("tests", sum(n for p, n in size.items() if p.parts[0] == "tests"), 4285)]
     total += [(p, size[p], 450) for p in TREES]
     total += [(p, size[p], 60 if p.parts[1:] else 150) for p in GUIDES
               if p.parts[0] != "results" and p.parts[1:2] != ("mutants",)]  # with generated tables
@@ -218,8 +215,7 @@ def test_readme_commands_run(data, tmp_path):
         os.makedirs(os.path.dirname(tmp_path / file), exist_ok=True)
         shutil.copy(Path(ROOT, file), tmp_path / file)
     shutil.copytree(data, tmp_path / "data")
-    start = {"python": [sys.executable],
-             "torchrun": [sys.executable, "-m", "torch.distributed.run"]}
+    start = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}
     for command, words, Config in commands(SHELL[Path("README.md")]):
         if {"sam", "cotracker", "official", "--r3m", "--video"} & {*words}:
             continue        # needs what is not in the repository
@@ -229,8 +225,7 @@ def test_readme_commands_run(data, tmp_path):
         tiny = words + [word for f in flags_of(Config) if f.name in small
                         for word in (kebab(f.name), str(small[f.name]))]
         before, (first, *rest) = {*tmp_path.glob("runs*/**/*.pt")}, command.split()
-        run = subprocess.run([*start[first], *rest, *tiny], cwd=tmp_path, capture_output=True,
-                             text=True)
+        run = python(*start[first], *rest, *tiny, cwd=tmp_path, PYTHONPATH="")
         assert run.returncode == 0 and "Traceback" not in run.stderr, f"{tiny}\n{run.stderr}"
         configs = [parse(Config, "", w) for w in (tiny, words)]
         for made in {*tmp_path.glob("runs*/**/*.pt")} - before:

@@ -66,9 +66,8 @@ def test_every_scene_is_played_once(monkeypatch, tmp_path, tasks, workers):
                 played.append((task, scene["init"]))
                 yield task, (scene["init"], True, True, 9)
     monkeypatch.setattr(rollout, "run_jobs", run_jobs)
-    names = [f"task{k}" for k in range(tasks)]
-    evaluate = lambda c: rollout.evaluate(None, c, {"suite": SUITE}, tmp_path / "log", names, 64,
-                                          "fast", "films")
+    log, names = tmp_path / "log", [f"task{k}" for k in range(tasks)]
+    evaluate = lambda c: rollout.evaluate(None, c, {"suite": SUITE}, log, names, 64, "fast", "")
     with pytest.raises(KeyboardInterrupt):
         evaluate(c)
     played[5:] = [None]     # no second kill
@@ -105,12 +104,8 @@ def test_episodes_are_the_same_whatever_was_played_before(executor_path, sim, mo
     assert pictures and pictures[0].shape[1] >= 3 * 3 * 64
 
 
-@pytest.fixture
-def about(executor_path):
-    return rollout.about_executor(str(executor_path), training.load(executor_path))
-
-
-def test_result_holds_every_episode(about, tmp_path, capsys, monkeypatch):
+def test_result_holds_every_episode(executor_path, tmp_path, capsys, monkeypatch):
+    about = rollout.about_executor(executor_path, training.load(executor_path))
     c = config("--results", str(tmp_path), "--episodes", "2")
     rollout.report(c, about, {"a": [(0, False, True, 8), (1, False, False, 20)]}, 60)
     path, = tmp_path.glob("*.json")
@@ -131,8 +126,9 @@ def test_result_holds_every_episode(about, tmp_path, capsys, monkeypatch):
     assert (r["evaluation"]["noise"], r["evaluation"]["suite"]) == (0.1, SUITE)
 
 
-def test_no_result_overwrites_another(about, tmp_path, refused):
+def test_no_result_overwrites_another(executor_path, tmp_path, refused):
     """Names hold whatever differs; a file of another configuration is left alone."""
+    about = rollout.about_executor(executor_path, training.load(executor_path))
     path = lambda changes={}, *flags: rollout.result_path(
         config("--results", str(tmp_path), *flags), about | changes)
     assert path().name == "libero_spatial_mask_tasks0_tiny_d2_s0.json"
