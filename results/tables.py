@@ -3,8 +3,8 @@
     python -m results.tables
 
 The unit is the training seed: of three or more, a row is the mean of their success rates with a
-95 % t-interval; of two the mean alone (of two alike the interval would be 0 points wide); of one,
-k of n episodes with the file's own interval (Wilson's), which ranks nothing.
+95 % t-interval; of two, or of any that are alike (it would be 0 points wide), the mean alone; of
+one, k of n episodes with the file's own interval (Wilson's), which ranks nothing.
 """
 
 import json
@@ -76,10 +76,9 @@ def cells(folder):
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
                          "by_seed": {x["seed"]: rate for x, rate in zip(seeds, rates)},
                          "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),
-                         "minutes": spent / 60,
-                         "count": f"{count}{100 * np.mean(rates):.1f} %",
-                         "between": "too few" if np.isnan(low)
-                         else f"{100 * low:.1f} - {100 * high:.1f}"})
+                         "minutes": spent / 60, "count": f"{count}{100 * np.mean(rates):.1f} %",
+                         "between": f"{100 * low:.1f} - {100 * high:.1f}" if low < high
+                         else "too few"})
     place = lambda plan: [*NAMES.values(), plan].index(plan)
     return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0,
                                        place(r["plan"].partition(",")[0]), r["plan"]))
@@ -129,13 +128,14 @@ def trials(folder):
 
 def compared(a, b):
     """Rows of two plans -> the mean difference in points with its interval, over the seeds that
-    both have, in words; "" without three: of two the interval means nothing."""
+    both have, in words; "" without three, no interval where all differ by the same."""
     both = sorted({*a["by_seed"]} & {*b["by_seed"]})
     if len(both) < 3:
         return ""
     x, y = ([r["by_seed"][seed] for seed in both] for r in (a, b))
     low, high = difference_interval(x, y)
-    return f"{100 * np.mean(np.subtract(x, y)):+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
+    interval = f" ({100 * low:+.1f} to {100 * high:+.1f})" * (low < high)
+    return f"{100 * np.mean(np.subtract(x, y)):+.1f}{interval}"
 
 
 def comparison(folder, scenes="test"):

@@ -32,20 +32,22 @@ def made_up(folder, seed=0, success=3, planner_seed=0, **fields):
 
 
 def test_seeds_are_the_unit(tmp_path):
-    """Mean and t-interval over seeds, each with a planner of its own; one seed keeps the interval
-    of its file; a shared planner and whatever else differs is a row of its own."""
+    """Mean and t-interval over seeds, each with a planner of its own; one seed keeps its file's,
+    seeds that are alike have none; a shared planner or whatever else differs is another row."""
     for seed, success in enumerate((3, 5, 4)):
         made_up(tmp_path, seed, success, planner_seed=seed)
+        made_up(tmp_path, seed, planner_seed=seed, differs="_late")
     made_up(tmp_path, seed=1, success=5)
     made_up(tmp_path, differs="_early")
     rows = {r["plan"]: r for r in tables.cells(tmp_path)}
-    assert set(rows) == {"mask", "mask, planner of seed 0", "mask_early"}
+    assert set(rows) == {"mask", "mask, planner of seed 0", "mask_early", "mask_late"}
     row, half = rows["mask"], 4.302653 * 0.1 / 3 ** 0.5     # t of 2 degrees of freedom, sd 0.1
-    assert row["seeds"] == 3 and row["rate"] == pytest.approx(0.4)
     assert row["interval"] == pytest.approx((0.4 - half, 0.4 + half), abs=1e-6)
     assert rows["mask_early"]["interval"] == (0.1, 0.6) and rows["mask"]["between"] == "15.2 - 64.8"
     head, _, *lines = tables.overview(tmp_path)
-    assert head == "| plan | mt10, laptop, 2 demonstrations |" and len(lines) == 4
+    assert head == "| plan | mt10, laptop, 2 demonstrations |" and len(lines) == 5
+    assert tables.compared(rows["mask_late"], rows["mask_late"]) == "+0.0"
+    assert lines[-1] == "| mask_late | 30.0 (3 seeds: too few) |"
     assert lines[:2] == ["| demonstrator |  |", "| mask | 40.0 (3 seeds: 15.2 - 64.8) |"]
 
 
