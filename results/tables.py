@@ -71,14 +71,14 @@ def cells(folder):
     for seeds in groups.values():
         r, rates = seeds[0], [x["success"] / x["episodes"] for x in seeds]
         spent = sum(s or 0 for x in seeds for k, s in x["seconds"].items() if k != "data")
-        low, high = {1: r["interval"], 2: (np.nan, np.nan)}.get(len(seeds)) or t_interval(rates)
+        lacks = {1: "", 2: "too few"}.get(len(seeds), "alike" * (len({*rates}) == 1))
+        low, high = (np.nan,) * 2 if lacks else t_interval(rates) if rates[1:] else r["interval"]
         count = f"{r['success']}/{r['episodes']} = " * (len(seeds) == 1)
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
                          "by_seed": {x["seed"]: rate for x, rate in zip(seeds, rates)},
                          "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),
                          "minutes": spent / 60, "count": f"{count}{100 * np.mean(rates):.1f} %",
-                         "between": f"{100 * low:.1f} - {100 * high:.1f}" if low < high
-                         else "too few"})
+                         "between": lacks or f"{100 * low:.1f} - {100 * high:.1f}"})
     place = lambda plan: [*NAMES.values(), plan].index(plan)
     return sorted(rows, key=lambda r: (r["suite"], r["action_demos"] or 0,
                                        place(r["plan"].partition(",")[0]), r["plan"]))
@@ -134,7 +134,7 @@ def compared(a, b):
         return ""
     x, y = ([r["by_seed"][seed] for seed in both] for r in (a, b))
     low, high = difference_interval(x, y)
-    interval = f" ({100 * low:+.1f} to {100 * high:+.1f})" * (low < high)
+    interval = f" ({100 * low:+.1f} to {100 * high:+.1f})" * bool(np.ptp(np.subtract(x, y)) > 1e-9)
     return f"{100 * np.mean(np.subtract(x, y)):+.1f}{interval}"
 
 

@@ -14,6 +14,7 @@ from conftest import SIZE, SUITE
 
 PLANNERS = "mask_planner track_planner video_planner baselines.plex"
 TINY = "--preset tiny --device cpu --tasks 0 --data {data} --out {out} "
+# with these a run is there already, of other flags: refused before any data are made
 RUN = TINY.replace("{out}", "{runs}").replace("{data}", "{out}")
 FILM = "--data {out} --objects 'arm. bowl.' --tracks flow --video "
 # programs, how their command starts, {how it goes on: words of the line}
@@ -77,7 +78,7 @@ ROWS = [
         "--video {text} --suite mine --tracks flow": "--video needs --objects",
         "--tasks 0 --data {text}": "{text} file"}),
     ("extract", "--tasks 0 --data {data} --weights {out} ", {
-        "--masks sam": "grounding-dino --download",
+        "--masks sam": "{out} grounding-dino-tiny --download",
         "--tracks cotracker": "CoTracker --tracks flow"}),
     ("extract", FILM + "{text} --suite ", {
         "mine --masks sim": "no simulator --masks sam",

@@ -201,7 +201,8 @@ def test_finished_run_is_left_alone(tmp_path, capfd, refused):
     again = trained(tmp_path / "run.pt", sample_steps=2)
     assert "finished" in capfd.readouterr().out
     assert equal(dict(model.state_dict()), dict(again.state_dict()))
-    refused(lambda: trained(tmp_path / "run.pt", lr=0.5), "lr 0.003 there, 0.5 here", "--out")
+    refused(lambda: trained(tmp_path / "run.pt", lr=0.5), "lr 0.003 there, 0.5 here", "--out",
+            "delete")
     assert content() == before
 
 
@@ -326,6 +327,8 @@ def test_code_is_what_sources_compute(tmp_path):
 
     def of(text):
         (tmp_path / "a.py").write_text(text)
-        return python("-c", "from core import files; print(files.code())", cwd=tmp_path).stdout
+        run = python("-c", "from core import files; print(files.code())", cwd=tmp_path)
+        assert run.stdout, run.stderr
+        return run.stdout
     assert of('"""One."""\nx = 1\n') == of('"""Two."""\nx = 1  # one\n') != of("x = 2\n")
     assert of("x = 1\n") == of('"""One."""\nx = 1\n') and of("x = ") != of("x = 1")

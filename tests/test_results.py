@@ -36,7 +36,7 @@ def test_seeds_are_the_unit(tmp_path):
     seeds that are alike have none; a shared planner or whatever else differs is another row."""
     for seed, success in enumerate((3, 5, 4)):
         made_up(tmp_path, seed, success, planner_seed=seed)
-        made_up(tmp_path, seed, planner_seed=seed, differs="_late")
+        made_up(tmp_path, seed, success=1, planner_seed=seed, differs="_late")
     made_up(tmp_path, seed=1, success=5)
     made_up(tmp_path, differs="_early")
     rows = {r["plan"]: r for r in tables.cells(tmp_path)}
@@ -46,8 +46,9 @@ def test_seeds_are_the_unit(tmp_path):
     assert rows["mask_early"]["interval"] == (0.1, 0.6) and rows["mask"]["between"] == "15.2 - 64.8"
     head, _, *lines = tables.overview(tmp_path)
     assert head == "| plan | mt10, laptop, 2 demonstrations |" and len(lines) == 5
-    assert tables.compared(rows["mask_late"], rows["mask_late"]) == "+0.0"
-    assert lines[-1] == "| mask_late | 30.0 (3 seeds: too few) |"
+    assert lines[-1] == "| mask_late | 10.0 (3 seeds: alike) |"
+    a, b = ({"by_seed": dict(enumerate(rates))} for rates in ((0.6, 0.6, 0.4), (0.5, 0.5, 0.3)))
+    assert tables.compared(a, b) == "+10.0", "all differ by the same"
     assert lines[:2] == ["| demonstrator |  |", "| mask | 40.0 (3 seeds: 15.2 - 64.8) |"]
 
 
@@ -79,7 +80,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     (tmp_path / "mt10_none_laptop_d2_s0.json").unlink()
     assert tables.comparison(tmp_path)[9] == "| mask minus none |  |  |  |  |  |", "of two seeds"
     assert tables.comparison(tmp_path)[7].startswith("| none | 25.0 % | too few | 2 |")
-    figures.main(["curve", "--results", str(tmp_path)])     # draws no interval there
+    assert all(np.isnan(r["interval"]).all() for r in tables.cells(tmp_path) if r["seeds"] == 2)
+    figures.main(["curve", "--results", str(tmp_path)])     # and no interval stops it
 
 
 def test_pages(tmp_path, refused):
@@ -179,7 +181,7 @@ def html(data, task, mask_path, track_path, video_path, tmp_path_factory):
     return (folder / "page.html").read_text()
 
 
-def test_it_holds_everything(html, data, task, mask_path, tmp_path, refused):
+def test_the_page_holds_everything(html, data, task, mask_path, tmp_path, refused):
     plain = re.sub(r"data:[\w/]+;base64,[\w+/=]+", "DATA", html)
     assert len(html) < 15e6 and not re.search("http|<link|\\$", plain) and "left out" in plain
     assert re.findall("<([^<]*) src='DATA'", plain) == ["img alt='success'", "video"]
@@ -197,7 +199,7 @@ def test_it_holds_everything(html, data, task, mask_path, tmp_path, refused):
 
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs Debian's chromium")
-def test_in_a_browser(html, tmp_path):
+def test_the_page_in_a_browser(html, tmp_path):
     """As wide as a phone: slider, arrows and space change all pictures, without any message."""
     (tmp_path / "page.html").write_text(html + "<style>html { width: 360px }</style>" + DRIVE)
     run = subprocess.run("""chromium --headless=new --no-sandbox --disable-gpu --dump-dom page.html

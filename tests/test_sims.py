@@ -134,6 +134,20 @@ def test_step_is_robosuites_step(sim):
     np.testing.assert_allclose(ours[:, 1:], theirs[:, 1:], atol=1e-12, rtol=0)
 
 
+def test_a_recorded_scene_is_restored(sim):
+    """Model and state of one scene, as published demonstrations hold them, in another."""
+    seen, state = sim.reset(seed=7), sim.state()
+    words = lambda x: " ".join(map(repr, map(float, x)))
+    bodies = [sim.model.body(fixture.root_body) for fixture in sim.env.fixtures_dict.values()]
+    model = "".join(f'<body name="{b.name}" pos="{words(b.pos)}" quat="{words(b.quat)}"/>'
+                    for b in bodies)
+    sim.reset(seed=8)
+    assert sim.restore_fixtures(f"<mujoco>{model}</mujoco>") is None
+    sim.set_state(state)
+    assert np.array_equal(sim.state(), state) and equal(sim.frame(), seen)
+    assert sim.restore_fixtures("<mujoco/>")
+
+
 @pytest.mark.slow
 def test_another_arm_does_the_same_task(sim):
     """The UR5e, 6 joints, on the same table with the Panda's hand: the same demonstrator."""

@@ -60,6 +60,13 @@ def test_the_latent_plan_is_of_the_hand_or_of_every_cell(asked, obs):
     assert planner.draw(obs)[0][1].shape == (SIZE, SIZE, 3)
 
 
+def test_colours_are_jittered_if_asked():
+    images, tracks = torch.full((16, 32, 32, 3), 100, dtype=torch.uint8), torch.zeros(16, 1, 1, 2)
+    same, other = (track_planner.augment(images, tracks, strength)[0] for strength in (0.0, 0.3))
+    assert torch.equal(same, images)    # shifts do not show in a plain picture
+    assert other.dtype == torch.uint8 and (other.float() - images).abs().max() > 5
+
+
 def test_batch_is_what_the_file_holds(untrained, videos):
     planner, batches, *_ = untrained("track_planner", "--goal", "language")
     episode, t, rng = np.arange(2), np.array([5, videos.length[1] - 3]), np.random.default_rng(0)
