@@ -55,10 +55,10 @@ def difference_interval(a, b):
 
 def cells(folder):
     """One row of all evaluations that differ in the training seed alone: the first one's content,
-    with plan (its full name), seeds (how many), rate, interval, count, between (both in words).  A
-    file's name holds all that differs from the presets, so names that agree but for the seed are of
-    one configuration.  Executors that share a planner of one seed are marked.  by_seed: {seed:
-    success rate}, minutes: of all stages and seeds."""
+    with plan (its full name), seeds (how many), rate, interval (nan: seeds too few or alike),
+    count, between (both in words).  Names of files that agree but for the seed are of one
+    configuration, as they hold all that differs from the presets.  Executors that share a planner
+    of one seed are marked.  by_seed: {seed: success rate}, minutes: of all stages and seeds."""
     groups, rows = {}, []
     for r in (r for r in read(folder) if "plan" in r):
         seed, of = r["seed"], ((r.get("config") or {}).get("planner_config") or {}).get("seed")
@@ -133,9 +133,9 @@ def compared(a, b):
     if len(both) < 3:
         return ""
     x, y = ([r["by_seed"][seed] for seed in both] for r in (a, b))
-    low, high = difference_interval(x, y)
-    interval = f" ({100 * low:+.1f} to {100 * high:+.1f})" * bool(np.ptp(np.subtract(x, y)) > 1e-9)
-    return f"{100 * np.mean(np.subtract(x, y)):+.1f}{interval}"
+    (low, high), d = difference_interval(x, y), np.subtract(x, y)
+    interval = f" ({100 * low:+.1f} to {100 * high:+.1f})" * bool(np.ptp(d) > 1e-9)
+    return f"{100 * d.mean():+.1f}{interval}"
 
 
 def comparison(folder, scenes="test"):
