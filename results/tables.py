@@ -55,10 +55,11 @@ def difference_interval(a, b):
 
 def cells(folder):
     """One row of all evaluations that differ in the training seed alone: the first one's content,
-    with plan (its full name), seeds (how many), rate, interval (nan: seeds too few or alike),
-    count, between (both in words).  Names of files that agree but for the seed are of one
+    with plan (its full name), setting, seeds (how many), rate, interval (nan: seeds too few or
+    alike), count, between (both in words).  Names of files that agree but for the seed are of one
     configuration, as they hold all that differs from the presets.  Executors that share a planner
-    of one seed are marked.  by_seed: {seed: success rate}, minutes: of all stages and seeds."""
+    of one seed are marked.  by_seed: {seed: success rate}; tasks, {name: (successes, episodes)},
+    and minutes, of all stages, are sums over the seeds."""
     groups, rows = {}, []
     for r in (r for r in read(folder) if "plan" in r):
         seed, of = r["seed"], ((r.get("config") or {}).get("planner_config") or {}).get("seed")
@@ -67,6 +68,8 @@ def cells(folder):
         variant = f", unseen {r['unseen']}" if r["unseen"] else ""
         plan = plain(r["plan"]) + r.get("differs", "")
         r["plan"] = NAMES.get(plan, plan) + shared + variant
+        r["setting"] = r["suite"] + (f", {r['preset']}, {r['action_demos']} demonstrations"
+                                     if r["action_demos"] else "")
         groups.setdefault((plain(r["file"]), shared), []).append(r)
     for seeds in groups.values():
         r, rates = seeds[0], [x["success"] / x["episodes"] for x in seeds]
@@ -77,6 +80,8 @@ def cells(folder):
         rows.append(r | {"seeds": len(rates), "rate": np.mean(rates), "interval": (low, high),
                          "by_seed": {x["seed"]: rate for x, rate in zip(seeds, rates)},
                          "code": "+".join(sorted({x.get("code", x["commit"]) for x in seeds})),
+                         "tasks": {t: [sum(x["tasks"][t][k] for x in seeds)
+                                       for k in ("success", "episodes")] for t in r["tasks"]},
                          "minutes": spent / 60, "count": f"{count}{100 * np.mean(rates):.1f} %",
                          "between": lacks or f"{100 * low:.1f} - {100 * high:.1f}"})
     place = lambda plan: [*NAMES.values(), plan].index(plan)
@@ -102,10 +107,10 @@ def overview(folder):
     scripted = {r["suite"]: f"{100 * r['rate']:.1f} ({r['between']})" for r in cells(folder)
                 if r["plan"] == "demonstrator" and not re.search("_tasks|development", r["file"])}
     for r in main_rows(folder):
-        head = f"{r['suite']}, {r['preset']}, {r['action_demos']} demonstrations"
-        heads[head] = scripted.get(r["suite"], "")
+        heads[r["setting"]] = scripted.get(r["suite"], "")
         seeds = f"{r['seeds']} seeds" if r["seeds"] > 1 else "one seed"
-        found.setdefault(r["plan"], {})[head] = f"{100 * r['rate']:.1f} ({seeds}: {r['between']})"
+        text = f"{100 * r['rate']:.1f} ({seeds}: {r['between']})"
+        found.setdefault(r["plan"], {})[r["setting"]] = text
     return table(" | ".join(["plan", *heads]), [
         (plan, *(row.get(head, "") for head in heads))
         for plan, row in [("demonstrator", heads), *found.items()]]) * bool(found)
@@ -147,14 +152,13 @@ def comparison(folder, scenes="test"):
     named = [tuple(NAMES.get(name, name) for name in pair) for pair in found]
     for r in cells(folder):
         if r["preset"] and r["scenes"] == scenes:
-            key = (r["suite"], r["preset"], r["action_demos"], r["unseen"] or "", r["episodes"],
-                   len(r["tasks"]))
+            key = r["setting"], r["unseen"], r["episodes"], len(r["tasks"])
             groups.setdefault(key, {})[r["plan"].partition(", unseen")[0]] = r
-    for (suite, preset, demos, unseen, *_), rows in groups.items():
+    for (setting, unseen, *_), rows in groups.items():
         code, *more = {r["code"] for r in rows.values()}
         none = lambda r: rows.get("none" + r.get("differs", "")) or rows.get("none")
         lines += [""] * bool(lines) + table(
-            f"{suite} {unseen}".strip() + f", {preset}, {demos} demonstrations, code "
+            f"{setting}{f', unseen {unseen}' * bool(unseen)}, code "
             f"{'mixed' if more or '+' in code else code} | success | 95 % interval | seeds | "
             "points above cloning | minutes",
             [(plan, f"{100 * r['rate']:.1f} %", r["between"],
@@ -167,18 +171,16 @@ def comparison(folder, scenes="test"):
 
 
 def tasks(folder):
-    """Of the demonstrator and of AVDC a table per suite, a column per result, a row per task that
-    is not always solved."""
+    """Of the demonstrator and AVDC, then of whole evaluations of policies, a table per suite: a
+    column per result, a row per task that is not always solved, its successes in all seeds."""
     lines, of = [], {}
-    for r in cells(folder):
-        if not r["action_demos"]:
-            of.setdefault(r["suite"], {})[r["plan"]] = r["tasks"]
-    for suite, plans in of.items():
-        found = {task.replace("_", " "): [tasks.get(task) for tasks in plans.values()]
-                 for task in next(iter(plans.values()))}
-        lines += [""] * bool(lines) + table(" | ".join([suite, *plans]), [
-            (task, *(t and f"{t['success']}/{t['episodes']}" for t in row))
-            for task, row in found.items() if any(t and t["success"] < t["episodes"] for t in row)])
+    for r in [*(r for r in cells(folder) if not r["action_demos"]), *main_rows(folder)]:
+        of.setdefault(r["setting"], {})[r["plan"]] = r["tasks"]
+    for head, plans in of.items():
+        found = {t: [tasks.get(t) for tasks in plans.values()] for t in next(iter(plans.values()))}
+        lines += [""] * bool(lines) + table(" | ".join([head, *plans]), [
+            (task.replace("_", " "), *(counts and "{}/{}".format(*counts) for counts in row))
+            for task, row in found.items() if any(t and t[0] < t[1] for t in row)])
     return lines
 
 

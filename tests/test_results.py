@@ -50,6 +50,7 @@ def test_seeds_are_the_unit(tmp_path):
     a, b = ({"by_seed": dict(enumerate(rates))} for rates in ((0.6, 0.6, 0.4), (0.5, 0.5, 0.3)))
     assert tables.compared(a, b) == "+10.0", "all differ by the same"
     assert lines[:2] == ["| demonstrator |  |", "| mask | 40.0 (3 seeds: 15.2 - 64.8) |"]
+    assert tables.tasks(tmp_path)[2] == "| a | 9/15 | 4/5 | 2/5 | 0/15 |"       # 2 + 4 + 3, ...
 
 
 def test_differences_are_paired_by_seed(tmp_path):
@@ -69,7 +70,7 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert tables.difference_interval([0.3, 0.5, 0.4], [0.1, 0.4, 0.1]) == pytest.approx(
         (mean - half, mean + half), abs=1e-6)
     lines = tables.comparison(tmp_path)
-    assert "libero_spatial layout, laptop, 2 demonstrations, code abc" in lines[0]
+    assert "libero_spatial, laptop, 2 demonstrations, unseen layout, code abc" in lines[0]
     assert lines[3].startswith("| ee | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[3]
     assert "mt10, laptop, 2 demonstrations, code abc" in lines[5] and len(lines) == 10
     assert lines[7].startswith("| none | 20.0 % |") and lines[7].count("|  |") == 1
