@@ -105,7 +105,7 @@ def overview(folder):
     """A row per plan, the demonstrator's first; columns: suite, preset, action demonstrations."""
     heads, found = {}, {}
     scripted = {r["suite"]: f"{100 * r['rate']:.1f} ({r['between']})" for r in cells(folder)
-                if r["plan"] == "demonstrator" and not re.search("_tasks|development", r["file"])}
+                if r["file"] == f"{r['suite']}_demonstrator"}
     for r in main_rows(folder):
         heads[r["setting"]] = scripted.get(r["suite"], "")
         seeds = f"{r['seeds']} seeds" if r["seeds"] > 1 else "one seed"
@@ -152,7 +152,7 @@ def comparison(folder, scenes="test"):
     named = [tuple(NAMES.get(name, name) for name in pair) for pair in found]
     for r in cells(folder):
         if r["preset"] and r["scenes"] == scenes:
-            key = r["setting"], r["unseen"], r["episodes"], len(r["tasks"])
+            key = r["setting"], r["unseen"], r["episodes"], *r["tasks"]
             groups.setdefault(key, {})[r["plan"].partition(", unseen")[0]] = r
     for (setting, unseen, *_), rows in groups.items():
         code, *more = {r["code"] for r in rows.values()}

@@ -16,7 +16,7 @@ from conftest import SUITE
 from core.draw import write_film
 from results import annotators, figures, page, tables
 
-NOBODY = {"plan": "expert", "preset": None, "action_demos": None, "seed": None, "config": None}
+NOBODY = dict.fromkeys(["preset", "action_demos", "seed", "config"]) | {"plan": "demonstrator"}
 
 
 def made_up(folder, seed=0, success=3, planner_seed=0, **fields):
@@ -27,7 +27,8 @@ def made_up(folder, seed=0, success=3, planner_seed=0, **fields):
          "unseen": None, "counts": "ever succeeded", "success": success, "episodes": 10,
          "interval": [0.1, 0.6], "config": {"planner_config": {"seed": planner_seed}},
          "seconds": {"rollout": 90}, "commit": "abc", "tasks": tasks} | fields
-    name = f"{r['suite']}_{r['plan']}_laptop_d2_s{seed}{r['differs']}.json"
+    of = f"_laptop_d2_s{seed}" * bool(r["preset"])
+    name = f"{r['suite']}_{r['plan']}{of}{r['differs']}.json"
     (folder / name).write_text(json.dumps(r))
 
 
@@ -76,6 +77,8 @@ def test_differences_are_paired_by_seed(tmp_path):
     assert lines[7].startswith("| none | 20.0 % |") and lines[7].count("|  |") == 1
     assert lines[8].startswith("| mask | 45.0 % |") and "| +20.0 (-4.8 to +44.8) |" in lines[8]
     assert lines[9] == "| mask minus none |  |  |  | +20.0 (-4.8 to +44.8) |  |"
+    made_up(tmp_path, differs="_tasks0", tasks=dict.fromkeys("ac", {"success": 1, "episodes": 5}))
+    assert len(tables.comparison(tmp_path)) == 14, "other tasks are another table"
     made_up(tmp_path, 9, 2, planner_seed=9, code="other")
     assert "code mixed" in tables.comparison(tmp_path)[5]
     (tmp_path / "mt10_none_laptop_d2_s0.json").unlink()
@@ -91,7 +94,8 @@ def test_pages(tmp_path, refused):
     folder, mark = tmp_path / "results", "<!-- {0} -->\nold\n<!-- /{0} -->\nz\n"
     folder.mkdir()
     refused(lambda: tables.main(["--results", str(folder)]), "no results", "rollout.py")
-    for fields in ({}, NOBODY, NOBODY | {"unseen": "layout", "suite": "libero_spatial"}):
+    for fields in ({}, NOBODY, NOBODY | {"differs": "_tasks0", "success": 9},
+                   NOBODY | {"plan": "expert", "unseen": "layout", "suite": "libero_spatial"}):
         made_up(folder, **fields)
     (folder / "trials/one").mkdir(parents=True)
     made_up(folder / "trials/one", differs="_early")
