@@ -103,7 +103,8 @@ def main_rows(folder):
 
 def overview(folder):
     """A row per plan, the demonstrator's first; columns: suite, preset, action demonstrations."""
-    heads, found = {}, {}
+    heads = {}
+    found = {plan: {} for plan in NAMES.values()} | {"demonstrator": heads}
     scripted = {r["suite"]: f"{100 * r['rate']:.1f} ({r['between']})" for r in cells(folder)
                 if r["file"] == f"{r['suite']}_demonstrator"}
     for r in main_rows(folder):
@@ -112,8 +113,7 @@ def overview(folder):
         text = f"{100 * r['rate']:.1f} ({seeds}: {r['between']})"
         found.setdefault(r["plan"], {})[r["setting"]] = text
     return table(" | ".join(["plan", *heads]), [
-        (plan, *(row.get(head, "") for head in heads))
-        for plan, row in [("demonstrator", heads), *found.items()]]) * bool(found)
+        (plan, *(row.get(head, "") for head in heads)) for plan, row in found.items() if row])
 
 
 def evaluations(folder):

@@ -52,6 +52,9 @@ def test_seeds_are_the_unit(tmp_path):
     assert tables.compared(a, b) == "+10.0", "all differ by the same"
     assert lines[:2] == ["| demonstrator |  |", "| mask | 40.0 (3 seeds: 15.2 - 64.8) |"]
     assert tables.tasks(tmp_path)[2] == "| a | 9/15 | 4/5 | 2/5 | 0/15 |"       # 2 + 4 + 3, ...
+    made_up(tmp_path, suite="a"), made_up(tmp_path, plan="none")
+    order = [line.split()[1] for line in tables.overview(tmp_path)[2:5]]
+    assert order == ["demonstrator", "none", "mask"], "of all suites, by plan"
 
 
 def test_differences_are_paired_by_seed(tmp_path):
