@@ -47,8 +47,9 @@ def commands(monkeypatch, tmp_path):
     return ran
 
 
-def test_tables_name_the_rows():
+def test_tables_name_the_rows(tmp_path, monkeypatch):
     """By the names of their files, the rows of A and B in their order."""
+    monkeypatch.chdir(tmp_path)     # where no runs are
     chains = [compare.chain(config(), row, SUITE, 10, 0, 10, "", {}) for row in compare.ROWS]
     names = [c[-1][2].stem.removeprefix(f"{SUITE}_").replace("_laptop_d10_s0", "") for c in chains]
     assert [*compare.tables.NAMES.items()][1:] == [*zip(names, compare.CELLS["B"][0])]

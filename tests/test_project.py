@@ -150,7 +150,7 @@ def test_sizes():
     size = {p: text.count("\n") for p, text in TEXT.items()}
     total = [("the six", sum(size[Path(f"{name}.py")] for name in SIX), 2700),
              ("project", sum(size[p] for p in TREES if p.parts[0] != "course"), 8149),
-             ("tests", sum(n for p, n in size.items() if p.parts[0] == "tests"), 4329)]
+             ("tests", sum(n for p, n in size.items() if p.parts[0] == "tests"), 4330)]
     total += [(p, size[p], 450) for p in TREES]
     total += [(p, size[p], 60 if p.parts[1:] else 150) for p in GUIDES
               if p.parts[0] != "results" and p.parts[1:2] != ("mutants",)]  # with generated tables
